@@ -1,0 +1,68 @@
+# From a fresh clone, `make gguf` and `make test` set up whatever is missing.
+
+PYTHON ?= python3
+MODEL  ?= demo
+POLICY ?= ewq
+VENV   := .venv
+EWQ    := $(VENV)/bin/ewq
+# The backend that was set up last stays the default.
+BACKEND ?= $(or $(shell cat $(VENV)/.backend 2>/dev/null),cpu)
+PACKAGES := $(VENV)/.packages
+STAMP    := $(VENV)/.setup-$(BACKEND)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup gguf test check bench clean
+
+help:
+	@echo "make setup [BACKEND=cpu|cuda|metal|vulkan]   set up .venv and build llama.cpp"
+	@echo "make gguf  [MODEL=demo] [POLICY=ewq] [OUT=FILE]"
+	@echo "                                             plan, make and verify a GGUF file"
+	@echo "make test  [ARGS=...]                        run all tests (ARGS go to pytest)"
+	@echo "make check                                   ruff and mypy"
+	@echo "make bench                                   measure the scan's speed"
+	@echo "make clean                                   remove .venv and build products"
+
+# The build in the cache may have gone since, or belong to another CACHE: asking for it
+# each time costs a second when it is there.
+setup: $(STAMP)
+	@$(EWQ) toolchain build --backend $(BACKEND) > /dev/null
+	@echo $(BACKEND) > $(VENV)/.backend
+
+$(PACKAGES): pyproject.toml constraints.txt
+	@echo "setup: Python packages into $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "ewq: setup: $(PYTHON): is missing or older than 3.11; install Python 3.11 or later, or run make PYTHON=python3.11" >&2; exit 4; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
+	@$(VENV)/bin/python -m pip install -qq -c constraints.txt -e ".[all,dev]"
+	@touch $@
+
+# The bindings get no llama.cpp of their own: they use the libraries built before.
+$(STAMP): $(PACKAGES)
+	@echo "setup: llama.cpp ($(BACKEND)) into the cache"
+	@$(EWQ) toolchain build --backend $(BACKEND) > /dev/null
+	@echo "setup: llama-cpp-python, without a build of its own"
+	@CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(VENV)/bin/python -m pip install -qq \
+	  -c constraints.txt --no-binary llama-cpp-python llama-cpp-python
+	@touch $@
+
+gguf: setup
+	@$(EWQ) gguf "$(MODEL)" --policy "$(POLICY)" \
+	  $(if $(OUT),-o "$(OUT)")
+
+test: setup
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+bench: setup
+	@$(VENV)/bin/python benchmarks/scan.py
+
+# The user's cache stays: `ewq cache` looks after it.
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find ewq_gguf tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "clean: .venv and build products removed; the cache is left as it is"

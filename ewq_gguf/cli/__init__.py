@@ -1,0 +1,107 @@
+"""`ewq`: one command per file, each loaded when it is called."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+
+import click
+
+from ewq_gguf._version import __version__
+from ewq_gguf.errors import ChildError, EwqError, VerificationError, printable
+
+#: Name -> (module, help line). The modules are imported only when they are needed.
+_COMMANDS = {
+    "gguf": ("gguf", "Make a verified GGUF of a checkpoint: everything at once."),
+    "scan": ("scan", "Measure the entropy of every tensor of a checkpoint."),
+    "plan": ("plan", "Decide each tensor's type and predict the file's bytes."),
+    "convert": ("convert", "Write the 16- or 32-bit base GGUF of a checkpoint."),
+    "quantize": ("quantize", "Write the planned GGUF from a base GGUF."),
+    "verify": ("verify", "Compare a GGUF with its plan, tensor by tensor."),
+    "demo": ("demo", "Write the built-in model's checkpoint."),
+    "toolchain": ("toolchain", "Build llama.cpp, or say which one is used."),
+}
+
+
+class _Commands(click.Group):
+    """The commands by name, imported when called; their help lines are known."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module = import_module(f"ewq_gguf.cli.{_COMMANDS[name][0]}")
+        command: click.Command = getattr(module, name)
+        return command
+
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ewq")
+@click.option("--debug", is_flag=True, help="Show tracebacks.  [EWQ_DEBUG=1]")
+def ewq(debug: bool) -> None:
+    """Mixed-precision GGUF files by weight entropy: planned, exact, verified.
+
+    MODEL is a folder, a .safetensors file, a Hub id (org/name), or `demo`.
+    """
+    if debug:
+        os.environ["EWQ_DEBUG"] = "1"
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that children and temporary files go too."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is errors.py's."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        ewq.main(args=argv, prog_name="ewq", standalone_mode=False)
+        sys.stdout.flush()
+    except EwqError as error:
+        return _report(error)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        click.echo(f"ewq: usage: {printable(error.format_message())}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("ewq: interrupted", err=True)
+        return 130
+    except _Terminated:
+        click.echo("ewq: terminated", err=True)
+        return 143
+    except BrokenPipeError:
+        # The reader of stdout left, as `| head` does: nothing to say, nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _report(error: EwqError) -> int:
+    if os.environ.get("EWQ_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(error)
+    click.echo(f"ewq: {error}", err=True)
+    if isinstance(error, VerificationError):
+        for line in error.differences:
+            click.echo(f"  {line}", err=True)
+    if isinstance(error, ChildError):
+        for line in error.log_tail:
+            click.echo(f"  | {line}", err=True)
+    return error.exit_code

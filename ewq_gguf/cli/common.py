@@ -1,0 +1,264 @@
+"""What commands share: options, default-command groups, output, progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from ewq_gguf.pipeline import Options
+from ewq_gguf.records import EwqPolicy, Policy, UniformPolicy
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+
+
+class DefaultGroup(click.Group):
+    """A group whose first argument is a subcommand or belongs to the default one."""
+
+    def __init__(self, *args: Any, default: str = "", **kwargs: Any) -> None:
+        """Remember which command takes what no subcommand takes."""
+        super().__init__(*args, **kwargs)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command in front of what is no subcommand."""
+        own = set(self.commands) | set(ctx.help_option_names)
+        if args and args[0] not in own:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The default command's help, then the subcommands'."""
+        with self.commands[self.default].make_context(
+            ctx.info_name, [], parent=ctx.parent, resilient_parsing=True
+        ) as sub:
+            sub.command.format_help(sub, formatter)
+        with formatter.section("Subcommands"):
+            formatter.write_dl(
+                [
+                    (name, command.get_short_help_str())
+                    for name, command in self.commands.items()
+                    if name != self.default
+                ]
+            )
+
+
+def out_option(what: str) -> Callable[[F], F]:
+    """`-o`."""
+    return click.option("-o", "--out", type=PATH, help=f"Where to write {what}.")
+
+
+force_option = click.option(
+    "--force", is_flag=True, help="Replace outputs made from other inputs."
+)
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="The result as JSON on stdout."
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    help="Threads.  [default: one per CPU]",
+)
+llama_cpp_option = click.option(
+    "--llama-cpp",
+    type=PATH,
+    metavar="DIR",
+    help="Your own llama.cpp.  [EWQ_LLAMA_CPP]",
+)
+nonfinite_option = click.option(
+    "--allow-nonfinite", is_flag=True, help="Count NaN and infinities, do not refuse."
+)
+no_load_option = click.option(
+    "--no-load", is_flag=True, help="Do not load the file and let it answer."
+)
+raw_type_option = click.option(
+    "--raw-type",
+    type=click.Choice(["auto", "f16", "bf16"], case_sensitive=False),
+    default="auto",
+    show_default=True,
+    help="What `raw` means; auto is the source's own type.",
+)
+
+
+def policy_options(function: F) -> F:
+    """The options that make a Policy; `policy_of` reads them."""
+    for option in reversed(
+        [
+            click.option(
+                "--policy",
+                default="ewq",
+                show_default=True,
+                help="ewq, or uniform:TYPE such as uniform:Q8_0.",
+            ),
+            click.option(
+                "--measure",
+                type=click.Choice(["softmax", "histogram"]),
+                default="softmax",
+                show_default=True,
+                help="Which entropy decides.",
+            ),
+            click.option(
+                "--epsilon",
+                type=float,
+                default=0.01,
+                show_default=True,
+                help="Of the softmax measure.",
+            ),
+            click.option(
+                "--bins",
+                type=click.IntRange(2, 65536),
+                default=256,
+                show_default=True,
+                help="Of the histogram measure.",
+            ),
+            click.option(
+                "--factor",
+                type=float,
+                default=1.0,
+                show_default=True,
+                help="X of the threshold mu - X sigma.",
+            ),
+            click.option(
+                "--ladder",
+                default="Q4_K,Q8_0,raw",
+                show_default=True,
+                help="Precisions, low to high.",
+            ),
+            click.option(
+                "--embedding-type",
+                default="raw",
+                show_default=True,
+                help="Of the token embedding.",
+            ),
+            click.option(
+                "--output-type",
+                default="raw",
+                show_default=True,
+                help="Of the output head.",
+            ),
+            raw_type_option,
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def policy_of(values: dict[str, Any]) -> Policy:
+    """The Policy that the command line asks for.
+
+    Raises:
+        click.BadParameter: there is no such policy, or a number is none.
+    """
+    name, _, argument = values["policy"].partition(":")
+    if name == "uniform" and argument:
+        return UniformPolicy(ggml_type=_type_name(argument))
+    if name != "ewq" or argument:
+        raise click.BadParameter(
+            f"unknown policy {values['policy']!r}; use ewq, or uniform:TYPE such as "
+            "uniform:Q8_0",
+            param_hint="--policy",
+        )
+    for flag in ("epsilon", "factor"):
+        if not 0 <= values[flag] < float("inf"):
+            raise click.BadParameter(
+                f"{values[flag]} is not a number from 0 up", param_hint=f"--{flag}"
+            )
+    return EwqPolicy(
+        measure=values["measure"],
+        epsilon=values["epsilon"],
+        n_bins=values["bins"],
+        factor=values["factor"],
+        ladder=tuple(_type_name(part) for part in values["ladder"].split(",")),
+        embedding_type=_type_name(values["embedding_type"]),
+        output_type=_type_name(values["output_type"]),
+    )
+
+
+def _type_name(text: str) -> str:
+    """`raw`, or a ggml type in its own spelling."""
+    stripped = text.strip()
+    return "raw" if stripped.lower() == "raw" else stripped.upper()
+
+
+def raw_type_of(values: dict[str, Any]) -> str:
+    """`auto`, `F16` or `BF16`."""
+    raw: str = values["raw_type"]
+    return raw if raw == "auto" else raw.upper()
+
+
+def options_of(values: dict[str, Any]) -> Options:
+    """The run's Options from whichever of the shared options a command has."""
+    threads = values.get("threads")
+    return Options(
+        **({"n_threads": threads} if threads else {}),
+        llama_cpp=values.get("llama_cpp"),
+        allow_nonfinite=values.get("allow_nonfinite", False),
+        force=values.get("force", False),
+        load=not values.get("no_load", False),
+    )
+
+
+def console() -> Console:
+    """Where people read: stderr; colour only where it is a terminal."""
+    return Console(stderr=True, highlight=False)
+
+
+class BarProgress:
+    """The pipeline's progress: bars on a terminal, one line per stage elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        """Draw nothing yet."""
+        self._quiet = quiet
+        self._console = console()
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+        if not self._quiet:
+            self._console.print(f"ewq: {text}", markup=False)
+
+    @contextmanager
+    def stage(
+        self, name: str, total_bytes: int | None = None
+    ) -> Iterator[Callable[[float], None]]:
+        """Show how far a stage is."""
+        if self._quiet:
+            yield lambda share: None
+            return
+        if not sys.stderr.isatty():
+            self.note(name)
+            yield lambda share: None
+            return
+        columns = [TextColumn("{task.description}"), BarColumn()]
+        if total_bytes:
+            columns += [DownloadColumn(), TransferSpeedColumn()]  # type: ignore[list-item]
+        else:
+            columns += [TaskProgressColumn(), TimeElapsedColumn()]  # type: ignore[list-item]
+        with Progress(
+            *columns, TimeRemainingColumn(), console=self._console
+        ) as progress:
+            task: TaskID = progress.add_task(name, total=None)
+
+            def update(share: float) -> None:
+                total = total_bytes or 100
+                progress.update(task, completed=share * total, total=total)
+
+            yield update

@@ -1,0 +1,58 @@
+"""`ewq convert`: the base GGUF."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ewq_gguf import store
+from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.cli.common import (
+    BarProgress,
+    force_option,
+    llama_cpp_option,
+    out_option,
+    quiet_option,
+)
+from ewq_gguf.llamacpp.convert import base_type, convert_argv
+from ewq_gguf.llamacpp.convert import convert as convert_checkpoint
+from ewq_gguf.llamacpp.toolchain import find_toolchain
+
+
+@click.command()
+@click.argument("model")
+@out_option("the GGUF.  [default: NAME-TYPE.gguf]")
+@click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f16", "bf16", "f32"], case_sensitive=False),
+    default="auto",
+    show_default=True,
+    help="auto is the checkpoint's own type.",
+)
+@llama_cpp_option
+@click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
+@force_option
+@quiet_option
+def convert(
+    model: str, out: Path | None, outtype: str, dry_run: bool, **values: Any
+) -> None:
+    """Write the 16- or 32-bit base GGUF of MODEL; prints its path."""
+    progress = BarProgress(quiet=values["quiet"])
+    toolchain = find_toolchain(values["llama_cpp"])
+    checkpoint = open_checkpoint(model, on_line=progress.note)
+    kind = base_type(checkpoint) if outtype == "auto" else outtype.upper()
+    name = checkpoint.identity.name
+    out = out or Path(f"{name}-{kind}.gguf")
+    if dry_run:
+        argv = convert_argv(toolchain, checkpoint.folder, name, kind, out)
+        click.echo(shlex.join(["python3", *argv]))
+        return
+    store.check_writable(out, "convert")
+    if out.exists() and not values["force"]:
+        raise store.already_exists(out, "convert")
+    with store.locked(out, stage="convert"), progress.stage("convert") as share:
+        convert_checkpoint(checkpoint, toolchain, out, outtype=kind, on_progress=share)
+    click.echo(out)

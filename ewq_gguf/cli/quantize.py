@@ -1,0 +1,78 @@
+"""`ewq quantize`: the mixed GGUF from a plan and its base."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ewq_gguf import store
+from ewq_gguf.cli.common import (
+    PATH,
+    BarProgress,
+    force_option,
+    json_option,
+    llama_cpp_option,
+    no_load_option,
+    options_of,
+    quiet_option,
+    threads_option,
+)
+from ewq_gguf.llamacpp.quantize import quantize as quantize_plan
+from ewq_gguf.llamacpp.quantize import quantize_argv
+from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.records import Plan, load_record
+
+
+@click.command()
+@click.argument("plan_path", type=PATH, metavar="PLAN")
+@click.argument("base", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="Where to write the GGUF.")
+@llama_cpp_option
+@threads_option
+@no_load_option
+@click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
+@force_option
+@quiet_option
+@json_option
+def quantize(
+    plan_path: Path,
+    base: Path,
+    out: Path,
+    dry_run: bool,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Write the GGUF of PLAN from BASE, and verify it; prints its path."""
+    options = options_of(values)
+    record = load_record(Plan, plan_path, "quantize")
+    toolchain = find_toolchain(options.llama_cpp)
+    if dry_run:
+        argv = quantize_argv(
+            record,
+            toolchain.tool("llama-quantize"),
+            base=str(base),
+            types="tensor-types.txt",
+            out=str(out),
+            n_threads=options.n_threads,
+        )
+        export = ["ewq", "plan", "export", str(plan_path), "--format", "tensor-types"]
+        click.echo(f"{shlex.join(export)} -o tensor-types.txt\n{shlex.join(argv)}")
+        return
+    store.check_writable(out, "quantize")
+    if out.exists() and not options.force:
+        raise store.already_exists(out, "quantize")
+    progress = BarProgress(quiet=values["quiet"])
+    with store.locked(out, stage="quantize"), progress.stage("quantize") as share:
+        verification = quantize_plan(
+            record,
+            base,
+            out,
+            toolchain,
+            n_threads=options.n_threads,
+            load=options.load,
+            on_progress=share,
+        )
+    click.echo(verification.to_json() if as_json else out, nl=not as_json)

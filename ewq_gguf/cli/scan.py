@@ -1,0 +1,64 @@
+"""`ewq scan`: measure a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ewq_gguf import pipeline, store
+from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.cli.common import (
+    BarProgress,
+    force_option,
+    json_option,
+    nonfinite_option,
+    options_of,
+    out_option,
+    quiet_option,
+    threads_option,
+)
+from ewq_gguf.records import Measures
+
+
+@click.command()
+@click.argument("model")
+@out_option("the scan.  [default: plans/NAME.scan.json]")
+@click.option(
+    "--epsilon",
+    type=click.FloatRange(0, 1e6),
+    default=0.01,
+    show_default=True,
+    help="Of the softmax measure.",
+)
+@click.option(
+    "--bins",
+    type=click.IntRange(2, 65536),
+    default=256,
+    show_default=True,
+    help="Of the histogram measure.",
+)
+@threads_option
+@nonfinite_option
+@force_option
+@quiet_option
+@json_option
+def scan(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
+    """Measure the entropy of every tensor of MODEL, by both measures.
+
+    One pass over the weights; prints the scan's path.
+    """
+    progress = BarProgress(quiet=values["quiet"])
+    if out is not None:
+        store.check_writable(out, "scan")
+    checkpoint = open_checkpoint(model, on_line=progress.note)
+    result = pipeline.scan(
+        checkpoint,
+        Measures(epsilon=values["epsilon"], n_bins=values["bins"]),
+        options=options_of(values),
+        progress=progress,
+    )
+    out = out or Path("plans") / f"{checkpoint.identity.name}.scan.json"
+    store.write_text(out, result.to_json(), stage="scan", force=values["force"])
+    click.echo(result.to_json() if as_json else out, nl=not as_json)

@@ -1,0 +1,31 @@
+"""`ewq verify`: is a file what its plan says?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ewq_gguf.cli.common import PATH, json_option, no_load_option
+from ewq_gguf.llamacpp.verify import verify_file
+from ewq_gguf.records import Plan, load_record
+
+
+@click.command()
+@click.argument("plan_path", type=PATH, metavar="PLAN")
+@click.argument("file", type=PATH)
+@no_load_option
+@json_option
+def verify(plan_path: Path, file: Path, no_load: bool, as_json: bool) -> None:
+    """Compare FILE with PLAN, tensor by tensor and byte by byte; exit 8 if it differs."""
+    record = load_record(Plan, plan_path, "verify")
+    result = verify_file(record, file, load=not no_load)
+    if as_json:
+        click.echo(result.to_json(), nl=False)
+        return
+    click.echo(
+        f"{file}: {len(result.tensors)} tensors of their planned types, "
+        f"{result.found_size_bytes} bytes as planned, sha256 {result.file_sha256}"
+    )
+    if result.answer is not None:
+        click.echo(f"{result.prompt}{result.answer}")

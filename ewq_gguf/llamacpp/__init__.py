@@ -1,0 +1,1 @@
+"""Everything that knows llama.cpp: its tools, its converter and its build."""

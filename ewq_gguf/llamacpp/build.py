@@ -1,0 +1,310 @@
+"""Building llama.cpp with CMake and Ninja, in a folder of the cache.
+
+A build is complete when its record, written last, is there. Everything else in the
+folder may be half done: Ninja goes on from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.errors import ChildError, ToolError
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT, RECORD_NAME, machine_key
+from ewq_gguf.process import run
+
+STAGE = "toolchain"
+BACKENDS = ("cpu", "cuda", "metal", "vulkan")
+LLAMA_CPP_BUILD = 11312
+TOOLS = (
+    "llama-quantize",
+    "llama-imatrix",
+    "llama-perplexity",
+    "llama-bench",
+    "llama-gguf-split",
+    "ggml-rpc-server",
+)
+
+_SHORT_COMMIT = LLAMA_CPP_COMMIT[:9]
+_NEEDED_BYTES = {"cpu": 200_000_000, "cuda": 4_000_000_000}
+_VERSION_SECONDS = 60.0
+_USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
+
+OnLine = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a build: the same recipe on the same machine is built once."""
+
+    backend: str
+    flags: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the build lives in the cache."""
+        text = "\n".join([*self.flags, machine_key()])
+        key = f"{zlib.crc32(text.encode()):08x}"
+        name = f"{_SHORT_COMMIT}-{self.backend}-{key}"
+        return store.cache_dir("toolchain") / name
+
+
+def recipe_for(backend: str) -> Recipe:
+    """The CMake flags of a backend on this system.
+
+    Raises:
+        ToolError: there is no such backend here.
+    """
+    if backend not in BACKENDS:
+        choices = ", ".join(BACKENDS)
+        raise ToolError(STAGE, backend, "is not a backend", f"choose one of {choices}")
+    if backend == "metal" and sys.platform != "darwin":
+        raise ToolError(STAGE, "metal", "is there on macOS only", "use cpu or vulkan")
+    flags = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        # Libraries are found beside the binaries, wherever the cache is mounted.
+        "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
+        "-DBUILD_SHARED_LIBS=ON",
+        "-DLLAMA_BUILD_SERVER=OFF",
+        "-DLLAMA_BUILD_TESTS=OFF",
+        "-DLLAMA_BUILD_EXAMPLES=OFF",
+        # Nothing here downloads: a system OpenSSL would only make builds differ.
+        "-DLLAMA_OPENSSL=OFF",
+        "-DGGML_RPC=ON",
+        # The tree may be an export without git, or lie inside our own work tree.
+        f"-DLLAMA_BUILD_COMMIT={_SHORT_COMMIT}",
+        f"-DLLAMA_BUILD_NUMBER={LLAMA_CPP_BUILD}",
+    ]
+    if backend in {"cuda", "vulkan"}:
+        flags.append(f"-DGGML_{backend.upper()}=ON")
+    if sys.platform == "darwin":
+        flags.append(f"-DGGML_METAL={'ON' if backend == 'metal' else 'OFF'}")
+    return Recipe(backend=backend, flags=tuple(flags))
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether a finished build of this recipe is there, with all of its files."""
+    folder = recipe.folder
+    record = read_record(folder)
+    return (
+        record is not None
+        and record.get("commit") == LLAMA_CPP_COMMIT
+        and record.get("flags") == list(recipe.flags)
+        and missing_files(folder) == []
+    )
+
+
+def read_record(folder: Path) -> dict[str, object] | None:
+    """A build's record, or None where the build is not complete."""
+    try:
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def missing_files(folder: Path) -> list[str]:
+    """The tools and libraries that a build should have and has not."""
+    libraries = ("libllama.dylib" if sys.platform == "darwin" else "libllama.so",)
+    names = (*TOOLS, *libraries)
+    return [name for name in names if not (folder / "bin" / name).is_file()]
+
+
+def check_build_tools(backend: str) -> None:
+    """Refuse before CMake starts where a compiler is missing.
+
+    Raises:
+        ToolError: with the line that installs it.
+    """
+    for variable, names, language in (
+        ("CC", ("cc", "gcc", "clang"), "C"),
+        ("CXX", ("c++", "g++", "clang++"), "C++"),
+    ):
+        if _find_program(variable, names) is None:
+            raise ToolError(
+                STAGE,
+                f"{language} compiler",
+                f"none of {', '.join(names)} is in PATH",
+                f"run `{_compiler_install_line()}`",
+            )
+    if backend == "cuda" and cuda_compiler() is None:
+        raise ToolError(
+            STAGE,
+            "nvcc",
+            "is not in PATH, and the CUDA backend needs it",
+            "install the CUDA toolkit and add its bin folder to PATH, or use "
+            "--backend cpu",
+        )
+    if backend == "vulkan" and shutil.which("glslc") is None:
+        raise ToolError(
+            STAGE,
+            "glslc",
+            "is not in PATH, and the Vulkan backend needs it",
+            "install the Vulkan SDK (Debian, Ubuntu: `apt install libvulkan-dev "
+            "glslc spirv-headers`), or use --backend cpu",
+        )
+
+
+def cuda_compiler() -> str | None:
+    """The path of nvcc, also in CUDA's usual folder."""
+    return _find_program("CUDACXX", ("nvcc", _USUAL_NVCC))
+
+
+def build_tree(
+    source: Path, recipe: Recipe, *, jobs: int | None, on_line: OnLine
+) -> Path:
+    """Build a source tree, going on from an interrupted build.
+
+    A folder left by an earlier run may hold a broken CMake cache or objects of a
+    killed compiler: where building on it fails, it is wiped and built once afresh.
+
+    Args:
+        source: a folder with CMakeLists.txt.
+        recipe: the flags.
+        jobs: compilers at once; None for one per CPU.
+        on_line: called with each line that CMake and Ninja print.
+
+    Returns:
+        The build folder, complete.
+
+    Raises:
+        ToolError: a compiler, CMake or Ninja is missing, or the tree is not the
+            pinned commit's.
+        ChildError: CMake or a compiler failed.
+        ResourceError: disk or memory ran out.
+    """
+    check_build_tools(recipe.backend)
+    folder = recipe.folder
+    store.check_free(folder.parent, _NEEDED_BYTES.get(recipe.backend, 10**9), STAGE)
+    # From here on the build is not complete, until its record is written again.
+    (folder / RECORD_NAME).unlink(missing_ok=True)
+    resumed = folder.is_dir()
+    try:
+        _configure_and_build(source, folder, recipe, jobs, on_line)
+    except (ChildError, ToolError):
+        if not resumed:
+            raise
+        on_line("toolchain: the earlier build is broken; starting afresh")
+        shutil.rmtree(folder)
+        _configure_and_build(source, folder, recipe, jobs, on_line)
+    record = {
+        "backend": recipe.backend,
+        "build": LLAMA_CPP_BUILD,
+        "commit": LLAMA_CPP_COMMIT,
+        "compiler": _compiler_of(folder),
+        "flags": list(recipe.flags),
+        "machine": machine_key(),
+        "source_dir": str(source),
+    }
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    store.write_text(folder / RECORD_NAME, text, stage=STAGE, force=True)
+    return folder
+
+
+def _configure_and_build(
+    source: Path, folder: Path, recipe: Recipe, jobs: int | None, on_line: OnLine
+) -> None:
+    cmake, ninja = wheel_program("cmake"), wheel_program("ninja")
+    store.ensure_dir(folder, STAGE)
+    env = {"NINJA_STATUS": "[%f/%t] "}
+    if recipe.backend == "cuda" and (nvcc := cuda_compiler()):
+        env["CUDACXX"] = nvcc
+    make = f"-DCMAKE_MAKE_PROGRAM={ninja}"
+    targets = [part for name in TOOLS for part in ("--target", name)]
+    parallel = str(jobs or os.cpu_count() or 1)
+    steps: dict[str, list[str | Path]] = {
+        "configure": ["-S", source, "-B", folder, "-G", "Ninja", make, *recipe.flags],
+        "build": ["--build", folder, "--parallel", parallel, *targets],
+    }
+    for name, arguments in steps.items():
+        run(
+            [cmake, *arguments],
+            stage=STAGE,
+            log_path=folder / f"{name}.log",
+            env=env,
+            on_line=on_line,
+        )
+    _check_version(folder)
+
+
+def _check_version(folder: Path) -> None:
+    """Refuse binaries that do not name the pinned commit."""
+    printed = run(
+        [folder / "bin" / "llama-perplexity", "--version"],
+        stage=STAGE,
+        log_path=folder / "version.log",
+        timeout_seconds=_VERSION_SECONDS,
+    )
+    if _SHORT_COMMIT not in printed or str(LLAMA_CPP_BUILD) not in printed:
+        lines = printed.strip().splitlines() or ["no version"]
+        raise ToolError(
+            STAGE,
+            folder,
+            f"built for another commit ({lines[0]}), {_SHORT_COMMIT} is needed",
+            f"run `rm -r {folder}`, then `ewq toolchain build`",
+        )
+
+
+def wheel_program(name: str) -> Path:
+    """CMake or Ninja: from its wheel in this environment, else from PATH.
+
+    Raises:
+        ToolError: neither has it.
+    """
+    if importlib.util.find_spec(name) is not None:
+        module = importlib.import_module(name)
+        folder = getattr(module, f"{name.upper()}_BIN_DIR", None) or getattr(
+            module, "BIN_DIR", None
+        )
+        if folder is not None and (Path(folder) / name).is_file():
+            return Path(folder) / name
+    found = shutil.which(name)
+    if found is None:
+        raise ToolError(
+            STAGE, name, "is not installed", "run `pip install cmake ninja`"
+        )
+    return Path(found)
+
+
+def _find_program(variable: str, names: tuple[str, ...]) -> str | None:
+    """A program that the user's variable names, else the first one in PATH."""
+    chosen = os.environ.get(variable, "").split()[:1]
+    for name in chosen or names:
+        if found := shutil.which(name):
+            return found
+    return None
+
+
+def _compiler_install_line() -> str:
+    if sys.platform == "darwin":
+        return "xcode-select --install"
+    for program, line in (
+        ("dnf", "dnf install gcc-c++"),
+        ("pacman", "pacman -S base-devel"),
+        ("zypper", "zypper install gcc-c++"),
+        ("apk", "apk add build-base"),
+    ):
+        if shutil.which(program) and not shutil.which("apt"):
+            return line
+    return "apt install build-essential"
+
+
+def _compiler_of(folder: Path) -> str:
+    """The C++ compiler's name and version, as CMake found them."""
+    for path in sorted(folder.glob("CMakeFiles/*/CMakeCXXCompiler.cmake")):
+        parts = []
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for key in ("CMAKE_CXX_COMPILER_ID", "CMAKE_CXX_COMPILER_VERSION"):
+            _, _, rest = text.partition(f'set({key} "')
+            parts.append(rest.partition('"')[0])
+        return " ".join(parts)
+    return "unknown"

@@ -1,0 +1,206 @@
+"""From a checkpoint to a base GGUF, and to its header alone, by llama.cpp's converter.
+
+The converter sees a staging folder of links: fixed names, no code, no `auto_map`, so
+that nothing of the repository runs and no path of this machine enters the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.errors import ToolError
+from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
+from ewq_gguf.llamacpp.toolchain import Toolchain
+from ewq_gguf.process import python_argv, run
+
+#: The converter must not reach the network, and its bar must not be drawn too often.
+_CHILD_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+_PERCENT = re.compile(r"Writing:\s+(\d+)%")
+
+
+def base_type(checkpoint: Checkpoint) -> str:
+    """The base GGUF's float type: the one most weights of the checkpoint have."""
+    weights: Counter[str] = Counter()
+    for _, tensor in checkpoint.tensors:
+        weights[tensor.dtype] += tensor.n_weights
+    return weights.most_common(1)[0][0]
+
+
+def convert_argv(
+    toolchain: Toolchain, staged: Path, name: str, outtype: str, out: Path
+) -> list[str]:
+    """The converter's command line, without the Python in front."""
+    return [
+        str(toolchain.converter),
+        str(staged),
+        "--outfile",
+        str(out),
+        "--outtype",
+        outtype.lower(),
+        "--model-name",
+        name,
+    ]
+
+
+def convert(
+    checkpoint: Checkpoint,
+    toolchain: Toolchain,
+    out: Path,
+    *,
+    outtype: str,
+    on_progress: Callable[[float], None] | None = None,
+) -> None:
+    """Write the base GGUF.
+
+    Args:
+        checkpoint: opened by `open_checkpoint`.
+        toolchain: whose converter to use.
+        out: the final path; replaced when the new file is whole.
+        outtype: `F16`, `BF16` or `F32`.
+        on_progress: told the finished share, 0 to 1.
+
+    Raises:
+        ToolError: the converter's own packages are missing.
+        ChildError: the converter failed.
+        ResourceError: the disk is full.
+    """
+    _check_packages()
+    total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
+    store.check_free(store.ensure_dir(out.parent, "convert"), total, "convert")
+
+    def line(text: str) -> None:
+        if on_progress and (match := _PERCENT.search(text)):
+            on_progress(int(match[1]) / 100)
+
+    with store.work_dir(out, stage="convert") as folder:
+        staged = stage_checkpoint(checkpoint, folder)
+        temporary = folder / "base.gguf"
+        argv = convert_argv(
+            toolchain, staged, checkpoint.identity.name, outtype, temporary
+        )
+        run(
+            [_python(), *argv],
+            stage="convert",
+            log_path=_log_path(out),
+            env=_CHILD_ENV | toolchain.converter_env(),
+            on_line=line,
+        )
+        read_gguf(temporary)  # a whole file, or an error
+        store.publish(temporary, out)
+
+
+@contextmanager
+def header_of(
+    checkpoint: Checkpoint, toolchain: Toolchain, *, outtype: str
+) -> Iterator[tuple[Path, GgufFile]]:
+    """The base GGUF's header as the converter would write it, with a hole for data.
+
+    No weight is read: the converter works on lazy tensors and is stopped before it
+    writes data. The file has its full size but occupies the header's bytes only, so
+    llama-quantize can plan on it (`--dry-run`).
+
+    Yields:
+        The file and its parsed header; the file is removed afterwards.
+
+    Raises:
+        ToolError: the converter's own packages are missing.
+        ChildError: the converter refuses the checkpoint.
+    """
+    _check_packages()
+    out = store.cache_dir("layouts") / f"{checkpoint.identity.fingerprint}.gguf"
+    with store.work_dir(out, stage="convert") as folder:
+        staged = stage_checkpoint(checkpoint, folder)
+        path = folder / "header.gguf"
+        run(
+            python_argv(
+                "ewq_gguf.llamacpp.header_child",
+                staged,
+                checkpoint.identity.name,
+                outtype,
+                path,
+            ),
+            stage="convert",
+            log_path=_log_path(out),
+            env=_CHILD_ENV | toolchain.converter_env(),
+        )
+        header = read_gguf(path, header_only=True)
+        end = max(tensor.offset + tensor.size_bytes for tensor in header.tensors)
+        with path.open("r+b") as file:
+            file.truncate(-(-end // 32) * 32)
+        yield path, header
+
+
+def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Make the converter's view of a checkpoint: links under fixed names.
+
+    JSON files that name code to run (`auto_map`) are copied without it.
+    """
+    staged = folder / (checkpoint.identity.name or "model")
+    staged.mkdir()
+    for name, path in checkpoint.small_files.items():
+        stripped = _without_auto_map(path) if path.suffix == ".json" else None
+        if stripped is None:
+            (staged / name).symlink_to(path.resolve())
+        else:
+            (staged / name).write_text(stripped, encoding="utf-8")
+    count = len(checkpoint.shards)
+    for i, shard in enumerate(checkpoint.shards, 1):
+        name = (
+            f"model-{i:05}-of-{count:05}.safetensors"
+            if count > 1
+            else "model.safetensors"
+        )
+        (staged / name).symlink_to(shard.path.resolve())
+    return staged
+
+
+def _without_auto_map(path: Path) -> str | None:
+    """The file's JSON without `auto_map`, or None where it has none."""
+    text = path.read_bytes()
+    if b'"auto_map"' not in text:
+        return None
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None  # the converter reports it, with its own words
+    if not isinstance(values, dict):
+        return None
+    values.pop("auto_map", None)
+    return json.dumps(values)
+
+
+def _check_packages() -> None:
+    missing = [
+        name
+        for name in ("torch", "transformers", "sentencepiece")
+        if find_spec(name) is None
+    ]
+    if missing:
+        raise ToolError(
+            "convert",
+            None,
+            f"the converter needs {', '.join(missing)}",
+            "pip install 'ewq-gguf[convert]'",
+        )
+
+
+def _python() -> str:
+    return python_argv("")[0]
+
+
+def _log_path(out: Path) -> Path:
+    return store.cache_dir("logs") / f"convert-{out.stem}.log"

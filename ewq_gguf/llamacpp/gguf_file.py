@@ -1,0 +1,221 @@
+"""A GGUF header, read strictly: limits first, so that no hostile file can hang us.
+
+The loader of llama.cpp and PyPI's gguf reader trust counts they find; this one checks
+each against the bytes that are left.
+
+Source: ggml docs/gguf.md, version 3.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+from ewq_gguf import ggml_types
+from ewq_gguf.errors import VerificationError, printable
+
+_SCALARS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
+    10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_MAX_ALIGNMENT = 1 << 20
+_MAX_NAME_BYTES = 1 << 16
+_MAX_TENSORS = 1 << 20
+_MAX_KV = 1 << 20
+_MAX_DIMS = 4
+
+Scalar = int | float | bool | str
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One entry of the tensor table.
+
+    Attributes:
+        name: in the file.
+        shape: slowest dimension first.
+        ggml_type: its name, such as `Q4_K`.
+        offset: of its data in the file.
+        size_bytes: of its data, without padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A header.
+
+    Attributes:
+        kv: scalars and strings by key; an array stands as its length.
+        kv_bytes: of all key-value pairs.
+        tensors: in the order of the table.
+        data_offset: where the tensors' data begin.
+        file_bytes: of the whole file.
+    """
+
+    kv: Mapping[str, Scalar]
+    kv_bytes: int
+    tensors: tuple[GgufTensor, ...]
+    data_offset: int
+    file_bytes: int
+
+
+def read_gguf(path: Path, *, header_only: bool = False) -> GgufFile:
+    """Read and check a GGUF file's header.
+
+    Args:
+        path: the file.
+        header_only: do not require the tensors' data to be there.
+
+    Raises:
+        VerificationError: it is not a sound GGUF file; the message has the byte.
+    """
+    try:
+        with path.open("rb") as file:
+            return _Reader(file, path, header_only).read()
+    except OSError as error:
+        raise VerificationError(
+            "verify", path, f"cannot be read ({error.strerror})", "check the path"
+        ) from error
+
+
+class _Reader:
+    def __init__(self, file: BinaryIO, path: Path, header_only: bool) -> None:
+        self.file, self.path, self.header_only = file, path, header_only
+        self.position = 0
+        self.size = path.stat().st_size
+
+    def read(self) -> GgufFile:
+        magic = self.take(4)
+        if magic != b"GGUF":
+            raise self.bad(f"starts with {magic!r}, not GGUF")
+        version = self.number("<I")
+        if version & 0xFFFF == 0 and version:
+            raise self.bad("is big-endian, which is not supported")
+        if version not in (2, 3):
+            raise self.bad(f"is GGUF version {version}, supported are 2 and 3")
+        n_tensors, n_kv = self.number("<Q"), self.number("<Q")
+        self.check_count("tensors", n_tensors, 24, _MAX_TENSORS)
+        self.check_count("key-value pairs", n_kv, 13, _MAX_KV)
+        begin = self.position
+        kv: dict[str, Scalar] = {}
+        for _ in range(n_kv):
+            key = self.string(_MAX_NAME_BYTES)
+            if key in kv:
+                raise self.bad(f"key {key} appears twice")
+            kv[key] = self.value(self.number("<I"))
+        kv_bytes = self.position - begin
+        alignment = kv.get("general.alignment", 32)
+        if (
+            not isinstance(alignment, int)
+            or not 0 < alignment <= _MAX_ALIGNMENT
+            or alignment & (alignment - 1)
+        ):
+            raise self.bad(f"alignment {alignment} is not a power of two up to 1 MiB")
+        table = [self.tensor_info(alignment) for _ in range(n_tensors)]
+        data_offset = -(-self.position // alignment) * alignment
+        tensors = self.place(table, data_offset)
+        return GgufFile(kv, kv_bytes, tensors, data_offset, self.size)
+
+    def tensor_info(self, alignment: int) -> tuple[str, tuple[int, ...], str, int]:
+        name = self.string(_MAX_NAME_BYTES)
+        n_dims = self.number("<I")
+        if not 0 < n_dims <= _MAX_DIMS:
+            raise self.bad(f"{name} has {n_dims} dimensions, 1 to {_MAX_DIMS} can be")
+        shape = tuple(self.number("<Q") for _ in range(n_dims))[::-1]
+        if not all(shape) or prod(shape) >= 1 << 63:
+            raise self.bad(f"{name} has an impossible shape {shape}")
+        number = self.number("<I")
+        ggml_type = ggml_types.type_name(number)
+        if ggml_type is None:
+            raise self.bad(f"{name} has the unknown type {number}")
+        offset = self.number("<Q")
+        if offset % alignment:
+            raise self.bad(f"{name} starts at {offset}, not a multiple of {alignment}")
+        return name, shape, ggml_type, offset
+
+    def place(
+        self, table: list[tuple[str, tuple[int, ...], str, int]], data_offset: int
+    ) -> tuple[GgufTensor, ...]:
+        tensors: dict[str, GgufTensor] = {}
+        for name, shape, ggml_type, offset in table:
+            if name in tensors:
+                raise self.bad(f"tensor {name} appears twice")
+            try:
+                size = ggml_types.tensor_bytes(ggml_type, shape)
+            except ValueError as error:
+                raise self.bad(f"{name}: {error}") from error
+            end = data_offset + offset + size
+            if end > self.size and not self.header_only:
+                raise self.bad(
+                    f"{name} ends at byte {end}, the file at {self.size}: truncated"
+                )
+            tensors[name] = GgufTensor(
+                name, shape, ggml_type, data_offset + offset, size
+            )
+        return tuple(tensors.values())
+
+    def value(self, kind: int) -> Scalar:
+        if kind == _STRING:
+            return self.string(self.size)
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise self.bad(f"value type {kind} is unknown")
+        item, count = self.number("<I"), self.number("<Q")
+        if item == _STRING:
+            self.check_count("array items", count, 8, self.size)
+            for _ in range(count):
+                self.skip(self.number("<Q"))
+        elif item in _SCALARS:
+            self.skip(count * struct.calcsize(_SCALARS[item]))
+        else:
+            raise self.bad(f"array item type {item} is not supported")
+        return count
+
+    def string(self, limit: int) -> str:
+        size = self.number("<Q")
+        if size > limit:
+            raise self.bad(f"a string of {size} bytes is longer than {limit}")
+        return self.take(size).decode("utf-8", errors="backslashreplace")
+
+    def number(self, form: str) -> int:
+        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
+
+    def take(self, n_bytes: int) -> bytes:
+        if n_bytes > self.size - self.position:
+            raise self.bad(f"{n_bytes} bytes are needed and the file ends")
+        data = self.file.read(n_bytes)
+        if len(data) != n_bytes:
+            raise self.bad("the file ended while it was read")
+        self.position += n_bytes
+        return data
+
+    def skip(self, n_bytes: int) -> None:
+        if n_bytes > self.size - self.position:
+            raise self.bad(f"{n_bytes} bytes are needed and the file ends")
+        self.file.seek(n_bytes, 1)
+        self.position += n_bytes
+
+    def check_count(self, what: str, count: int, item_bytes: int, limit: int) -> None:
+        if count > limit or count * item_bytes > self.size - self.position:
+            raise self.bad(f"{count} {what} do not fit its {self.size} bytes")
+
+    def bad(self, problem: str) -> VerificationError:
+        return VerificationError(
+            "verify",
+            self.path,
+            f"at byte {self.position}: {printable(problem)}",
+            "make the file again",
+        )

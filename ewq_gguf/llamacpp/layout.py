@@ -1,0 +1,124 @@
+"""The layout of a base GGUF: asked of the real converter once, then cached.
+
+The same header also tells the size of every standard preset: llama-quantize plans on
+it without a weight (`--dry-run`), so no rule of its mixtures is repeated here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ewq_gguf import ggml_types, store
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.errors import ToolError
+from ewq_gguf.llamacpp.convert import base_type, header_of
+from ewq_gguf.llamacpp.gguf_file import GgufFile
+from ewq_gguf.llamacpp.toolchain import Toolchain
+from ewq_gguf.plan.sizes import header_bytes, padded
+from ewq_gguf.process import run
+from ewq_gguf.records import Layout, LayoutTensor, load_cached
+
+#: Presets a user would otherwise take, large to small; none needs an imatrix.
+PRESETS = (
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL",
+    "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K",
+)  # fmt: skip
+
+# [   1/ 290]   token_embd.weight - [ 576, 49152, 1, 1], type = bf16, size = ... (q8_0)
+_DRY_LINE = re.compile(
+    r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s*(\w+), size =\s*(.*)"
+)
+_DRY_TYPE = re.compile(r"\((\w+)\)\s*$")
+
+
+def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
+    """The header the converter would write for a checkpoint.
+
+    Cached by everything it depends on: files, headers, name and converter.
+
+    Raises:
+        ToolError: the converter's packages or the tools are missing.
+        ChildError: the converter refuses the checkpoint.
+    """
+    path = layout_path(checkpoint.identity.fingerprint, toolchain.commit)
+    if (known := load_cached(Layout, path, "plan")) is not None:
+        return known
+    outtype = base_type(checkpoint)
+    with header_of(checkpoint, toolchain, outtype=outtype) as (header_path, header):
+        tensors = tuple(
+            LayoutTensor(name=t.name, shape=t.shape, ggml_type=t.ggml_type)
+            for t in header.tensors
+        )
+        presets = {
+            preset: preset_bytes(header_path, header, preset, toolchain)
+            for preset in PRESETS
+        }
+    layout = Layout(
+        converter_commit=toolchain.commit,
+        model_fingerprint=checkpoint.identity.fingerprint,
+        n_kv=len(header.kv),
+        kv_bytes=header.kv_bytes,
+        tensors=tensors,
+        preset_bytes=presets,
+    )
+    store.write_text(path, layout.to_json(), stage="plan", force=True)
+    return layout
+
+
+def cached_layout(model_fingerprint: str, commit: str) -> Layout | None:
+    """A layout that was made before, for a plan from a SCAN file alone."""
+    return load_cached(Layout, layout_path(model_fingerprint, commit), "plan")
+
+
+def layout_path(model_fingerprint: str, commit: str) -> Path:
+    """Where a layout is cached."""
+    name = store.sha256_text(f"{model_fingerprint} {commit}")[:32]
+    return store.cache_dir("layouts") / f"{name}.json"
+
+
+def preset_bytes(
+    header_path: Path, header: GgufFile, preset: str, toolchain: Toolchain
+) -> int:
+    """File size of a standard preset, from llama-quantize's own dry run.
+
+    Raises:
+        ToolError: llama-quantize prints its plan in another form than the pinned one.
+    """
+    types = dry_run_types(
+        run(
+            [
+                toolchain.tool("llama-quantize"),
+                "--dry-run",
+                header_path.name,
+                preset,
+            ],
+            stage="plan",
+            log_path=header_path.parent / f"{preset}.log",
+            cwd=header_path.parent,
+        )
+    )
+    if set(types) != {tensor.name for tensor in header.tensors}:
+        raise ToolError(
+            "plan",
+            "llama-quantize",
+            f"--dry-run named {len(types)} of {len(header.tensors)} tensors",
+            "use the pinned llama.cpp: `ewq toolchain build`",
+        )
+    data = sum(
+        padded(ggml_types.tensor_bytes(types[tensor.name], tensor.shape))
+        for tensor in header.tensors
+    )
+    infos = ((tensor.name, tensor.shape) for tensor in header.tensors)
+    return header_bytes(header.kv_bytes, infos) + data
+
+
+def dry_run_types(log: str) -> dict[str, str]:
+    """Each tensor's type from llama-quantize's log, by name."""
+    types = {}
+    for line in log.splitlines():
+        if match := _DRY_LINE.search(line):
+            name, source, size = match.groups()
+            target = _DRY_TYPE.search(size)
+            types[name] = (target[1] if target else source).upper()
+    return types

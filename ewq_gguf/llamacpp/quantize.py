@@ -1,0 +1,190 @@
+"""From a plan and a base GGUF to the mixed GGUF, by llama-quantize.
+
+Every quantisable tensor is named by a pattern of its own, anchored and escaped:
+llama-quantize searches patterns anywhere in a name and takes the first that matches,
+so `blk.1.*` would take layers 10 to 19 too. It exits with 0 when it ignores one, so
+the file counts as made only when every tensor was read back (verify.py).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.errors import InputError
+from ewq_gguf.llamacpp.gguf_file import read_gguf
+from ewq_gguf.llamacpp.toolchain import Toolchain
+from ewq_gguf.llamacpp.verify import verify_file
+from ewq_gguf.plan.build import provenance
+from ewq_gguf.process import run
+from ewq_gguf.records import Plan, Verification
+
+# Fixed relative names inside the work folder: no path can enter the file.
+_BASE, _TYPES, _OUT = "base.gguf", "tensor-types.txt", "out.gguf"
+_PROGRESS = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]")
+
+
+def tensor_pattern(name: str) -> str:
+    r"""A regular expression that matches this tensor name and no other.
+
+    llama-quantize lowers the case of patterns, splits them at `=` and at blanks, and
+    reads them as ECMAScript: everything but [a-z0-9_] is written as `\xHH`.
+    """
+    escaped = "".join(
+        c
+        if c in "abcdefghijklmnopqrstuvwxyz0123456789_"
+        else rf"\{c}"
+        if c in ".-"
+        else rf"\x{ord(c):02x}"
+        for c in name
+    )
+    return f"^{escaped}$"
+
+
+def tensor_types(plan: Plan) -> str:
+    """The text of `--tensor-type-file`: one line per quantisable tensor."""
+    return "".join(
+        f"{tensor_pattern(tensor.name)}={tensor.ggml_type.lower()}\n"
+        for tensor in plan.tensors
+        if tensor.is_quantizable
+    )
+
+
+def quantize_argv(
+    plan: Plan, tool: str | Path, *, base: str, types: str, out: str, n_threads: int
+) -> list[str]:
+    """llama-quantize's command line for a plan."""
+    pairs = provenance(plan.model, plan.ewq_version, plan.sha256)
+    overrides = [
+        argument
+        for key, value in sorted(pairs.items())
+        for argument in ("--override-kv", f"{key}=str:{value}")
+    ]
+    return [
+        str(tool),
+        "--tensor-type-file",
+        types,
+        *overrides,
+        base,
+        out,
+        plan.ftype,
+        str(n_threads),
+    ]
+
+
+def quantize(
+    plan: Plan,
+    base: Path,
+    out: Path,
+    toolchain: Toolchain,
+    *,
+    n_threads: int,
+    load: bool = True,
+    on_progress: Callable[[float], None] | None = None,
+) -> Verification:
+    """Write the mixed GGUF; it appears at `out` only when it is what the plan says.
+
+    Args:
+        plan: which type for which tensor.
+        base: the 16- or 32-bit GGUF of the same checkpoint.
+        out: the final path; replaced when the new file is verified.
+        toolchain: whose llama-quantize to use.
+        n_threads: for llama-quantize.
+        load: also load the file and let it answer.
+        on_progress: told the finished share, 0 to 1.
+
+    Raises:
+        InputError: the base GGUF is another model's.
+        ChildError: llama-quantize failed.
+        VerificationError: it wrote something else than planned.
+        ResourceError: the disk is full.
+    """
+    tool = toolchain.tool("llama-quantize")
+    check_base(plan, base)
+    folder = store.ensure_dir(out.absolute().parent, "quantize")
+    store.check_free(folder, plan.totals.file_size_bytes, "quantize")
+
+    def line(text: str) -> None:
+        if on_progress and (match := _PROGRESS.match(text)):
+            on_progress(int(match[1]) / int(match[2]))
+
+    with store.work_dir(out, stage="quantize") as work:
+        (work / _BASE).symlink_to(base.resolve())
+        (work / _TYPES).write_text(tensor_types(plan))
+        argv = quantize_argv(
+            plan, tool, base=_BASE, types=_TYPES, out=_OUT, n_threads=n_threads
+        )
+        run(
+            argv,
+            stage="quantize",
+            log_path=store.cache_dir("logs") / f"quantize-{out.stem}.log",
+            cwd=work,
+            on_line=line,
+        )
+        verification = verify_file(plan, work / _OUT, load=load)
+        store.publish(work / _OUT, out)
+    return verification
+
+
+def check_base(plan: Plan, base: Path) -> None:
+    """Refuse a base GGUF that is not the one the plan was made for.
+
+    Raises:
+        InputError: a tensor is missing, or has another shape or type.
+    """
+    found = {t.name: (t.shape, t.ggml_type) for t in read_gguf(base).tensors}
+    planned = {t.name: (t.shape, t.base_type) for t in plan.tensors}
+    if found == planned:
+        return
+    name = min(set(planned.items()) ^ set(found.items()))[0]
+    raise InputError(
+        "quantize",
+        base,
+        f"is not the plan's base: {name} is {found.get(name, 'absent')}, planned for "
+        f"{planned.get(name, 'none')}",
+        f"make the base of {plan.model.name} with `ewq convert`",
+    )
+
+
+def export_sh(plan: Plan) -> str:
+    """A shell script that makes the plan's file by hand.
+
+    It needs llama.cpp's converter and llama-quantize, the checkpoint's folder as $1
+    and the output as $2, and gives the same bytes.
+    """
+    argv = quantize_argv(
+        plan,
+        "llama-quantize",
+        base='"$work/base.gguf"',
+        types='"$work/tensor-types.txt"',
+        out='"$2"',
+        n_threads=0,
+    )
+    quoted = [arg if arg.startswith('"$') else shlex.quote(arg) for arg in argv]
+    outtype = plan_outtype(plan).lower()
+    return f"""#!/bin/sh
+# {plan.model.name}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
+# usage: sh {plan.model.name}.sh CHECKPOINT_FOLDER OUT.gguf
+set -eu
+: "${{LLAMA_CPP:?set LLAMA_CPP to a llama.cpp checkout with build/bin}}"
+PATH="$LLAMA_CPP/build/bin:$PATH"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work"/{shlex.quote(plan.model.name)}
+ln -s "$(cd "$1" && pwd)"/* "$work"/{shlex.quote(plan.model.name)}/
+python3 "$LLAMA_CPP/convert_hf_to_gguf.py" "$work"/{shlex.quote(plan.model.name)} \\
+  --outfile "$work/base.gguf" --outtype {outtype} \\
+  --model-name {shlex.quote(plan.model.name)}
+cat > "$work/tensor-types.txt" <<'TYPES'
+{tensor_types(plan)}TYPES
+{" ".join(quoted)}
+"""
+
+
+def plan_outtype(plan: Plan) -> str:
+    """The float type the plan's base GGUF was planned with."""
+    types = {t.base_type for t in plan.tensors if t.is_quantizable}
+    return types.pop() if len(types) == 1 else "F32"

@@ -1,0 +1,264 @@
+"""The llama.cpp that everything else uses: ours, built once, or the user's own."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.errors import ChildError, ToolError
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT, default_build, pointer_path
+from ewq_gguf.llamacpp import source as source_tree
+from ewq_gguf.llamacpp.build import (
+    LLAMA_CPP_BUILD,
+    STAGE,
+    build_tree,
+    check_build_tools,
+    is_complete,
+    missing_files,
+    read_record,
+    recipe_for,
+)
+from ewq_gguf.llamacpp.source import CONVERTER_NAME
+from ewq_gguf.process import run
+
+__all__ = [
+    "LLAMA_CPP_BUILD",
+    "LLAMA_CPP_COMMIT",
+    "Toolchain",
+    "build_toolchain",
+    "find_toolchain",
+]
+
+_BUILD_REMEDY = "run `ewq toolchain build` (or `make setup`)"
+_NEEDED_OPTIONS = ("--tensor-type-file", "--dry-run", "--override-kv", "--imatrix")
+_PROBE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """One llama.cpp: its tools, its converter and, where it is ours, its libraries.
+
+    Attributes:
+        commit: the full hash for ours; a short one or "unknown" for a user's own.
+        source_dir: holds convert_hf_to_gguf.py, conversion/ and gguf-py/.
+        bin_dir: holds the tools.
+        lib_dir: holds libllama; None for a user's own, because the bindings fit the
+            pinned commit only.
+        backend: cpu, cuda, metal, vulkan, or user.
+        flags: what CMake was given; empty for a user's own.
+    """
+
+    commit: str
+    source_dir: Path
+    bin_dir: Path
+    lib_dir: Path | None
+    backend: str
+    flags: tuple[str, ...]
+
+    def tool(self, name: str) -> Path:
+        """The path of a tool, such as `llama-quantize`.
+
+        Raises:
+            ToolError: it is not there.
+        """
+        path = self.bin_dir / name
+        if not path.is_file():
+            raise ToolError(STAGE, name, f"is not in {self.bin_dir}", self._remedy())
+        return path
+
+    @property
+    def converter(self) -> Path:
+        """The path of convert_hf_to_gguf.py.
+
+        Raises:
+            ToolError: it is not there.
+        """
+        path = self.source_dir / CONVERTER_NAME
+        if not path.is_file():
+            problem = f"is not in {self.source_dir}"
+            raise ToolError(STAGE, CONVERTER_NAME, problem, self._remedy())
+        return path
+
+    def converter_env(self) -> dict[str, str]:
+        """Variables for the converter: its own gguf-py comes before any other gguf."""
+        folders = [self.source_dir / "gguf-py", self.source_dir]
+        paths = [str(folder) for folder in folders if folder.is_dir()]
+        inherited = os.environ.get("PYTHONPATH")
+        return {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [inherited])])}
+
+    def _remedy(self) -> str:
+        if self.backend == "user":
+            return "build it there, or leave --llama-cpp and EWQ_LLAMA_CPP away"
+        return _BUILD_REMEDY
+
+
+def find_toolchain(llama_cpp: Path | None = None) -> Toolchain:
+    """The llama.cpp to use; reads a few files, and runs nothing if it is ours.
+
+    Args:
+        llama_cpp: a user's own (a checkout, an install prefix, or a folder with the
+            binaries); None for the one EWQ_LLAMA_CPP names, else ours.
+
+    Raises:
+        ToolError: there is none, or it lacks something.
+    """
+    chosen = llama_cpp or os.environ.get("EWQ_LLAMA_CPP")
+    if chosen:
+        return _user_toolchain(Path(chosen).expanduser().absolute())
+    folder = default_build()
+    record = None if folder is None else read_record(folder)
+    if folder is None or record is None:
+        raise ToolError(STAGE, "llama.cpp", "is not built", _BUILD_REMEDY)
+    if record.get("commit") != LLAMA_CPP_COMMIT:
+        raise ToolError(
+            STAGE,
+            folder,
+            f"built for another commit ({record.get('commit')}), "
+            f"{LLAMA_CPP_COMMIT} is needed",
+            _BUILD_REMEDY,
+        )
+    if missing := missing_files(folder):
+        names = ", ".join(missing)
+        raise ToolError(STAGE, folder, f"{names} vanished from it", _BUILD_REMEDY)
+    return _our_toolchain(folder, record)
+
+
+def build_toolchain(
+    backend: str = "cpu",
+    *,
+    jobs: int | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Toolchain:
+    """Build llama.cpp at the pinned commit, or take the build that is there.
+
+    It becomes the one that `find_toolchain` and the bindings use.
+
+    Args:
+        backend: cpu, cuda, metal or vulkan.
+        jobs: compilers at once; None for one per CPU.
+        on_line: called with each line printed; ours start with `toolchain: `,
+            Ninja's with `[done/all]`.
+
+    Raises:
+        ToolError: a compiler or a tool is missing, or the submodule is at another
+            commit.
+        ChildError: CMake or a compiler failed.
+        NetworkError: the source cannot be fetched.
+        LockedError: another process is building.
+        ResourceError: disk or memory ran out.
+    """
+    recipe = recipe_for(backend)
+    tell = on_line or _silent
+    folder = recipe.folder
+    source = source_tree.find_source()
+    if not is_complete(recipe) or source is None:
+        with store.locked(store.cache_dir("toolchain"), stage=STAGE):
+            if not is_complete(recipe):
+                check_build_tools(backend)
+            source = source_tree.obtain_source(lambda text: tell(f"{STAGE}: {text}"))
+            # Another process may have finished it while this one waited to look.
+            if not is_complete(recipe):
+                tell(f"{STAGE}: building llama.cpp ({backend}) in {folder}")
+                build_tree(source, recipe, jobs=jobs, on_line=tell)
+    if default_build() != folder:
+        _point_to(folder)
+    record = read_record(folder) or {}
+    return _our_toolchain(folder, record)
+
+
+def _silent(_line: str) -> None:
+    pass
+
+
+def _point_to(folder: Path) -> None:
+    """Make a build the default; other processes see the old pointer or the new."""
+    text = f'{{"build": "{folder.name}"}}\n'
+    store.write_text(pointer_path(), text, stage=STAGE, force=True)
+
+
+def _our_toolchain(folder: Path, record: dict[str, object]) -> Toolchain:
+    flags = record.get("flags")
+    return Toolchain(
+        commit=LLAMA_CPP_COMMIT,
+        # Not the recorded folder: the checkout that was built from may be gone.
+        source_dir=source_tree.find_source() or source_tree.cached_source(),
+        bin_dir=folder / "bin",
+        lib_dir=folder / "bin",
+        backend=str(record.get("backend")),
+        flags=tuple(flags) if isinstance(flags, list) else (),
+    )
+
+
+def _user_toolchain(folder: Path) -> Toolchain:
+    """A user's own llama.cpp, after asking its llama-quantize what it can do."""
+    places = (folder / "build" / "bin", folder / "bin", folder)
+    bin_dir = next((p for p in places if (p / "llama-quantize").is_file()), None)
+    if bin_dir is None:
+        raise ToolError(
+            STAGE,
+            folder,
+            "holds no llama-quantize (looked in build/bin, bin and the folder)",
+            "build it there, or leave --llama-cpp and EWQ_LLAMA_CPP away",
+        )
+    _check_options(bin_dir / "llama-quantize")
+    holders = (folder, bin_dir, bin_dir.parent, bin_dir.parent.parent)
+    own = next((p for p in holders if (p / CONVERTER_NAME).is_file()), None)
+    return Toolchain(
+        commit=_commit_of(bin_dir / "llama-perplexity"),
+        source_dir=own or source_tree.find_source() or folder,
+        bin_dir=bin_dir,
+        lib_dir=None,
+        backend="user",
+        flags=(),
+    )
+
+
+def _check_options(quantize: Path) -> None:
+    """Refuse a llama-quantize that lacks an option we use."""
+    code, text = _ask(quantize, "--help")
+    # Its help ends with 1; other codes are the loader's or a signal.
+    if code not in {0, 1}:
+        lines = text.strip().splitlines() or [f"exit code {code}"]
+        raise ToolError(
+            STAGE, quantize, f"cannot run ({lines[-1]})", "build it on this machine"
+        )
+    for option in _NEEDED_OPTIONS:
+        if not re.search(rf"(?<![\w-]){option}(?![\w-])", text):
+            raise ToolError(
+                STAGE,
+                quantize,
+                f"is too old: it has no {option}",
+                f"update that llama.cpp (build {LLAMA_CPP_BUILD} is known to work), "
+                "or leave --llama-cpp and EWQ_LLAMA_CPP away",
+            )
+
+
+def _commit_of(program: Path) -> str:
+    """The commit that a llama.cpp tool prints, or "unknown"."""
+    if not program.is_file():
+        return "unknown"
+    _, text = _ask(program, "--version")
+    found = re.search(r"(?:commit |version: \d+ \()([0-9a-f]{7,40})\b", text)
+    return found.group(1) if found else "unknown"
+
+
+def _ask(program: Path, option: str) -> tuple[int, str]:
+    """The exit code of a tool that was asked something, and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log_path = Path(folder) / "answer.log"
+        try:
+            text = run(
+                [program, option],
+                stage=STAGE,
+                log_path=log_path,
+                timeout_seconds=_PROBE_SECONDS,
+            )
+            return 0, text
+        except ChildError as error:
+            text = log_path.read_text(encoding="utf-8", errors="replace")
+            return error.return_code, text

@@ -1,0 +1,119 @@
+"""Reading a GGUF back: is it, tensor by tensor, what its plan says?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.errors import ChildError, VerificationError
+from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
+from ewq_gguf.process import python_argv, run
+from ewq_gguf.records import Plan, Verification, VerifiedTensor
+
+#: What a file is asked when it is loaded.
+PROMPT = "The capital of France is"
+_N_TOKENS = 8
+
+
+def verify_file(plan: Plan, path: Path, *, load: bool = True) -> Verification:
+    """Compare a file with its plan; load it and let it answer.
+
+    Args:
+        plan: what it should be.
+        path: the file.
+        load: run it in a child process (where llama-cpp-python is installed).
+
+    Raises:
+        VerificationError: it is not what the plan says; all differences with it.
+    """
+    gguf = read_gguf(path)
+    differences = tuple(_differences(plan, gguf))
+    if differences:
+        error = VerificationError(
+            "verify",
+            path,
+            f"{len(differences)} differences from the plan, the first: "
+            f"{differences[0]}",
+            "do not use this file; make it again with the pinned llama.cpp",
+        )
+        error.differences = differences
+        raise error
+    answer = _answer(path) if load and can_load() else None
+    found = {tensor.name: tensor.ggml_type for tensor in gguf.tensors}
+    return Verification(
+        plan_sha256=plan.sha256,
+        file_sha256=store.sha256_file(path),
+        planned_size_bytes=plan.totals.file_size_bytes,
+        found_size_bytes=gguf.file_bytes,
+        tensors=tuple(
+            VerifiedTensor(
+                name=tensor.name,
+                planned_type=tensor.written_type,
+                found_type=found[tensor.name],
+            )
+            for tensor in plan.tensors
+        ),
+        prompt=None if answer is None else PROMPT,
+        answer=answer,
+    )
+
+
+def can_load() -> bool:
+    """Whether the bindings are installed."""
+    return find_spec("llama_cpp") is not None
+
+
+def _differences(plan: Plan, gguf: GgufFile) -> Iterator[str]:
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    found = {tensor.name: tensor for tensor in gguf.tensors}
+    for name in sorted(planned.keys() | found.keys()):
+        if name not in found:
+            yield f"{name}: planned {planned[name].written_type}, absent"
+        elif name not in planned:
+            yield f"{name}: found {found[name].ggml_type}, not planned"
+        elif found[name].shape != planned[name].shape:
+            yield f"{name}: planned {planned[name].shape}, found {found[name].shape}"
+        elif found[name].ggml_type != planned[name].written_type:
+            yield (
+                f"{name}: planned {planned[name].written_type}, "
+                f"found {found[name].ggml_type}"
+            )
+    sha256 = gguf.kv.get("ewq.plan.sha256")
+    if sha256 != plan.sha256:
+        yield f"ewq.plan.sha256: planned {plan.sha256}, found {sha256}"
+    totals = plan.totals
+    if not totals.is_estimate and gguf.file_bytes != totals.file_size_bytes:
+        yield f"size: planned {totals.file_size_bytes}, found {gguf.file_bytes} bytes"
+
+
+def _answer(path: Path) -> str:
+    """What the file says to the prompt, in a child that may crash.
+
+    Raises:
+        VerificationError: it does not load, or its numbers are broken.
+    """
+    log_path = store.cache_dir("logs") / f"load-{path.stem}.log"
+    try:
+        text = run(
+            python_argv(
+                "ewq_gguf.llamacpp.speak_child", path.absolute(), PROMPT, str(_N_TOKENS)
+            ),
+            stage="verify",
+            log_path=log_path,
+        )
+    except ChildError as error:
+        raise VerificationError(
+            "verify", path, f"does not load: {error.problem}", f"its log is {log_path}"
+        ) from error
+    result = json.loads(text.splitlines()[-1])
+    if not result["is_finite"]:
+        raise VerificationError(
+            "verify",
+            path,
+            "is numerically broken: its logits hold NaN",
+            "do not use it",
+        )
+    return str(result["answer"])

@@ -1,0 +1,394 @@
+"""The main path as a handful of functions: what `ewq gguf` and a library user call.
+
+    checkpoint -> Scan -> Plan -> base GGUF -> mixed GGUF -> Verification
+
+Scans, layouts and base files are kept in the cache by what they depend on, so a second
+run does only what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Protocol
+
+from ewq_gguf import store
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.scan import scan_checkpoint
+from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.errors import (
+    ChildError,
+    InputError,
+    ToolError,
+    UsageError,
+    VerificationError,
+)
+from ewq_gguf.llamacpp.convert import base_type, convert
+from ewq_gguf.llamacpp.gguf_file import read_gguf
+from ewq_gguf.llamacpp.layout import cached_layout, layout_of
+from ewq_gguf.llamacpp.quantize import quantize
+from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, Toolchain, find_toolchain
+from ewq_gguf.llamacpp.verify import verify_file
+from ewq_gguf.plan.build import check_policy, make_plan
+from ewq_gguf.plan.sizes import header_bytes, padded
+from ewq_gguf.process import N_CPUS
+from ewq_gguf.records import (
+    EwqPolicy,
+    Layout,
+    Measures,
+    Plan,
+    Policy,
+    Scan,
+    UniformPolicy,
+    Verification,
+    load_cached,
+)
+
+
+class Progress(Protocol):
+    """Who is told how far long work is."""
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+
+    def stage(
+        self, name: str, total_bytes: int | None = None
+    ) -> AbstractContextManager[Callable[[float], None]]:
+        """Begin a stage; the function it gives is told the share done, 0 to 1."""
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    @contextmanager
+    def stage(
+        self, name: str, total_bytes: int | None = None
+    ) -> Iterator[Callable[[float], None]]:
+        """Show nothing."""
+        yield lambda share: None
+
+
+SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for a whole run.
+
+    Attributes:
+        n_threads: for reading, counting and quantising.
+        llama_cpp: the user's own llama.cpp, or None.
+        allow_nonfinite: count NaN and infinite weights instead of refusing them.
+        force: replace outputs made from other inputs.
+        load: load the finished file and let it answer.
+    """
+
+    n_threads: int = N_CPUS
+    llama_cpp: Path | None = None
+    allow_nonfinite: bool = False
+    force: bool = False
+    load: bool = True
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `make_gguf` made.
+
+    Attributes:
+        path: of the GGUF.
+        plan: it was made from.
+        plan_path: where the plan was written; None where it was given.
+        verification: of the file.
+        preset_bytes: sizes of the standard presets, by name, and of the base type.
+        is_reused: whether the file was there already, valid and of the same plan.
+    """
+
+    path: Path
+    plan: Plan
+    plan_path: Path | None
+    verification: Verification
+    preset_bytes: dict[str, int]
+    is_reused: bool
+
+
+def scan(
+    checkpoint: Checkpoint,
+    measures: Measures | None = None,
+    *,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Scan:
+    """Measure a checkpoint, or take the cached scan of the same unchanged files."""
+    options, measures = options or Options(), measures or Measures()
+    key = store.sha256_text(
+        f"{checkpoint.signature} {measures.model_dump_json()} {options.allow_nonfinite}"
+    )
+    path = store.cache_dir("scans") / f"{key[:32]}.json"
+    if (known := load_cached(Scan, path, "scan")) is not None:
+        return known
+    total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
+    done = 0
+    with progress.stage("scan", total) as share:
+
+        def on_bytes(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            share(done / total)
+
+        result = scan_checkpoint(
+            checkpoint,
+            measures,
+            n_threads=options.n_threads,
+            allow_nonfinite=options.allow_nonfinite,
+            on_bytes=on_bytes,
+        )
+    store.write_text(path, result.to_json(), stage="scan", force=True)
+    return result
+
+
+def plan(
+    source: Checkpoint | Scan,
+    policy: Policy,
+    *,
+    raw_type: str = "auto",
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Plan a checkpoint, or a scan of one, and predict the file's bytes.
+
+    With a checkpoint and a toolchain the prediction is exact. From a Scan alone it is,
+    where this machine has laid the same checkpoint out before; else an estimate.
+    """
+    options = options or Options()
+    check_policy(policy)
+    if isinstance(source, Scan):
+        layout = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
+        return make_plan(source, policy, layout, raw_type=raw_type)
+    try:
+        layout = _layout(source, find_toolchain(options.llama_cpp), progress)
+    except (ToolError, ChildError) as error:
+        progress.note(f"{error}; the file's size is an estimate without its header")
+        layout = None
+    measured = scan(source, policy_measures(policy), options=options, progress=progress)
+    return make_plan(measured, policy, layout, raw_type=raw_type)
+
+
+def policy_measures(policy: Policy) -> Measures:
+    """The measures a policy decides by."""
+    if isinstance(policy, EwqPolicy):
+        return Measures(epsilon=policy.epsilon, n_bins=policy.n_bins)
+    return Measures()
+
+
+def policy_label(policy: Policy) -> str:
+    """A short name for file names: what differs from the policy's defaults."""
+    if isinstance(policy, UniformPolicy):
+        return f"uniform-{policy.ggml_type}"
+    parts = ["ewq"]
+    standard = EwqPolicy()
+    if policy.measure != standard.measure:
+        parts.append(policy.measure)
+    if policy.epsilon != standard.epsilon and policy.measure == "softmax":
+        parts.append(f"eps{policy.epsilon:g}")
+    if policy.factor != standard.factor:
+        parts.append(f"x{policy.factor:g}")
+    if policy.ladder != standard.ladder:
+        parts.append("-".join(policy.ladder))
+    if policy.embedding_type != "raw":
+        parts.append(f"embd-{policy.embedding_type}")
+    if policy.output_type != "raw":
+        parts.append(f"out-{policy.output_type}")
+    return "-".join(parts)
+
+
+def plan_file(plan: Plan) -> Path:
+    """Where a plan is written by default: `plans/NAME.POLICY.json`."""
+    return Path("plans") / f"{plan.model.name}.{policy_label(plan.policy)}.json"
+
+
+def base_file(
+    checkpoint: Checkpoint,
+    toolchain: Toolchain,
+    *,
+    progress: Progress = SILENT,
+) -> Path:
+    """The base GGUF of a checkpoint in the cache, made on first use."""
+    outtype = base_type(checkpoint)
+    key = store.sha256_text(f"{checkpoint.signature} {outtype} {toolchain.commit}")
+    name = f"{checkpoint.identity.name}-{outtype}-{key[:16]}.gguf"
+    path = store.cache_dir("base") / name
+    with store.locked(path, stage="convert"):
+        if not path.exists():
+            with progress.stage("convert") as share:
+                convert(checkpoint, toolchain, path, outtype=outtype, on_progress=share)
+    return path
+
+
+def make_gguf(
+    model: str,
+    out: Path | None = None,
+    policy: Policy | Plan | None = None,
+    *,
+    raw_type: str = "auto",
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Made:
+    """Everything: scan, plan, convert, quantise, verify; reusing what is there.
+
+    Args:
+        model: a folder, a .safetensors file, a Hub id, or `demo`.
+        out: of the GGUF; None for `NAME-EWQ-<nearest preset>.gguf` here.
+        policy: how to plan, or a finished plan; None for the paper's.
+        raw_type: what `raw` means: `F16`, `BF16` or `auto`.
+        options: for the whole run.
+        progress: who is told.
+
+    Raises:
+        EwqError: of the stage that failed, with what to do.
+    """
+    options = options or Options()
+    policy = policy or EwqPolicy()
+    if out is not None:
+        store.check_writable(out, "gguf")
+    if not isinstance(policy, Plan):
+        check_policy(policy)
+    toolchain = find_toolchain(options.llama_cpp)
+    checkpoint = open_checkpoint(model, on_line=progress.note)
+    layout = _layout(checkpoint, toolchain, progress)
+    plan_path = None
+    if isinstance(policy, Plan):
+        made_plan = policy
+        check_plan(made_plan, checkpoint, force=options.force)
+    else:
+        measured = scan(
+            checkpoint, policy_measures(policy), options=options, progress=progress
+        )
+        check_layout(measured, layout)
+        made_plan = make_plan(measured, policy, layout, raw_type=raw_type)
+        plan_path = plan_file(made_plan)
+    presets = {**layout.preset_bytes, base_type(checkpoint): layout_bytes(layout)}
+    out = out or Path(
+        f"{made_plan.model.name}-EWQ-"
+        f"{nearest_preset(made_plan.totals.file_size_bytes, presets)}.gguf"
+    )
+    with store.locked(out, stage="gguf"):
+        reused = _existing(made_plan, out, options)
+        if plan_path is not None:
+            store.write_text(
+                plan_path, made_plan.to_json(), stage="plan", force=options.force
+            )
+        if reused is None:
+            base = base_file(checkpoint, toolchain, progress=progress)
+            with progress.stage("quantize") as share:
+                verification = quantize(
+                    made_plan,
+                    base,
+                    out,
+                    toolchain,
+                    n_threads=options.n_threads,
+                    load=options.load,
+                    on_progress=share,
+                )
+            store.write_text(
+                _verification_path(made_plan),
+                verification.to_json(),
+                stage="verify",
+                force=True,
+            )
+    return Made(
+        path=out,
+        plan=made_plan,
+        plan_path=plan_path,
+        verification=reused or verification,
+        preset_bytes=presets,
+        is_reused=reused is not None,
+    )
+
+
+def check_plan(plan: Plan, checkpoint: Checkpoint, *, force: bool = False) -> None:
+    """Refuse a plan that was made for another checkpoint.
+
+    Raises:
+        InputError: files or headers differ.
+    """
+    if plan.model.fingerprint != checkpoint.identity.fingerprint and not force:
+        raise InputError(
+            "plan",
+            plan.model.name,
+            f"the plan is for checkpoint {plan.model.fingerprint[:12]}, this one is "
+            f"{checkpoint.identity.fingerprint[:12]}",
+            "plan again, or use --force if you know that they match",
+        )
+
+
+def check_layout(scan: Scan, layout: Layout) -> None:
+    """The names and shapes predicted from the headers are the converter's.
+
+    The converter may add tensors that it computes (`rope_freqs`), nothing else.
+
+    Raises:
+        VerificationError: they are not; a plan would miss its tensors.
+    """
+    found = {tensor.name: tensor.shape for tensor in layout.tensors}
+    for tensor in scan.tensors:
+        if found.get(tensor.name) != tensor.shape:
+            raise VerificationError(
+                "plan",
+                tensor.name,
+                f"predicted as {tensor.shape}, the converter writes "
+                f"{found.get(tensor.name, 'no such tensor')}",
+                "report this checkpoint's config.json",
+            )
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Size of the base GGUF."""
+    from ewq_gguf.ggml_types import tensor_bytes
+
+    infos = ((tensor.name, tensor.shape) for tensor in layout.tensors)
+    return header_bytes(layout.kv_bytes, infos) + sum(
+        padded(tensor_bytes(tensor.ggml_type, tensor.shape))
+        for tensor in layout.tensors
+    )
+
+
+def nearest_preset(size_bytes: int, presets: dict[str, int]) -> str:
+    """The preset whose size is nearest, by ratio."""
+    return min(presets, key=lambda name: abs(log(presets[name] / size_bytes)))
+
+
+def _layout(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) -> Layout:
+    with progress.stage("read the header the converter would write"):
+        return layout_of(checkpoint, toolchain)
+
+
+def _existing(plan: Plan, out: Path, options: Options) -> Verification | None:
+    """The verification of a file that is there and still what this plan says."""
+    if not out.exists():
+        return None
+    try:
+        if read_gguf(out).kv.get("ewq.plan.sha256") == plan.sha256:
+            known = load_cached(Verification, _verification_path(plan), "verify")
+            if known is not None and known.file_sha256 == store.sha256_file(out):
+                return known
+            return verify_file(plan, out, load=options.load)
+    except (VerificationError, InputError):
+        pass  # damaged or not a GGUF: treated as somebody else's file
+    if options.force:
+        return None
+    raise UsageError(
+        "gguf",
+        out,
+        "exists and was made from another plan, or is damaged",
+        "use --force to replace it, or another -o",
+    )
+
+
+def _verification_path(plan: Plan) -> Path:
+    return store.cache_dir("verifications") / f"{plan.sha256}.json"

@@ -1,0 +1,1 @@
+"""Records to a Plan, pure: no files, no processes, no network."""

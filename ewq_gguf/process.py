@@ -1,0 +1,170 @@
+"""Child processes: the only home of subprocess.
+
+A child runs in its own process group with stdin closed and all of its output in one
+log. Whatever ends this process (an error, SIGINT, SIGTERM turned into an exception)
+ends the child's whole group within five seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ewq_gguf.errors import ChildError, ResourceError, ToolError, printable
+
+LOG_TAIL_LINES = 20
+
+#: Cores this process may use.
+N_CPUS = (
+    len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity")
+    else os.cpu_count() or 1
+)
+_STOP_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    stage: str,
+    log_path: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_seconds: float | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> str:
+    """Run a child to its end and return what it printed.
+
+    Args:
+        argv: the command; never a shell line.
+        stage: the room an error is reported under.
+        log_path: gets stdout and stderr together; overwritten.
+        cwd: the child's working folder.
+        env: variables added to this process's environment.
+        timeout_seconds: the longest it may take; None is no limit.
+        on_line: called with each complete line while the child runs.
+
+    Returns:
+        The log's text (undecodable bytes replaced).
+
+    Raises:
+        ToolError: the program does not exist or cannot be started.
+        ChildError: it ended with another code than 0, or took too long.
+        ResourceError: it was killed, most likely for memory.
+    """
+    command = [str(arg) for arg in argv]
+    started = time.monotonic()
+    with log_path.open("wb") as log:
+        try:
+            child = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ToolError(
+                stage,
+                command[0],
+                f"cannot be started ({error.strerror})",
+                "run `ewq toolchain build`, or name another with --llama-cpp",
+            ) from error
+    timed_out = False
+    try:
+        with log_path.open("rb") as log_read:
+            pending = b""
+            while True:
+                ended = child.poll() is not None
+                pending = _hand_lines(pending + log_read.read(), on_line)
+                if ended:
+                    break
+                if timeout_seconds and time.monotonic() - started > timeout_seconds:
+                    timed_out = True
+                    break
+                time.sleep(_POLL_SECONDS)
+    finally:
+        _stop_group(child)
+    text = log_path.read_text(encoding="utf-8", errors="replace")
+    if timed_out:
+        problem = f"took longer than {timeout_seconds:.0f} s and was stopped"
+        raise _child_error(command, -9, text, log_path, stage, problem)
+    if child.returncode != 0:
+        _raise_for(command, child.returncode, text, log_path, stage)
+    return text
+
+
+def python_argv(module: str, *args: str | Path) -> list[str]:
+    """The command line that runs one of our modules in a child."""
+    return [sys.executable, "-m", module, *(str(arg) for arg in args)]
+
+
+def _hand_lines(data: bytes, on_line: Callable[[str], None] | None) -> bytes:
+    """Pass complete lines on; return the incomplete rest."""
+    *lines, rest = data.replace(b"\r", b"\n").split(b"\n")
+    if on_line is not None:
+        for line in lines:
+            on_line(line.decode("utf-8", errors="replace"))
+    return rest
+
+
+def _stop_group(child: subprocess.Popen[bytes]) -> None:
+    """End the child's process group: SIGTERM, then SIGKILL after five seconds."""
+    if child.poll() is not None:
+        return
+    for stop, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)):
+        try:
+            os.killpg(child.pid, stop)
+        except ProcessLookupError:
+            return
+        try:
+            child.wait(seconds)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _raise_for(
+    command: Sequence[str], code: int, text: str, log_path: Path, stage: str
+) -> None:
+    program = Path(command[0]).name
+    if code == -signal.SIGKILL:
+        raise ResourceError(
+            stage,
+            program,
+            "killed (137), most likely because memory ran out",
+            f"free memory and run again; its log is {log_path}",
+        )
+    if code < 0:
+        problem = f"ended by {signal.Signals(-code).name}"
+    else:
+        problem = f"exit code {code}"
+    raise _child_error(command, code, text, log_path, stage, problem)
+
+
+def _child_error(
+    command: Sequence[str],
+    code: int,
+    text: str,
+    log_path: Path,
+    stage: str,
+    problem: str,
+) -> ChildError:
+    tail = [printable(line) for line in text.splitlines() if line.strip()]
+    tail = tail[-LOG_TAIL_LINES:]
+    if tail:
+        problem += f"; its last line: {tail[-1]}"
+    error = ChildError(stage, Path(command[0]).name, problem, f"its log is {log_path}")
+    error.argv = tuple(command)
+    error.return_code = code
+    error.log_tail = tuple(tail)
+    error.log_path = log_path
+    return error

@@ -1,0 +1,41 @@
+"""The typed, versioned records that rooms hand to each other, each saved as JSON."""
+
+from ewq_gguf.records.base import Record, load_cached, load_record
+from ewq_gguf.records.layout import Layout, LayoutTensor
+from ewq_gguf.records.model import ModelIdentity, Shard
+from ewq_gguf.records.plan import (
+    EwqPolicy,
+    Plan,
+    PlanLayer,
+    PlanTensor,
+    Policy,
+    Thresholds,
+    Totals,
+    UniformPolicy,
+)
+from ewq_gguf.records.scan import LayerScan, Measures, Scan, TensorScan
+from ewq_gguf.records.verification import Verification, VerifiedTensor
+
+__all__ = [
+    "EwqPolicy",
+    "LayerScan",
+    "Layout",
+    "LayoutTensor",
+    "Measures",
+    "ModelIdentity",
+    "Plan",
+    "PlanLayer",
+    "PlanTensor",
+    "Policy",
+    "Record",
+    "Scan",
+    "Shard",
+    "TensorScan",
+    "Thresholds",
+    "Totals",
+    "UniformPolicy",
+    "Verification",
+    "VerifiedTensor",
+    "load_cached",
+    "load_record",
+]

@@ -1,0 +1,99 @@
+"""What all records share: unknown keys refused, a schema name, canonical JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ewq_gguf.errors import InputError
+
+_MAX_RECORD_BYTES = 512 << 20
+
+R = TypeVar("R", bound="Record")
+
+
+class Part(BaseModel):
+    """A piece of a record: frozen, unknown keys refused, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, strict=True
+    )
+
+
+class Record(Part):
+    """A record that is saved as a file of its own.
+
+    Each kind narrows both fields to its own values; the version rises when a field
+    changes its meaning.
+
+    Attributes:
+        schema_name: such as `ewq.plan`.
+        schema_version: of that schema.
+    """
+
+    schema_name: str
+    schema_version: int
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted, indented, a final newline; equal records, equal bytes."""
+        values = self.model_dump(mode="json")
+        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the canonical JSON, as hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def load_record(kind: type[R], path: Path, stage: str) -> R:
+    """Read a record from its file.
+
+    Raises:
+        InputError: the file is missing, too large, not JSON, or not such a record.
+    """
+    schema = kind.model_fields["schema_name"].default
+    try:
+        if path.stat().st_size > _MAX_RECORD_BYTES:
+            raise InputError(
+                stage,
+                path,
+                f"{path.stat().st_size:,} bytes are more than a record's "
+                f"{_MAX_RECORD_BYTES:,}",
+                f"give a file that ewq wrote as {schema}",
+            )
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            stage, path, f"cannot be read ({error.strerror})", "check the path"
+        ) from error
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            stage, path, f"is not JSON ({error})", f"give a {schema} file"
+        ) from error
+    if not isinstance(values, dict) or values.get("schema_name") != schema:
+        raise InputError(stage, path, f"is not a {schema} file", "check the path")
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        pointer = "/" + "/".join(str(part) for part in first["loc"])
+        raise InputError(
+            stage,
+            path,
+            f"at {pointer}: {first['msg']}",
+            "make it anew with this version of ewq",
+        ) from error
+
+
+def load_cached(kind: type[R], path: Path, stage: str) -> R | None:
+    """A record from the cache, or None where it is missing or not sound any more."""
+    try:
+        return load_record(kind, path, stage) if path.exists() else None
+    except InputError:
+        return None

@@ -1,0 +1,44 @@
+"""Layout: what the converter would write for a checkpoint, weights left out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ewq_gguf.records.base import Part, Record
+
+
+class LayoutTensor(Part):
+    """One tensor of the base GGUF.
+
+    Attributes:
+        name: in the GGUF.
+        shape: slowest dimension first.
+        ggml_type: in the base GGUF: the 16- or 32-bit type, F32 for norms.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: str
+
+
+class Layout(Record):
+    """The header of a base GGUF.
+
+    Attributes:
+        converter_commit: of the llama.cpp it came from.
+        model_fingerprint: of the checkpoint.
+        n_kv: key-value pairs.
+        kv_bytes: of all key-value pairs in the file.
+        tensors: as the converter orders them.
+        preset_bytes: file size of each standard preset, by its name.
+    """
+
+    schema_name: Literal["ewq.layout"] = "ewq.layout"
+    schema_version: Literal[1] = 1
+
+    converter_commit: str
+    model_fingerprint: str
+    n_kv: int
+    kv_bytes: int
+    tensors: tuple[LayoutTensor, ...]
+    preset_bytes: dict[str, int]

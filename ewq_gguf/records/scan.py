@@ -1,0 +1,93 @@
+"""Scan: what one pass over a checkpoint's weights found."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ewq_gguf.records.base import Part, Record
+from ewq_gguf.records.model import ModelIdentity
+
+
+class Measures(Part):
+    """Parameters of the measures.
+
+    Attributes:
+        epsilon: of the softmax measure; 0.01 in the paper.
+        n_bins: of the histogram measure.
+    """
+
+    epsilon: float = 0.01
+    n_bins: int = 256
+
+
+class TensorScan(Part):
+    """One GGUF tensor's weights, as the checkpoint holds them.
+
+    Attributes:
+        name: in the GGUF.
+        hf_names: of the checkpoint's tensors that feed it.
+        role: such as `attn_q`; see tensor_names.
+        layer_idx: None outside the layers.
+        shape: slowest dimension first, as safetensors writes it.
+        dtype: as safetensors writes it: `BF16`, `F16`, `F32`.
+        n_weights: how many.
+        n_nonfinite: NaN and infinities among them; the rest decides the numbers.
+        softmax_entropy_nats: -sum p ln(p + epsilon), p = softmax(weights).
+        histogram_entropy_bits: of `n_bins` equal bins between min and max.
+        mean: of the finite weights.
+        std: population standard deviation.
+        min: smallest.
+        max: largest.
+    """
+
+    name: str
+    hf_names: tuple[str, ...]
+    role: str
+    layer_idx: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    n_weights: int
+    n_nonfinite: int
+    softmax_entropy_nats: float
+    histogram_entropy_bits: float
+    mean: float
+    std: float
+    min: float
+    max: float
+
+
+class LayerScan(Part):
+    """One layer: its linear matrices' entropies, weighted by their sizes.
+
+    Attributes:
+        layer_idx: from 0.
+        n_weights: of the linear matrices.
+        softmax_entropy_nats: weighted mean.
+        histogram_entropy_bits: weighted mean.
+    """
+
+    layer_idx: int
+    n_weights: int
+    softmax_entropy_nats: float
+    histogram_entropy_bits: float
+
+
+class Scan(Record):
+    """A whole checkpoint.
+
+    Attributes:
+        model: which one.
+        measures: the parameters.
+        tensors: in the order of the GGUF names, layers numerically.
+        layers: in order; empty where no layer has a linear matrix.
+        dropped: checkpoint tensors that no GGUF tensor is made of.
+    """
+
+    schema_name: Literal["ewq.scan"] = "ewq.scan"
+    schema_version: Literal[1] = 1
+
+    model: ModelIdentity
+    measures: Measures
+    tensors: tuple[TensorScan, ...]
+    layers: tuple[LayerScan, ...]
+    dropped: tuple[str, ...]

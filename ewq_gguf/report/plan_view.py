@@ -1,0 +1,140 @@
+"""A plan in 80 columns: what was decided, and a layer x role map in colour."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from math import prod
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ewq_gguf.records import EwqPolicy, Plan, PlanTensor
+from ewq_gguf.report.text import size_text, type_style
+
+_SHORT = {
+    "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
+    "attn_qkv": "qkv", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down",
+}  # fmt: skip
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """The whole view, for a rich console."""
+    return Group(_head(plan), Text(), _layer_map(plan), Text(), _other(plan))
+
+
+def layer_counts(plan: Plan) -> str:
+    """`27 BF16 · 2 Q8_0 · 1 Q4_K`: layers by decision, most bits first."""
+    counts = Counter(layer.ggml_type for layer in plan.layers)
+    return " · ".join(f"{n} {name}" for name, n in counts.most_common())
+
+
+def _head(plan: Plan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    totals, policy = plan.totals, plan.policy
+    table.add_row("model", Text(plan.model.name))
+    table.add_row("policy", Text(_policy_text(plan)))
+    if plan.thresholds is not None and isinstance(policy, EwqPolicy):
+        limits = plan.thresholds
+        unit = "nats" if policy.measure == "softmax" else "bits"
+        table.add_row(
+            "decision",
+            f"mu {limits.mean:.9g}, sigma {limits.std:.3g}, "
+            f"mu - {policy.factor:g} sigma {limits.low:.9g} {unit}",
+        )
+    table.add_row("layers", layer_counts(plan))
+    estimate = " (estimate: header not known)" if totals.is_estimate else ""
+    table.add_row(
+        "file",
+        f"{totals.file_size_bytes:,} bytes, {totals.bpw:.3f} bits per weight{estimate}",
+    )
+    return table
+
+
+def _policy_text(plan: Plan) -> str:
+    policy = plan.policy
+    if not isinstance(policy, EwqPolicy):
+        return f"uniform {policy.ggml_type}"
+    measure = (
+        f"softmax, epsilon {policy.epsilon:g}"
+        if policy.measure == "softmax"
+        else f"histogram, {policy.n_bins} bins"
+    )
+    return (
+        f"ewq, {measure}, factor {policy.factor:g}, ladder {', '.join(policy.ladder)}"
+    )
+
+
+def _layer_map(plan: Plan) -> Table:
+    """One row per layer; z is how many sigmas its entropy lies from the mean."""
+    members: dict[int, list[PlanTensor]] = defaultdict(list)
+    for tensor in plan.tensors:
+        if tensor.layer_idx is not None and tensor.is_quantizable:
+            members[tensor.layer_idx].append(tensor)
+    found = {tensor.role for tensors in members.values() for tensor in tensors}
+    roles = sorted(found, key=lambda role: (_role_rank(role), role))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("layer", justify="right")
+    table.add_column("z", justify="right")
+    for role in roles:
+        table.add_column(_SHORT.get(role, role))
+    table.add_column("MB", justify="right")
+    entropies = {layer.layer_idx: layer.entropy for layer in plan.layers}
+    for layer_idx in sorted(members):
+        types = {tensor.role: tensor.written_type for tensor in members[layer_idx]}
+        size = sum(tensor.size_bytes for tensor in members[layer_idx])
+        table.add_row(
+            str(layer_idx),
+            _z_text(plan, entropies.get(layer_idx)),
+            *(_type_text(types.get(role)) for role in roles),
+            f"{size / 1e6:.2f}",
+        )
+    return table
+
+
+def _role_rank(role: str) -> int:
+    ranks = list(_SHORT)
+    return ranks.index(role) if role in ranks else len(ranks)
+
+
+def _z_text(plan: Plan, entropy: float | None) -> str:
+    limits = plan.thresholds
+    if entropy is None or limits is None or limits.std == 0:
+        return "-"
+    return f"{(entropy - limits.mean) / limits.std:+.2f}"
+
+
+def _type_text(ggml_type: str | None) -> Text:
+    if ggml_type is None:
+        return Text("-")
+    return Text(ggml_type, style=type_style(ggml_type))
+
+
+def _other(plan: Plan) -> Table:
+    """The tensors outside the layers, and the small ones together."""
+    table = Table.grid(padding=(0, 2))
+    small = [tensor for tensor in plan.tensors if not tensor.is_quantizable]
+    for tensor in plan.tensors:
+        if tensor.layer_idx is None and tensor.is_quantizable:
+            table.add_row(
+                Text(tensor.name),
+                _type_text(tensor.written_type),
+                size_text(tensor.size_bytes),
+            )
+    if small:
+        table.add_row(
+            f"{len(small)} norms and other tensors llama-quantize leaves alone",
+            " ".join(sorted({tensor.written_type for tensor in small})),
+            size_text(sum(tensor.size_bytes for tensor in small)),
+        )
+    fallen = [t for t in plan.tensors if t.ggml_type != t.written_type]
+    if fallen:
+        example = fallen[0]
+        n_weights = sum(prod(tensor.shape) for tensor in fallen)
+        table.add_row(
+            f"{len(fallen)} tensors fall back, as {example.ggml_type} on rows of "
+            f"{example.shape[-1]}",
+            _type_text(example.written_type),
+            f"{n_weights / plan.totals.n_weights:.0%} of weights",
+        )
+    return table

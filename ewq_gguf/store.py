@@ -1,0 +1,244 @@
+"""Writing that cannot lose anything: atomic, locked, refused where it would overwrite.
+
+A file appears at its final path complete or not at all: it is written beside it under
+a name of its own, flushed to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from ewq_gguf.errors import LockedError, ResourceError, UsageError
+
+_HASH_CHUNK_BYTES = 8 << 20
+
+
+def cache_dir(*parts: str) -> Path:
+    """A folder below the cache (`EWQ_CACHE`, else the platform's), created."""
+    root = os.environ.get("EWQ_CACHE")
+    base = Path(root) if root else Path(platformdirs.user_cache_dir("ewq-gguf"))
+    return ensure_dir(base.absolute().joinpath(*parts), "cache")
+
+
+def ensure_dir(path: Path, stage: str) -> Path:
+    """Create a folder, or say why it cannot be one.
+
+    Raises:
+        ResourceError: it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            stage,
+            path,
+            f"the folder cannot be created ({error.strerror})",
+            "choose another output folder",
+        ) from error
+    return path
+
+
+def check_writable(path: Path, stage: str) -> None:
+    """Refuse early where a file at `path` could not be written.
+
+    Raises:
+        UsageError: `path` is a folder.
+        ResourceError: its folder cannot be created or written.
+    """
+    if path.is_dir():
+        raise UsageError(stage, path, "is a folder", "give the name of a file with -o")
+    folder = ensure_dir(path.absolute().parent, stage)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _write_error(stage, folder, error) from error
+
+
+def check_free(folder: Path, needed_bytes: int, stage: str) -> None:
+    """Refuse early where a disk has no room.
+
+    Raises:
+        ResourceError: fewer than `needed_bytes` are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ResourceError(
+            stage,
+            folder,
+            f"{needed_bytes:,} bytes are needed and {free:,} are free",
+            "free some space or choose another folder with -o",
+        )
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8, as hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_text(path: Path, text: str, *, stage: str, force: bool = False) -> bool:
+    """Write a whole text file, atomically.
+
+    A file with the same text is left alone; one with another text is refused.
+
+    Args:
+        path: the final path.
+        text: its whole content.
+        stage: the room an error is reported under.
+        force: replace a file with another text.
+
+    Returns:
+        True if it was written, False if it was there already.
+
+    Raises:
+        UsageError: a file with another text is there and `force` is not given.
+        ResourceError: the disk is full or the folder cannot be written.
+    """
+    check_writable(path, stage)
+    if path.exists():
+        if path.read_bytes() == text.encode():
+            return False
+        if not force:
+            raise already_exists(path, stage)
+    with replacing(path, stage=stage) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return True
+
+
+def already_exists(path: Path, stage: str) -> UsageError:
+    """The error for an output that exists and was made from something else."""
+    return UsageError(
+        stage,
+        path,
+        "exists and was made from other inputs",
+        "use --force to replace it, or another -o",
+    )
+
+
+@contextmanager
+def replacing(path: Path, *, stage: str) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block succeeds.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written.
+    """
+    with work_dir(path, stage=stage) as folder:
+        temporary = folder / path.name
+        try:
+            yield temporary
+            publish(temporary, path)
+        except OSError as error:
+            raise _write_error(stage, path, error) from error
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Flush a finished file to the disk and rename it to its final path."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
+    """A hidden folder beside `path`, on the same disk, removed at the end.
+
+    What a killed run of this host left for the same path is removed first.
+
+    Raises:
+        ResourceError: it cannot be created.
+    """
+    prefix = f".{path.name}.{socket.gethostname()}."
+    parent = ensure_dir(path.absolute().parent, stage)
+    for stale in parent.glob(f"{_escape_glob(prefix)}*.ewq"):
+        if not _is_alive(stale.name[len(prefix) : -len(".ewq")]):
+            shutil.rmtree(stale, ignore_errors=True)
+    try:
+        folder = tempfile.mkdtemp(".ewq", f"{prefix}{os.getpid()}-", parent)
+    except OSError as error:
+        raise _write_error(stage, parent, error) from error
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, *, stage: str) -> Iterator[None]:
+    """Hold the lock of one output; a second run is told who holds it.
+
+    Raises:
+        LockedError: another process holds it.
+    """
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    folder = cache_dir("locks")
+    owner = folder / f"{name}.owner"
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text().strip() if owner.exists() else "another process"
+        raise LockedError(
+            stage,
+            path,
+            f"is being written by {who}",
+            "wait for it to end, or choose another output with -o",
+        ) from None
+    try:
+        owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _is_alive(tag: str) -> bool:
+    """Whether the process that made a work folder, by its tag `PID-random`, runs."""
+    pid = tag.partition("-")[0]
+    if not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _escape_glob(text: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _write_error(stage: str, path: Path, error: OSError) -> ResourceError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return ResourceError(
+        stage,
+        path,
+        "the disk is full" if full else f"cannot be written ({error.strerror})",
+        "free some space" if full else "choose another output with -o",
+    )
