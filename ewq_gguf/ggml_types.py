@@ -53,7 +53,7 @@ def type_name(number: int) -> str | None:
 
 
 def type_number(ggml_type: str) -> int:
-    """ggml's number of a type.
+    """The number ggml has for a type.
 
     Raises:
         KeyError: there is no such type.
@@ -75,7 +75,7 @@ def row_bytes(ggml_type: str, n_columns: int) -> int:
     block, size = _sizes()[ggml_type]
     if n_columns % block:
         raise ValueError(
-            f"row length {n_columns} is not a multiple of {ggml_type}'s block of {block}"
+            f"row length {n_columns} is not a multiple of {ggml_type}'s {block}"
         )
     return n_columns // block * size
 

@@ -78,7 +78,7 @@ def write_llama(
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(seed)
     half = hidden // 2
-    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(n_layers):
         layer = f"model.layers.{i}."
         shapes |= {
@@ -97,8 +97,8 @@ def write_llama(
         shapes["lm_head.weight"] = (vocab, hidden)
     tensors = {}
     for name, shape in shapes.items():
-        layer = int(name.split(".")[2]) if ".layers." in name else 0
-        scale = 0.02 * (1 + layer % 5)  # layers differ, so the rule has work to do
+        index = int(name.split(".")[2]) if ".layers." in name else 0
+        scale = 0.02 * (1 + index % 5)  # layers differ, so the rule has work to do
         values = rng.standard_normal(shape).astype(np.float32) * np.float32(scale)
         tensors[name] = (dtype, values + np.float32(len(shape) == 1))
     write_shards(folder, tensors, n_shards)
@@ -114,7 +114,7 @@ def write_shards(
     if n_shards == 1:
         write_shard(folder / "model.safetensors", tensors)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     names = list(tensors)
     for i in range(n_shards):
         part = {name: tensors[name] for name in names[i::n_shards]}

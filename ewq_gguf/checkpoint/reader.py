@@ -72,7 +72,7 @@ class RangeReader:
             ResourceError: the disk or the network file system failed.
         """
         fd = self._fds[path]
-        view = memoryview(buffer)
+        view = buffer.data
         for offset in range(begin, end, buffer.size):
             size = min(buffer.size, end - offset)
             filled = 0

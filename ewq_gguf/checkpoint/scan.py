@@ -211,8 +211,8 @@ def _run(jobs: Iterable[_Job], n_threads: int, on_bytes: Callable[[int], None]) 
         running: set[Future[tuple[_Job, int, bool]]] = set()
         try:
             while True:
-                while len(running) < 2 * n_threads and (item := next(waiting, None)):
-                    running.add(pool.submit(work, *item))
+                while len(running) < 2 * n_threads and (part := next(waiting, None)):
+                    running.add(pool.submit(work, *part))
                 if not running:
                     return
                 finished, running = wait(running, return_when=FIRST_COMPLETED)

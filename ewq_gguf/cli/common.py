@@ -249,9 +249,9 @@ class BarProgress:
             return
         columns = [TextColumn("{task.description}"), BarColumn()]
         if total_bytes:
-            columns += [DownloadColumn(), TransferSpeedColumn()]  # type: ignore[list-item]
+            columns += [DownloadColumn(), TransferSpeedColumn()]
         else:
-            columns += [TaskProgressColumn(), TimeElapsedColumn()]  # type: ignore[list-item]
+            columns += [TaskProgressColumn(), TimeElapsedColumn()]
         with Progress(
             *columns, TimeRemainingColumn(), console=self._console
         ) as progress:

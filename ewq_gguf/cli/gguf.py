@@ -27,7 +27,7 @@ from ewq_gguf.cli.common import (
     threads_option,
 )
 from ewq_gguf.llamacpp.quantize import quantize_argv
-from ewq_gguf.records import Plan, load_record
+from ewq_gguf.records import Plan, Policy, load_record
 from ewq_gguf.report.made_view import made_view
 
 
@@ -73,14 +73,23 @@ def gguf(
         progress=progress,
     )
     if not values["quiet"]:
-        console().print(made_view(made))
+        console().print(
+            made_view(
+                made.path,
+                made.plan,
+                made.verification,
+                made.preset_bytes,
+                plan_path=made.plan_path,
+                is_reused=made.is_reused,
+            )
+        )
     click.echo(made.verification.to_json() if as_json else made.path, nl=not as_json)
 
 
 def _dry_run(
     model: str,
     out: Path | None,
-    policy: pipeline.Policy,
+    policy: Policy,
     options: pipeline.Options,
     values: dict[str, Any],
     progress: BarProgress,

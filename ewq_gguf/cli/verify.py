@@ -17,7 +17,7 @@ from ewq_gguf.records import Plan, load_record
 @no_load_option
 @json_option
 def verify(plan_path: Path, file: Path, no_load: bool, as_json: bool) -> None:
-    """Compare FILE with PLAN, tensor by tensor and byte by byte; exit 8 if it differs."""
+    """Compare FILE with PLAN, tensor by tensor; exit 8 if it differs."""
     record = load_record(Plan, plan_path, "verify")
     result = verify_file(record, file, load=not no_load)
     if as_json:

@@ -48,7 +48,7 @@ def code_values(dtype: str) -> NDArray[np.float64]:
         return values.astype(np.float64)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def count_codes(data: NDArray[np.uint16], counts: NDArray[np.uint32]) -> None:
     """Add each code's occurrences in `data`, (n,) uint16, to `counts`, (65536,)."""
     for i in range(data.size):
@@ -107,7 +107,7 @@ def _plain_exponentials(dtype: str) -> NDArray[np.float64]:
     return result
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _range(
     counts: NDArray[np.int64], values: NDArray[np.float64]
 ) -> tuple[float, float, int]:
@@ -120,8 +120,8 @@ def _range(
     return low, high, n_finite
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _summarise(  # noqa: PLR0913 - one compiled pass over the table
+@njit(nogil=True, cache=True)
+def _summarise(
     counts: NDArray[np.int64],
     values: NDArray[np.float64],
     weights: NDArray[np.float64],

@@ -110,7 +110,7 @@ def summarise_floats(
         entropy = -(log(epsilon) + fsum(part.tail for part in parts))
     else:
         entropy = log(norms.exp_sum) - norms.exp_moment / norms.exp_sum
-    bins = np.sum([part.bins for part in parts], axis=0, dtype=np.int64)
+    bins: NDArray[np.int64] = np.stack([part.bins for part in parts]).sum(axis=0)
     return Summary(
         n_weights=norms.n_weights,
         n_nonfinite=norms.n_weights - norms.n_finite,
@@ -123,7 +123,7 @@ def summarise_floats(
     )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _first(
     data: NDArray[np.float32],
 ) -> tuple[int, float, float, float, float, float]:
@@ -145,8 +145,8 @@ def _first(
     return n_finite, low, high, total, exp_sum, exp_moment
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _second(  # noqa: PLR0913 - one compiled pass over the part
+@njit(nogil=True, cache=True)
+def _second(
     data: NDArray[np.float32],
     mean: float,
     high: float,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log1p
 from typing import Self
 
 import numpy as np
@@ -29,16 +30,18 @@ class Summary:
         return cls(n_weights, n_weights, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-@njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, inline="always")
 def p_log1p(p: float, epsilon: float) -> float:
-    """p ln(1 + p / epsilon), so that -sum p ln(p + epsilon) = -ln(epsilon) - its sum.
+    """One term of the tail: p ln(1 + p / epsilon).
+
+    -sum p ln(p + epsilon) = -ln(epsilon) - the sum of these.
 
     p / epsilon is mostly tiny: six terms of the series are exact to float64 there, and
     ten times faster than the library's log1p.
     """
     x = p / epsilon
     if x > 1e-3:
-        return p * np.log1p(x)
+        return p * log1p(x)
     return (
         p
         * x
@@ -53,7 +56,7 @@ def histogram_edges(low: float, high: float, n_bins: int) -> NDArray[np.float64]
     return np.linspace(low, high, n_bins + 1)
 
 
-@njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, inline="always")
 def histogram_index(value: float, edges: NDArray[np.float64]) -> int:
     """The bin `numpy.histogram` puts a value in, rounding at the edges included."""
     n_bins = edges.size - 1

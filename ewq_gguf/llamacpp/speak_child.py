@@ -13,14 +13,15 @@ import numpy as np
 
 def main(path: str, prompt: str, n_tokens: int) -> None:
     """Print `{"answer": ..., "is_finite": ...}` as the last line of stdout."""
-    from llama_cpp import Llama
+    import llama_cpp
 
-    model = Llama(path, n_ctx=256, n_batch=256, n_gpu_layers=0, verbose=False)
+    model = llama_cpp.Llama(path, n_ctx=256, n_batch=256, n_gpu_layers=0, verbose=False)
     tokens = model.tokenize(prompt.encode(), add_bos=True)
     answer, is_finite = [], True
     model.eval(tokens)
     for _ in range(n_tokens):
-        logits = np.ctypeslib.as_array(model._ctx.get_logits(), (model.n_vocab(),))
+        pointer = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        logits = np.ctypeslib.as_array(pointer, (model.n_vocab(),))
         is_finite = is_finite and bool(np.isfinite(logits).all())
         token = int(np.argmax(logits))
         if token == model.token_eos():

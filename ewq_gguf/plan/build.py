@@ -146,8 +146,10 @@ def _check_type(name: str) -> None:
 
 
 def _raw_type(scan: Scan, raw_type: str) -> str:
-    """The 16-bit type of the source; for 32-bit weights F16 where they fit, as the
-    converter does it."""
+    """The 16-bit type of the source.
+
+    For 32-bit weights F16 where they fit it, which is the converter's choice too.
+    """
     if raw_type != "auto":
         return raw_type
     weights: Counter[str] = Counter()

@@ -39,7 +39,7 @@ class Record(Part):
     schema_version: int
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted, indented, a final newline; equal records, equal bytes."""
+        """Canonical JSON: sorted and indented; equal records give equal bytes."""
         values = self.model_dump(mode="json")
         return json.dumps(values, indent=1, sort_keys=True) + "\n"
 

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ewq_gguf.pipeline import Made
-from ewq_gguf.records import Plan
+from ewq_gguf.errors import printable
+from ewq_gguf.records import Plan, Verification
 from ewq_gguf.report.plan_view import layer_counts
 from ewq_gguf.report.text import size_text
 
 _N_NEAREST = 4
 
 
-def made_view(made: Made) -> RenderableType:
-    """Size, layers, neighbours, and how to run it."""
+def made_view(
+    path: Path,
+    plan: Plan,
+    verification: Verification,
+    preset_bytes: Mapping[str, int],
+    *,
+    plan_path: Path | None = None,
+    is_reused: bool = False,
+) -> RenderableType:
+    """Size, layers, neighbours, and how to run it.
+
+    Args:
+        path: of the GGUF.
+        plan: it was made from.
+        verification: of the file.
+        preset_bytes: file sizes of the standard presets, by name.
+        plan_path: where the plan was written.
+        is_reused: whether the file was there already.
+    """
     table = Table.grid(padding=(0, 2))
-    totals, found = made.plan.totals, made.verification
-    reused = " (was there already, still valid)" if made.is_reused else ""
-    table.add_row("file", Text(f"{made.path}{reused}"))
-    if made.plan_path is not None:
-        table.add_row("plan", Text(f"{made.plan_path}  (`ewq plan show` draws it)"))
+    reused = " (was there already, still valid)" if is_reused else ""
+    size = verification.found_size_bytes
+    table.add_row("file", Text(f"{path}{reused}"))
+    if plan_path is not None:
+        table.add_row("plan", Text(f"{plan_path}  (`ewq plan show` draws it)"))
     table.add_row(
-        "size",
-        f"{found.found_size_bytes:,} bytes, as predicted; {totals.bpw:.2f} bits per "
-        "weight",
+        "size", f"{size:,} bytes, as predicted; {plan.totals.bpw:.2f} bits per weight"
     )
-    table.add_row("layers", layer_counts(made.plan))
-    table.add_row("others", _others(made.plan))
-    table.add_row("verified", f"{len(found.tensors)} tensors, each of its planned type")
-    table.add_row("presets", _presets(made))
-    table.add_row("answers", _answer(made))
-    table.add_row("run", Text(f"llama-cli -m {made.path}"))
+    table.add_row("layers", layer_counts(plan))
+    table.add_row("others", _others(plan))
+    count = len(verification.tensors)
+    table.add_row("verified", f"{count} tensors, each of its planned type")
+    table.add_row("presets", _presets(size, preset_bytes))
+    table.add_row("answers", _answer(verification))
+    table.add_row("run", Text(f"llama-cli -m {path}"))
     return Group(Text(), table, Text())
 
 
@@ -44,22 +63,19 @@ def _others(plan: Plan) -> str:
     )
 
 
-def _presets(made: Made) -> Table:
+def _presets(size: int, preset_bytes: Mapping[str, int]) -> Table:
     """The standard files nearest in size, and Q8_0 and Q4_K_M whatever theirs."""
-    size = made.verification.found_size_bytes
-    by_distance = sorted(
-        made.preset_bytes, key=lambda name: abs(made.preset_bytes[name] - size)
-    )
-    names = {*by_distance[:_N_NEAREST], "Q8_0", "Q4_K_M"} & set(made.preset_bytes)
+    by_distance = sorted(preset_bytes, key=lambda name: abs(preset_bytes[name] - size))
+    names = {*by_distance[:_N_NEAREST], "Q8_0", "Q4_K_M"} & set(preset_bytes)
     table = Table.grid(padding=(0, 2))
-    for name in sorted(names, key=lambda name: -made.preset_bytes[name]):
-        n_bytes = made.preset_bytes[name]
+    for name in sorted(names, key=lambda name: -preset_bytes[name]):
+        n_bytes = preset_bytes[name]
         table.add_row(name, size_text(n_bytes), f"{n_bytes / size - 1:+.0%}")
     return table
 
 
-def _answer(made: Made) -> Text:
-    found = made.verification
-    if found.answer is None:
+def _answer(verification: Verification) -> Text:
+    if verification.answer is None:
         return Text("not loaded (llama-cpp-python is not installed, or --no-load)")
-    return Text(f"{found.prompt}{found.answer}".replace("\n", " "))
+    said = f"{verification.prompt}{verification.answer}"
+    return Text(printable(" ".join(said.split())))

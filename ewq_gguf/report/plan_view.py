@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ewq_gguf.ggml_types import bits_per_weight
 from ewq_gguf.records import EwqPolicy, Plan, PlanTensor
 from ewq_gguf.report.text import size_text, type_style
 
@@ -26,7 +27,8 @@ def plan_view(plan: Plan) -> RenderableType:
 def layer_counts(plan: Plan) -> str:
     """`27 BF16 · 2 Q8_0 · 1 Q4_K`: layers by decision, most bits first."""
     counts = Counter(layer.ggml_type for layer in plan.layers)
-    return " · ".join(f"{n} {name}" for name, n in counts.most_common())
+    by_bits = sorted(counts, key=lambda name: -bits_per_weight(name))
+    return " · ".join(f"{counts[name]} {name}" for name in by_bits)
 
 
 def _head(plan: Plan) -> Table:
