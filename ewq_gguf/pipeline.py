@@ -172,7 +172,7 @@ def plan(
         return make_plan(source, policy, layout, raw_type=raw_type)
     try:
         layout = _layout(source, find_toolchain(options.llama_cpp), progress)
-    except (ToolError, ChildError) as error:
+    except (ToolError, ChildError, InputError) as error:
         progress.note(f"{error}; the file's size is an estimate without its header")
         layout = None
     measured = scan(source, policy_measures(policy), options=options, progress=progress)
@@ -364,7 +364,10 @@ def nearest_preset(size_bytes: int, presets: dict[str, int]) -> str:
 
 
 def _layout(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) -> Layout:
-    with progress.stage("read the header the converter would write"):
+    known = cached_layout(checkpoint.identity.fingerprint, toolchain.commit)
+    if known is not None:
+        return known
+    with progress.stage("ask the converter for the file's header"):
         return layout_of(checkpoint, toolchain)
 
 

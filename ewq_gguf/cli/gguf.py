@@ -115,7 +115,8 @@ def _dry_run(
     commands = [
         ["ewq", "convert", model, "-o", "base.gguf"],
         ["ewq", "plan", model, "--policy", values["policy"], "-o", str(path)],
-        ["ewq", "plan", "export", str(path), "--format", "tensor-types"],
+        ["ewq", "plan", "export", str(path), "--format", "tensor-types"]
+        + ["-o", "tensor-types.txt"],
         quantize,
     ]
     size = f"# {plan.totals.file_size_bytes} bytes, {plan.totals.bpw:.3f} bpw"

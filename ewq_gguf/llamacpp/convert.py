@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.errors import ToolError
+from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import python_argv, run
@@ -29,6 +29,7 @@ _CHILD_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _PERCENT = re.compile(r"Writing:\s+(\d+)%")
 
 
@@ -75,10 +76,12 @@ def convert(
 
     Raises:
         ToolError: the converter's own packages are missing.
+        InputError: the checkpoint has no tokenizer.
         ChildError: the converter failed.
         ResourceError: the disk is full.
     """
     _check_packages()
+    check_tokenizer(checkpoint)
     total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
     store.check_free(store.ensure_dir(out.parent, "convert"), total, "convert")
 
@@ -118,9 +121,11 @@ def header_of(
 
     Raises:
         ToolError: the converter's own packages are missing.
+        InputError: the checkpoint has no tokenizer.
         ChildError: the converter refuses the checkpoint.
     """
     _check_packages()
+    check_tokenizer(checkpoint)
     out = store.cache_dir("layouts") / f"{checkpoint.identity.fingerprint}.gguf"
     with store.work_dir(out, stage="convert") as folder:
         staged = stage_checkpoint(checkpoint, folder)
@@ -142,6 +147,22 @@ def header_of(
         with path.open("r+b") as file:
             file.truncate(-(-end // 32) * 32)
         yield path, header
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that no GGUF can be made of, before the converter starts.
+
+    Raises:
+        InputError: there is no tokenizer file.
+    """
+    names = checkpoint.small_files
+    if not any(n in _TOKENIZERS or n.endswith(".tiktoken") for n in names):
+        raise InputError(
+            "convert",
+            checkpoint.folder,
+            f"has no tokenizer ({', '.join(_TOKENIZERS)})",
+            "download the checkpoint's tokenizer files too",
+        )
 
 
 def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:

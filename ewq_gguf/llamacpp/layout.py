@@ -39,10 +39,11 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
 
     Raises:
         ToolError: the converter's packages or the tools are missing.
+        InputError: the checkpoint has no tokenizer.
         ChildError: the converter refuses the checkpoint.
     """
-    path = layout_path(checkpoint.identity.fingerprint, toolchain.commit)
-    if (known := load_cached(Layout, path, "plan")) is not None:
+    known = cached_layout(checkpoint.identity.fingerprint, toolchain.commit)
+    if known is not None:
         return known
     outtype = base_type(checkpoint)
     with header_of(checkpoint, toolchain, outtype=outtype) as (header_path, header):
@@ -62,6 +63,7 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
         tensors=tensors,
         preset_bytes=presets,
     )
+    path = layout_path(checkpoint.identity.fingerprint, toolchain.commit)
     store.write_text(path, layout.to_json(), stage="plan", force=True)
     return layout
 
