@@ -9,7 +9,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ewq_gguf import ggml_types
-from tests.toolchain_fixtures import dry_run, write_gguf
+from tests.gguf_files import dry_run, write_gguf
 
 pytest_plugins = ["tests.toolchain_fixtures"]
 

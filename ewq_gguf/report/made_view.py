@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ewq_gguf.errors import printable
 from ewq_gguf.records import Plan, Verification
-from ewq_gguf.report.plan_view import layer_counts
+from ewq_gguf.report.plan_view import fallback_lines, layer_counts
 from ewq_gguf.report.text import size_text
 
 _N_NEAREST = 4
@@ -47,6 +47,8 @@ def made_view(
     )
     table.add_row("layers", layer_counts(plan))
     table.add_row("others", _others(plan))
+    for line in fallback_lines(plan):
+        table.add_row("fallback", line)
     count = len(verification.tensors)
     table.add_row("verified", f"{count} tensors, each of its planned type")
     table.add_row("presets", _presets(size, preset_bytes))

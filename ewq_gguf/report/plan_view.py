@@ -31,6 +31,19 @@ def layer_counts(plan: Plan) -> str:
     return " · ".join(f"{counts[name]} {name}" for name in by_bits)
 
 
+def fallback_lines(plan: Plan) -> list[str]:
+    """What llama-quantize writes instead of a type that does not fit the rows."""
+    weights: Counter[tuple[str, str, int]] = Counter()
+    for t in plan.tensors:
+        if t.ggml_type != t.written_type:
+            weights[t.ggml_type, t.written_type, t.shape[-1]] += prod(t.shape)
+    return [
+        f"{asked} on rows of {columns} becomes {written}: "
+        f"{n / plan.totals.n_weights:.0%} of the weights"
+        for (asked, written, columns), n in weights.most_common()
+    ]
+
+
 def _head(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     totals, policy = plan.totals, plan.policy
@@ -129,14 +142,6 @@ def _other(plan: Plan) -> Table:
             " ".join(sorted({tensor.written_type for tensor in small})),
             size_text(sum(tensor.size_bytes for tensor in small)),
         )
-    fallen = [t for t in plan.tensors if t.ggml_type != t.written_type]
-    if fallen:
-        example = fallen[0]
-        n_weights = sum(prod(tensor.shape) for tensor in fallen)
-        table.add_row(
-            f"{len(fallen)} tensors fall back, as {example.ggml_type} on rows of "
-            f"{example.shape[-1]}",
-            _type_text(example.written_type),
-            f"{n_weights / plan.totals.n_weights:.0%} of weights",
-        )
+    for line in fallback_lines(plan):
+        table.add_row(line)
     return table

@@ -1,0 +1,65 @@
+"""The documentation says what the program does."""
+
+import os
+import re
+from pathlib import Path
+
+import click
+
+from ewq_gguf.cli import ewq
+
+ROOT = Path(__file__).parent.parent
+CLI_PAGE = ROOT / "docs" / "cli.md"
+HEAD = """# The command line
+
+Made from `--help`; `EWQ_UPDATE_DOCS=1 make test ARGS=tests/test_docs.py` renews it.
+"""
+
+
+def help_texts(command: click.Command, path: str, parent: click.Context | None = None):
+    """Every visible command's path and help, depth first."""
+    with click.Context(command, info_name=path.split()[-1], parent=parent) as ctx:
+        ctx.terminal_width = ctx.max_content_width = 80
+        yield path, command.get_help(ctx)
+        if isinstance(command, click.Group):
+            for name in command.list_commands(ctx):
+                sub = command.get_command(ctx, name)
+                assert sub is not None
+                if not sub.hidden:
+                    yield from help_texts(sub, f"{path} {name}", ctx)
+
+
+def cli_page() -> str:
+    sections = [
+        f"\n## {path}\n\n```\n{text}\n```\n" for path, text in help_texts(ewq, "ewq")
+    ]
+    return HEAD + "".join(sections)
+
+
+def test_the_cli_page_is_what_help_prints():
+    if os.environ.get("EWQ_UPDATE_DOCS"):
+        CLI_PAGE.write_text(cli_page())
+    assert CLI_PAGE.read_text() == cli_page()
+
+
+def test_links_in_the_documentation_lead_to_files():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    broken = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert broken == []
+
+
+def test_no_page_or_module_names_a_path_of_a_machine():
+    pattern = re.compile(r"/(?:root|home|Users|work)/")
+    files = [
+        path
+        for kind in ("*.md", "*.py", "*.toml", "*.txt", "Makefile")
+        for folder in (ROOT, ROOT / "docs", ROOT / "ewq_gguf", ROOT / "benchmarks")
+        for path in (folder.glob(kind) if folder == ROOT else folder.rglob(kind))
+    ]
+    assert len(files) > 40
+    assert [p.name for p in files if pattern.search(p.read_text())] == []
