@@ -18,7 +18,7 @@ help:
 	@echo "make gguf  [MODEL=demo] [POLICY=ewq] [OUT=FILE]"
 	@echo "                                             plan, make and verify a GGUF file"
 	@echo "make test  [ARGS=...]                        run all tests (ARGS go to pytest)"
-	@echo "make check                                   ruff and mypy"
+	@echo "make check                                   ruff, mypy and the direction of imports"
 	@echo "make bench                                   measure the scan's speed"
 	@echo "make clean                                   remove .venv and build products"
 
@@ -57,6 +57,7 @@ check: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/python -m pytest -q tests/test_imports.py
 
 bench: setup
 	@$(VENV)/bin/python benchmarks/scan.py

@@ -176,6 +176,8 @@ def plan(
         progress.note(f"{error}; the file's size is an estimate without its header")
         layout = None
     measured = scan(source, policy_measures(policy), options=options, progress=progress)
+    if layout is not None:
+        check_layout(measured, layout)
     return make_plan(measured, policy, layout, raw_type=raw_type)
 
 
@@ -220,7 +222,7 @@ def base_file(
 ) -> Path:
     """The base GGUF of a checkpoint in the cache, made on first use."""
     outtype = base_type(checkpoint)
-    key = store.sha256_text(f"{checkpoint.signature} {outtype} {toolchain.commit}")
+    key = store.sha256_text(f"{checkpoint.signature} {outtype} {toolchain.key}")
     name = f"{checkpoint.identity.name}-{outtype}-{key[:16]}.gguf"
     path = store.cache_dir("base") / name
     with store.locked(path, stage="convert"):
@@ -260,6 +262,9 @@ def make_gguf(
         check_policy(policy)
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_checkpoint(model, on_line=progress.note)
+    inputs = [shard.path for shard in checkpoint.shards]
+    if out is not None:
+        store.check_distinct(out, inputs, "gguf")
     layout = _layout(checkpoint, toolchain, progress)
     plan_path = None
     if isinstance(policy, Plan):
@@ -364,7 +369,7 @@ def nearest_preset(size_bytes: int, presets: dict[str, int]) -> str:
 
 
 def _layout(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) -> Layout:
-    known = cached_layout(checkpoint.identity.fingerprint, toolchain.commit)
+    known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known
     with progress.stage("ask the converter for the file's header"):

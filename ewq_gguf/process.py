@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ewq_gguf.errors import ChildError, ResourceError, ToolError, printable
@@ -90,7 +91,8 @@ def run(
                 if timeout_seconds and time.monotonic() - started > timeout_seconds:
                     timed_out = True
                     break
-                time.sleep(_POLL_SECONDS)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(_POLL_SECONDS)
     finally:
         _stop_group(child)
     text = log_path.read_text(encoding="utf-8", errors="replace")

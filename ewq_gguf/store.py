@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +64,19 @@ def check_writable(path: Path, stage: str) -> None:
             pass
     except OSError as error:
         raise _write_error(stage, folder, error) from error
+
+
+def check_distinct(path: Path, inputs: Iterable[Path], stage: str) -> None:
+    """Refuse an output that is one of its own inputs, by whatever name or link.
+
+    Raises:
+        UsageError: it is.
+    """
+    for source in inputs:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise UsageError(
+                stage, path, f"is its own input {source}", "give another -o"
+            )
 
 
 def check_free(folder: Path, needed_bytes: int, stage: str) -> None:

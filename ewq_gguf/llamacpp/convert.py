@@ -82,6 +82,7 @@ def convert(
     """
     _check_packages()
     check_tokenizer(checkpoint)
+    store.check_distinct(out, [shard.path for shard in checkpoint.shards], "convert")
     total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
     store.check_free(store.ensure_dir(out.parent, "convert"), total, "convert")
 

@@ -8,6 +8,7 @@ Source: ggml docs/gguf.md, version 3.
 
 from __future__ import annotations
 
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
     10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
-_STRING, _ARRAY = 8, 9
+_U32, _STRING, _ARRAY = 4, 8, 9
 _MAX_ALIGNMENT = 1 << 20
 _MAX_NAME_BYTES = 1 << 16
 _MAX_TENSORS = 1 << 20
@@ -81,6 +82,10 @@ def read_gguf(path: Path, *, header_only: bool = False) -> GgufFile:
         VerificationError: it is not a sound GGUF file; the message has the byte.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise VerificationError(
+                "verify", path, "is not a regular file", "check the path"
+            )
         with path.open("rb") as file:
             return _Reader(file, path, header_only).read()
     except OSError as error:
@@ -113,21 +118,20 @@ class _Reader:
             key = self.string(_MAX_NAME_BYTES)
             if key in kv:
                 raise self.bad(f"key {key} appears twice")
-            kv[key] = self.value(self.number("<I"))
+            kind = self.number("<I")
+            if key == "general.alignment" and kind != _U32:
+                raise self.bad(f"alignment has value type {kind}, not {_U32} (u32)")
+            kv[key] = self.value(kind)
         kv_bytes = self.position - begin
-        alignment = kv.get("general.alignment", 32)
-        if (
-            not isinstance(alignment, int)
-            or not 0 < alignment <= _MAX_ALIGNMENT
-            or alignment & (alignment - 1)
-        ):
+        alignment = int(kv.get("general.alignment", 32))
+        if not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self.bad(f"alignment {alignment} is not a power of two up to 1 MiB")
-        table = [self.tensor_info(alignment) for _ in range(n_tensors)]
+        table = [self.tensor_info() for _ in range(n_tensors)]
         data_offset = -(-self.position // alignment) * alignment
-        tensors = self.place(table, data_offset)
+        tensors = self.place(table, data_offset, alignment)
         return GgufFile(kv, kv_bytes, tensors, data_offset, self.size)
 
-    def tensor_info(self, alignment: int) -> tuple[str, tuple[int, ...], str, int]:
+    def tensor_info(self) -> tuple[str, tuple[int, ...], str, int]:
         name = self.string(_MAX_NAME_BYTES)
         n_dims = self.number("<I")
         if not 0 < n_dims <= _MAX_DIMS:
@@ -139,15 +143,17 @@ class _Reader:
         ggml_type = ggml_types.type_name(number)
         if ggml_type is None:
             raise self.bad(f"{name} has the unknown type {number}")
-        offset = self.number("<Q")
-        if offset % alignment:
-            raise self.bad(f"{name} starts at {offset}, not a multiple of {alignment}")
-        return name, shape, ggml_type, offset
+        return name, shape, ggml_type, self.number("<Q")
 
     def place(
-        self, table: list[tuple[str, tuple[int, ...], str, int]], data_offset: int
+        self,
+        table: list[tuple[str, tuple[int, ...], str, int]],
+        data_offset: int,
+        alignment: int,
     ) -> tuple[GgufTensor, ...]:
+        """Where each tensor lies: one after the other, as ggml requires it."""
         tensors: dict[str, GgufTensor] = {}
+        expected = 0
         for name, shape, ggml_type, offset in table:
             if name in tensors:
                 raise self.bad(f"tensor {name} appears twice")
@@ -155,6 +161,9 @@ class _Reader:
                 size = ggml_types.tensor_bytes(ggml_type, shape)
             except ValueError as error:
                 raise self.bad(f"{name}: {error}") from error
+            if offset != expected:
+                raise self.bad(f"{name} starts at {offset}, it must at {expected}")
+            expected += -(-size // alignment) * alignment
             end = data_offset + offset + size
             if end > self.size and not self.header_only:
                 raise self.bad(

@@ -42,7 +42,7 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
         InputError: the checkpoint has no tokenizer.
         ChildError: the converter refuses the checkpoint.
     """
-    known = cached_layout(checkpoint.identity.fingerprint, toolchain.commit)
+    known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known
     outtype = base_type(checkpoint)
@@ -63,19 +63,19 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
         tensors=tensors,
         preset_bytes=presets,
     )
-    path = layout_path(checkpoint.identity.fingerprint, toolchain.commit)
+    path = layout_path(checkpoint.identity.fingerprint, toolchain.key)
     store.write_text(path, layout.to_json(), stage="plan", force=True)
     return layout
 
 
-def cached_layout(model_fingerprint: str, commit: str) -> Layout | None:
+def cached_layout(model_fingerprint: str, toolchain_key: str) -> Layout | None:
     """A layout that was made before, for a plan from a SCAN file alone."""
-    return load_cached(Layout, layout_path(model_fingerprint, commit), "plan")
+    return load_cached(Layout, layout_path(model_fingerprint, toolchain_key), "plan")
 
 
-def layout_path(model_fingerprint: str, commit: str) -> Path:
+def layout_path(model_fingerprint: str, toolchain_key: str) -> Path:
     """Where a layout is cached."""
-    name = store.sha256_text(f"{model_fingerprint} {commit}")[:32]
+    name = store.sha256_text(f"{model_fingerprint} {toolchain_key}")[:32]
     return store.cache_dir("layouts") / f"{name}.json"
 
 

@@ -104,6 +104,7 @@ def quantize(
     """
     tool = toolchain.tool("llama-quantize")
     check_base(plan, base)
+    store.check_distinct(out, [base], "quantize")
     folder = store.ensure_dir(out.absolute().parent, "quantize")
     store.check_free(folder, plan.totals.file_size_bytes, "quantize")
 

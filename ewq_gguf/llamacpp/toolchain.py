@@ -84,6 +84,17 @@ class Toolchain:
             raise ToolError(STAGE, CONVERTER_NAME, problem, self._remedy())
         return path
 
+    @property
+    def key(self) -> str:
+        """What its outputs depend on, for the cache: ours is the pinned commit.
+
+        A user's own may change under the same commit, so its files' times count too.
+        """
+        if self.backend != "user":
+            return self.commit
+        stats = [p.stat() for p in (self.converter, self.tool("llama-quantize"))]
+        return repr((self.commit, [(s.st_size, s.st_mtime_ns) for s in stats]))
+
     def converter_env(self) -> dict[str, str]:
         """Variables for the converter: its own gguf-py comes before any other gguf."""
         folders = [self.source_dir / "gguf-py", self.source_dir]

@@ -10,6 +10,7 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.errors import ChildError, VerificationError
 from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
+from ewq_gguf.plan.sizes import n_dims
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Plan, Verification, VerifiedTensor
 
@@ -74,7 +75,7 @@ def _differences(plan: Plan, gguf: GgufFile) -> Iterator[str]:
             yield f"{name}: planned {planned[name].written_type}, absent"
         elif name not in planned:
             yield f"{name}: found {found[name].ggml_type}, not planned"
-        elif found[name].shape != planned[name].shape:
+        elif _ggml_shape(found[name].shape) != _ggml_shape(planned[name].shape):
             yield f"{name}: planned {planned[name].shape}, found {found[name].shape}"
         elif found[name].ggml_type != planned[name].written_type:
             yield (
@@ -87,6 +88,11 @@ def _differences(plan: Plan, gguf: GgufFile) -> Iterator[str]:
     totals = plan.totals
     if not totals.is_estimate and gguf.file_bytes != totals.file_size_bytes:
         yield f"size: planned {totals.file_size_bytes}, found {gguf.file_bytes} bytes"
+
+
+def _ggml_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the slowest dimensions of 1, which llama-quantize does not write."""
+    return shape[-n_dims(shape) :]
 
 
 def _answer(path: Path) -> str:

@@ -10,7 +10,7 @@ from ewq_gguf import ggml_types
 from ewq_gguf._version import __version__
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.plan.ewq import decide, thresholds
-from ewq_gguf.plan.sizes import header_bytes, padded, string_kv_bytes
+from ewq_gguf.plan.sizes import header_bytes, n_dims, padded, string_kv_bytes
 from ewq_gguf.records import (
     EwqPolicy,
     Layout,
@@ -241,7 +241,7 @@ def _asked_types(
 def _layout_tensors(scan: Scan) -> Iterable[LayoutTensor]:
     """What the converter writes for a dense model, where it could not be asked."""
     for tensor in scan.tensors:
-        quantizable = is_quantizable(tensor.name, len(tensor.shape))
+        quantizable = is_quantizable(tensor.name, n_dims(tensor.shape))
         yield LayoutTensor(
             name=tensor.name,
             shape=tensor.shape,
@@ -250,7 +250,7 @@ def _layout_tensors(scan: Scan) -> Iterable[LayoutTensor]:
 
 
 def _plan_tensor(tensor: LayoutTensor, asked: Callable[[str], str]) -> PlanTensor:
-    quantizable = is_quantizable(tensor.name, len(tensor.shape))
+    quantizable = is_quantizable(tensor.name, n_dims(tensor.shape))
     ggml_type = asked(tensor.name) if quantizable else tensor.ggml_type
     written = ggml_types.written_type(ggml_type, tensor.shape[-1])
     return PlanTensor(
