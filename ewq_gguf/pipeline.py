@@ -333,21 +333,24 @@ def check_plan(plan: Plan, checkpoint: Checkpoint, *, force: bool = False) -> No
 
 
 def check_layout(scan: Scan, layout: Layout) -> None:
-    """The names and shapes predicted from the headers are the converter's.
+    """The names, shapes and sources predicted from the headers are the converter's.
 
     The converter may add tensors that it computes (`rope_freqs`), nothing else.
 
     Raises:
         VerificationError: they are not; a plan would miss its tensors.
     """
-    found = {tensor.name: tensor.shape for tensor in layout.tensors}
+    found = {
+        tensor.name: (tensor.shape, tuple(s.hf_name for s in tensor.sources))
+        for tensor in layout.tensors
+    }
     for tensor in scan.tensors:
-        if found.get(tensor.name) != tensor.shape:
+        if found.get(tensor.name) != (tensor.shape, tensor.hf_names):
             raise VerificationError(
                 "plan",
                 tensor.name,
-                f"predicted as {tensor.shape}, the converter writes "
-                f"{found.get(tensor.name, 'no such tensor')}",
+                f"predicted as {tensor.shape} of {', '.join(tensor.hf_names)}, the "
+                f"converter writes {found.get(tensor.name, 'no such tensor')}",
                 "report this checkpoint's config.json",
             )
 

@@ -127,10 +127,11 @@ def open_folder(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, refused where its weights are quantised already.
+    """config.json, refused where no weights would make its checkpoint usable.
 
     Raises:
-        InputError: it is missing, not a JSON object, or names a quantised checkpoint.
+        InputError: it is missing, not a JSON object, or names a quantised checkpoint
+            or an architecture that is not supported.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -145,6 +146,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"the weights are quantised already ({method or 'quantization_config'})",
             "use the BF16 or F16 checkpoint it was made from",
         )
+    gguf_architecture(_hf_architecture(config, folder))
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -110,15 +110,25 @@ def read_header(fd: int, path: Path) -> Header:
 
 
 def loads_strict(raw: bytes) -> Any:
-    """JSON with duplicate keys refused.
+    """JSON with duplicate keys and halves of surrogate pairs refused.
 
     Raises:
         ValueError: it is not UTF-8 or not JSON, a key repeats, or it nests too deep.
     """
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        values = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_parse_int
+        )
+        if b"\\ud" in raw.lower():
+            json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deep") from None
+    return values
+
+
+def _parse_int(digits: str) -> int | float:
+    """`-0` is no whole number for the library either."""
+    return -0.0 if digits == "-0" else int(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -176,7 +186,9 @@ def _tensor(name: str, entry: Any, path: Path, data_begin: int) -> TensorHeader:
             "from 0 to 2^63-1",
         )
     begin, end = offsets
-    needed = prod(shape) * DTYPE_BYTES[dtype]
+    needed = _bounded_product([*shape, DTYPE_BYTES[dtype]])
+    if needed is None:
+        raise _bad(path, f"{name}: shape {shape[:8]} is too large")
     if end - begin != needed:
         raise _bad(
             path,
@@ -190,6 +202,16 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(
         type(value) is int and 0 <= value <= _MAX_INT for value in values
     )
+
+
+def _bounded_product(factors: Sequence[int]) -> int | None:
+    """None as soon as it exceeds 2^63-1, even where a later factor is 0."""
+    product = 1
+    for factor in factors:
+        product *= factor
+        if product > _MAX_INT:
+            return None
+    return product
 
 
 def _check_coverage(

@@ -32,6 +32,18 @@ def open_checkpoint(
     """
     if model == "demo":
         return open_folder(demo_checkpoint(on_line=on_line), name=DEMO_NAME)
+    try:
+        return _open(model, on_line)
+    except OSError as error:
+        raise InputError(
+            "scan",
+            error.filename or model,
+            f"cannot be read ({error.strerror})",
+            "check its name and permissions",
+        ) from error
+
+
+def _open(model: str, on_line: Callable[[str], None] | None) -> Checkpoint:
     path = Path(model)
     if path.is_dir():
         return open_folder(path, name=path.resolve().name)
@@ -55,8 +67,8 @@ def _open_file(path: Path) -> Checkpoint:
             "is neither a folder nor a .safetensors file",
             "give the checkpoint's folder",
         )
-    folder = path.resolve().parent
-    return open_folder(path.parent, name=folder.name, only=path.name)
+    folder = path.parent
+    return open_folder(folder, name=folder.resolve().name, only=path.name)
 
 
 def _open_hub(hub_id: str, on_line: Callable[[str], None] | None) -> Checkpoint:

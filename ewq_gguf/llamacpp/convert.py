@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import python_argv, run
+from ewq_gguf.records import Source
 
 #: The converter must not reach the network, and its bar must not be drawn too often.
 _CHILD_ENV = {
@@ -107,10 +109,25 @@ def convert(
         store.publish(temporary, out)
 
 
+@dataclass(frozen=True)
+class BaseHeader:
+    """What the converter would write, without data.
+
+    Attributes:
+        path: a file of the base GGUF's size with a hole for the data.
+        gguf: its header.
+        sources: what each GGUF tensor is made of, by its name.
+    """
+
+    path: Path
+    gguf: GgufFile
+    sources: Mapping[str, tuple[Source, ...]]
+
+
 @contextmanager
 def header_of(
     checkpoint: Checkpoint, toolchain: Toolchain, *, outtype: str
-) -> Iterator[tuple[Path, GgufFile]]:
+) -> Iterator[BaseHeader]:
     """The base GGUF's header as the converter would write it, with a hole for data.
 
     No weight is read: the converter works on lazy tensors and is stopped before it
@@ -118,7 +135,7 @@ def header_of(
     llama-quantize can plan on it (`--dry-run`).
 
     Yields:
-        The file and its parsed header; the file is removed afterwards.
+        The header; its file is removed afterwards.
 
     Raises:
         ToolError: the converter's own packages are missing.
@@ -138,6 +155,7 @@ def header_of(
                 checkpoint.identity.name,
                 outtype,
                 path,
+                folder / "sources.json",
             ),
             stage="convert",
             log_path=_log_path(out),
@@ -147,7 +165,8 @@ def header_of(
         end = max(tensor.offset + tensor.size_bytes for tensor in header.tensors)
         with path.open("r+b") as file:
             file.truncate(-(-end // 32) * 32)
-        yield path, header
+        sources = _sources(checkpoint, folder / "sources.json")
+        yield BaseHeader(path, header, sources)
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -179,15 +198,39 @@ def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
             (staged / name).symlink_to(path.resolve())
         else:
             (staged / name).write_text(stripped, encoding="utf-8")
-    count = len(checkpoint.shards)
-    for i, shard in enumerate(checkpoint.shards, 1):
-        name = (
-            f"model-{i:05}-of-{count:05}.safetensors"
-            if count > 1
-            else "model.safetensors"
-        )
+    for name, shard in _staged_shards(checkpoint).items():
         (staged / name).symlink_to(shard.path.resolve())
     return staged
+
+
+def _staged_shards(checkpoint: Checkpoint) -> dict[str, ShardFile]:
+    """The shards under the names the converter looks for."""
+    count = len(checkpoint.shards)
+    if count == 1:
+        return {"model.safetensors": checkpoint.shards[0]}
+    return {
+        f"model-{i:05}-of-{count:05}.safetensors": shard
+        for i, shard in enumerate(checkpoint.shards, 1)
+    }
+
+
+def _sources(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[Source, ...]]:
+    """What header_child found, with the checkpoint's own names."""
+    names = {
+        (file, tensor.begin): tensor.name
+        for file, shard in _staged_shards(checkpoint).items()
+        for tensor in shard.header.tensors
+    }
+    return {
+        entry["name"]: tuple(
+            Source(
+                hf_name=names[source["file"], source["offset"]],
+                box=source["box"] and tuple(tuple(part) for part in source["box"]),
+            )
+            for source in entry["sources"]
+        )
+        for entry in json.loads(path.read_text())
+    }
 
 
 def _without_auto_map(path: Path) -> str | None:

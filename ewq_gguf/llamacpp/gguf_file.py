@@ -162,7 +162,7 @@ class _Reader:
             except ValueError as error:
                 raise self.bad(f"{name}: {error}") from error
             if offset != expected:
-                raise self.bad(f"{name} starts at {offset}, it must at {expected}")
+                raise self.bad(f"{name} starts at {offset}, {expected} is expected")
             expected += -(-size // alignment) * alignment
             end = data_offset + offset + size
             if end > self.size and not self.header_only:

@@ -1,21 +1,34 @@
-"""Child process: write the header of the GGUF that the converter would make.
+"""Child process: the header of the GGUF the converter would make, and its sources.
 
 Run with the converter's folder and its own gguf-py on PYTHONPATH. It does what the
-converter's `ModelBase.write` does, up to and without the tensors' data.
+converter's `ModelBase.write` does, up to and without the tensors' data. The converter
+works on lazy tensors, so the graph behind each GGUF tensor tells which checkpoint
+tensors feed it; no weight is read for that.
 
-    python -m ewq_gguf.llamacpp.header_child STAGED NAME OUTTYPE OUT
+    python -m ewq_gguf.llamacpp.header_child STAGED NAME OUTTYPE OUT SOURCES
+
+OUT is the header; SOURCES is JSON: for each GGUF tensor its name and sources, each as
+{"file", "offset", "box"}. `offset` is the checkpoint tensor's first byte in its file,
+`box` the part of it that is used: one [start, stop, step] per dimension, or null for
+all of it.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
+Box = list[list[int]]
 
-def main(staged: Path, name: str, outtype: str, out: Path) -> None:
-    """Write the header of `staged`'s GGUF to `out`."""
+
+def main(staged: Path, name: str, outtype: str, out: Path, sources: Path) -> None:
+    """Write the header of `staged`'s GGUF to `out`, and its sources."""
     import gguf
     import torch
     from conversion import (  # type: ignore[import-not-found]
@@ -36,14 +49,131 @@ def main(staged: Path, name: str, outtype: str, out: Path) -> None:
         architecture = get_model_architecture(hparams, ModelType.TEXT)
         model_class: Any = get_model_class(architecture)
         model = model_class(staged, ftypes[outtype], out, model_name=name)
+        writer = model.gguf_writer
+        written: dict[str, Any] = {}
+        add_tensor = writer.add_tensor
+
+        def record(name: str, tensor: Any, *args: Any, **kwargs: Any) -> None:
+            written[name] = tensor
+            add_tensor(name, tensor, *args, **kwargs)
+
+        writer.add_tensor = record
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
-        writer = model.gguf_writer
         writer.write_header_to_file(path=out)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
+        sources.write_text(json.dumps(_sources(written)))
+
+
+def _sources(written: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each GGUF tensor's sources, in the order they were combined."""
+    leaves = {name: list(_leaves(tensor)) for name, tensor in written.items()}
+    uses = Counter(_key(leaf) for found in leaves.values() for leaf in found)
+    result = []
+    for name, tensor in written.items():
+        boxes = {
+            _key(leaf): _box(tensor, leaf) if uses[_key(leaf)] > 1 else None
+            for leaf in leaves[name]
+        }
+        entries = [
+            {"file": file, "offset": offset, "box": box}
+            for (file, offset), box in boxes.items()
+        ]
+        result.append({"name": name, "sources": entries})
+    return result
+
+
+def _key(leaf: Any) -> tuple[str, int]:
+    return Path(leaf.data_range.filename).name, int(leaf.data_range.offset)
+
+
+def _leaves(node: Any) -> Iterator[Any]:
+    """The files' tensors that a lazy tensor is made of, each once."""
+    import gguf
+
+    seen: set[int] = set()
+    found: dict[tuple[str, int], Any] = {}
+    todo = [node]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, gguf.utility.LocalTensor):
+            found.setdefault(_key(item), item)
+        elif isinstance(item, (list, tuple)):
+            todo.extend(reversed(item))
+        elif isinstance(item, gguf.LazyBase) and id(item) not in seen:
+            seen.add(id(item))
+            todo.append(item._args)
+    yield from found.values()
+
+
+def _box(node: Any, leaf: Any) -> Box | None:
+    """Which part of a file's tensor reaches a GGUF tensor.
+
+    The graph is evaluated with the source replaced by its own indices along one
+    dimension at a time: what arrives says what was taken.
+
+    Raises:
+        ValueError: the part is not a box.
+    """
+    import torch
+
+    shape = tuple(leaf.shape)
+    box: Box = []
+    n_taken = 0
+    for dim in range(len(shape)):
+        view = [-1 if d == dim else 1 for d in range(len(shape))]
+        indices = torch.arange(shape[dim], dtype=torch.float32).view(view).expand(shape)
+        arrived = _evaluate(_torch_node(node), leaf, indices, {})
+        n_taken = arrived.numel()
+        values = torch.unique(arrived).to(torch.int64).tolist()
+        step = values[1] - values[0] if len(values) > 1 else 1
+        expected = list(range(values[0], values[-1] + 1, step))
+        if values != expected or values[-1] >= shape[dim]:
+            raise ValueError(f"{_key(leaf)}: dimension {dim} is not taken evenly")
+        box.append([values[0], values[-1] + 1, step])
+    counts = [len(range(*part)) for part in box]
+    if prod(counts) != n_taken:
+        raise ValueError(f"{_key(leaf)}: {n_taken} weights are taken, not a box")
+    return None if n_taken == prod(shape) else box
+
+
+def _torch_node(node: Any) -> Any:
+    """The last torch tensor before numpy: what comes after changes values."""
+    import gguf
+
+    while isinstance(node, gguf.LazyNumpyTensor):
+        node = next(arg for arg in node._args if isinstance(arg, gguf.LazyBase))
+    return node
+
+
+def _evaluate(item: Any, leaf: Any, indices: Any, done: dict[int, Any]) -> Any:
+    """A lazy graph's value with one file's tensor replaced by `indices`."""
+    import gguf
+
+    if isinstance(item, (list, tuple)):
+        values = [_evaluate(part, leaf, indices, done) for part in item]
+        return tuple(values) if isinstance(item, tuple) else values
+    if not isinstance(item, gguf.LazyBase):
+        return item
+    if id(item) not in done:
+        if any(isinstance(a, gguf.utility.LocalTensor) for a in item._args):
+            if _key(item._args[0]) != _key(leaf):
+                raise ValueError(f"{_key(leaf)}: is combined with another tensor")
+            done[id(item)] = indices
+        else:
+            args = _evaluate(item._args, leaf, indices, done)
+            assert item._func is not None
+            done[id(item)] = item._func(*args, **item._kwargs)
+    return done[id(item)]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    main(
+        Path(sys.argv[1]),
+        sys.argv[2],
+        sys.argv[3],
+        Path(sys.argv[4]),
+        Path(sys.argv[5]),
+    )

@@ -46,20 +46,26 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
     if known is not None:
         return known
     outtype = base_type(checkpoint)
-    with header_of(checkpoint, toolchain, outtype=outtype) as (header_path, header):
+    with header_of(checkpoint, toolchain, outtype=outtype) as base:
         tensors = tuple(
-            LayoutTensor(name=t.name, shape=t.shape, ggml_type=t.ggml_type)
-            for t in header.tensors
+            LayoutTensor(
+                name=tensor.name,
+                shape=tensor.shape,
+                ggml_type=tensor.ggml_type,
+                sources=base.sources[tensor.name],
+            )
+            for tensor in base.gguf.tensors
         )
         presets = {
-            preset: preset_bytes(header_path, header, preset, toolchain)
+            preset: preset_bytes(base.path, base.gguf, preset, toolchain)
             for preset in PRESETS
         }
+        kv, kv_bytes = base.gguf.kv, base.gguf.kv_bytes
     layout = Layout(
         converter_commit=toolchain.commit,
         model_fingerprint=checkpoint.identity.fingerprint,
-        n_kv=len(header.kv),
-        kv_bytes=header.kv_bytes,
+        n_kv=len(kv),
+        kv_bytes=kv_bytes,
         tensors=tensors,
         preset_bytes=presets,
     )

@@ -60,13 +60,13 @@ def make_plan(
     layers, limits = _decide_layers(scan, policy, raw)
     asked = _asked_types(policy, layers, raw)
     source = layout.tensors if layout else _layout_tensors(scan)
-    tensors = tuple(_plan_tensor(tensor, asked) for tensor in source)
+    tensors = tuple(plan_tensor(tensor, asked) for tensor in source)
     return Plan(
         ewq_version=__version__,
         model=scan.model,
         policy=policy,
         raw_type=raw,
-        ftype=_ftype(tensors),
+        ftype=ftype_of(tensors),
         thresholds=limits,
         tensors=tensors,
         layers=layers,
@@ -249,7 +249,8 @@ def _layout_tensors(scan: Scan) -> Iterable[LayoutTensor]:
         )
 
 
-def _plan_tensor(tensor: LayoutTensor, asked: Callable[[str], str]) -> PlanTensor:
+def plan_tensor(tensor: LayoutTensor, asked: Callable[[str], str]) -> PlanTensor:
+    """A tensor of the file, given the type asked for its name."""
     quantizable = is_quantizable(tensor.name, n_dims(tensor.shape))
     ggml_type = asked(tensor.name) if quantizable else tensor.ggml_type
     written = ggml_types.written_type(ggml_type, tensor.shape[-1])
@@ -266,7 +267,7 @@ def _plan_tensor(tensor: LayoutTensor, asked: Callable[[str], str]) -> PlanTenso
     )
 
 
-def _ftype(tensors: Iterable[PlanTensor]) -> str:
+def ftype_of(tensors: Iterable[PlanTensor]) -> str:
     """llama-quantize's base type: the quantised type most weights are asked to have.
 
     A float base type ignores overrides, so it serves only where all are that type.

@@ -1,7 +1,7 @@
 """The typed, versioned records that rooms hand to each other, each saved as JSON."""
 
 from ewq_gguf.records.base import Record, load_cached, load_record
-from ewq_gguf.records.layout import Layout, LayoutTensor
+from ewq_gguf.records.layout import Layout, LayoutTensor, Source
 from ewq_gguf.records.model import ModelIdentity, Shard
 from ewq_gguf.records.plan import (
     EwqPolicy,
@@ -30,6 +30,7 @@ __all__ = [
     "Record",
     "Scan",
     "Shard",
+    "Source",
     "TensorScan",
     "Thresholds",
     "Totals",

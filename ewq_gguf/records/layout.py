@@ -7,6 +7,18 @@ from typing import Literal
 from ewq_gguf.records.base import Part, Record
 
 
+class Source(Part):
+    """A checkpoint tensor, or a part of one, that feeds a GGUF tensor.
+
+    Attributes:
+        hf_name: in the checkpoint.
+        box: the part: (start, stop, step) per dimension; None for all of it.
+    """
+
+    hf_name: str
+    box: tuple[tuple[int, int, int], ...] | None = None
+
+
 class LayoutTensor(Part):
     """One tensor of the base GGUF.
 
@@ -14,11 +26,13 @@ class LayoutTensor(Part):
         name: in the GGUF.
         shape: slowest dimension first.
         ggml_type: in the base GGUF: the 16- or 32-bit type, F32 for norms.
+        sources: what it is made of; empty for a tensor the converter computes.
     """
 
     name: str
     shape: tuple[int, ...]
     ggml_type: str
+    sources: tuple[Source, ...] = ()
 
 
 class Layout(Record):
@@ -34,7 +48,7 @@ class Layout(Record):
     """
 
     schema_name: Literal["ewq.layout"] = "ewq.layout"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
 
     converter_commit: str
     model_fingerprint: str

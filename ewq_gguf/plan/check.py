@@ -1,0 +1,67 @@
+"""Is a plan that came from a file one that `make_plan` could have made?"""
+
+from __future__ import annotations
+
+from ewq_gguf import ggml_types
+from ewq_gguf.errors import InputError
+from ewq_gguf.plan.build import ftype_of, plan_tensor
+from ewq_gguf.plan.sizes import padded
+from ewq_gguf.records import LayoutTensor, Plan, PlanTensor
+
+
+def check_sound(plan: Plan) -> None:
+    """Refuse a plan whose parts contradict each other, before anything runs.
+
+    Raises:
+        InputError: with a JSON pointer to the part that is wrong.
+    """
+    seen: set[str] = set()
+    for i, tensor in enumerate(plan.tensors):
+        pointer = f"/tensors/{i}"
+        if tensor.name in seen:
+            raise _wrong(plan, f"{pointer}/name", tensor.name, "stands there twice")
+        seen.add(tensor.name)
+        _check_tensor(plan, tensor, pointer)
+    ftype = ftype_of(plan.tensors)
+    if plan.ftype != ftype:
+        raise _wrong(plan, "/ftype", plan.ftype, f"must be {ftype}")
+    data = sum(padded(tensor.size_bytes) for tensor in plan.tensors)
+    size = data + (plan.totals.header_bytes or 0)
+    for key, found, needed in (
+        ("tensor_bytes", plan.totals.tensor_bytes, data),
+        ("file_size_bytes", plan.totals.file_size_bytes, size),
+    ):
+        if found != needed:
+            raise _wrong(plan, f"/totals/{key}", found, f"must be {needed}")
+
+
+def _check_tensor(plan: Plan, tensor: PlanTensor, pointer: str) -> None:
+    if not tensor.shape or min(tensor.shape) < 1:
+        raise _wrong(plan, f"{pointer}/shape", tensor.shape, "is no tensor's")
+    asked, base = tensor.ggml_type, tensor.base_type
+    if base not in ggml_types.known_types():
+        raise _wrong(plan, f"{pointer}/base_type", base, "is no ggml type")
+    if asked not in (base, *ggml_types.PLANNABLE):
+        raise _wrong(plan, f"{pointer}/ggml_type", asked, "is no ggml type")
+    if asked in ggml_types.IMATRIX_TYPES:
+        problem = "needs an importance matrix, and none is given"
+        raise _wrong(plan, f"{pointer}/ggml_type", asked, problem)
+    made = plan_tensor(
+        LayoutTensor(
+            name=tensor.name, shape=tensor.shape, ggml_type=base
+        ),
+        lambda name: asked,
+    )
+    for key in PlanTensor.model_fields:
+        found, needed = getattr(tensor, key), getattr(made, key)
+        if found != needed:
+            raise _wrong(plan, f"{pointer}/{key}", found, f"must be {needed}")
+
+
+def _wrong(plan: Plan, pointer: str, found: object, problem: str) -> InputError:
+    return InputError(
+        "plan",
+        plan.model.name,
+        f"at {pointer}: {found} {problem}",
+        "plan again instead of editing the file",
+    )
