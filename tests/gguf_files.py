@@ -121,9 +121,11 @@ def dry_run(
     """The type llama-quantize gives each tensor, with a --tensor-type-file."""
     file = base.with_name(f"{base.name}.types")
     file.write_text(types)
-    argv = [toolchain.tool("llama-quantize"), "--dry-run"]
-    argv += ["--tensor-type-file", file, base, ftype] if types else [base, ftype]
-    return dry_run_argv(argv, file.with_suffix(".log"))
+    overrides: list[str | Path] = ["--tensor-type-file", file] if types else []
+    tool = toolchain.tool("llama-quantize")
+    return dry_run_argv(
+        [tool, "--dry-run", *overrides, base, ftype], file.with_suffix(".log")
+    )
 
 
 def dry_run_argv(argv: Sequence[str | Path], log: Path) -> dict[str, str]:

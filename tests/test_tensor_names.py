@@ -159,7 +159,7 @@ def test_quantizable_agrees_on_every_special_name(toolchain, tmp_path):
         "output.weight", "output_norm.weight", "blk.0.attn_q.bias",
         "blk.0.attn_q.weights", "blk.0.attn_qweight", "blk.0.ssm_a",
     ]  # fmt: skip
-    base = write_gguf(tmp_path / "names.gguf", {name: (2, 64) for name in names})
+    base = write_gguf(tmp_path / "names.gguf", dict.fromkeys(names, (2, 64)))
 
     found = dry_run(toolchain, base, "")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ewq_gguf.checkpoint.demo import DEMO_NAME, demo_checkpoint
 from ewq_gguf.checkpoint.folder import Checkpoint, open_folder, read_config
-from ewq_gguf.errors import InputError, NetworkError
+from ewq_gguf.errors import InputError, NetworkError, ResourceError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -29,6 +29,7 @@ def open_checkpoint(
     Raises:
         InputError: there is no such model, or it is not a sound checkpoint.
         NetworkError: the Hub refused or cannot be reached.
+        ResourceError: a download cannot be written.
     """
     if model == "demo":
         return open_folder(demo_checkpoint(on_line=on_line), name=DEMO_NAME)
@@ -94,11 +95,18 @@ def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
         return Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns))
         )
+    except errors.HFValidationError as error:
+        raise InputError(
+            "scan",
+            hub_id,
+            "no such file or folder, and no name that the Hub allows",
+            "check the spelling",
+        ) from error
     except (OSError, http_error) as error:
         raise _hub_error(hub_id, error) from error
 
 
-def _hub_error(hub_id: str, error: Exception) -> NetworkError:
+def _hub_error(hub_id: str, error: Exception) -> NetworkError | ResourceError:
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -106,6 +114,20 @@ def _hub_error(hub_id: str, error: Exception) -> NetworkError:
         RepositoryNotFoundError,
     )
 
+    if isinstance(error, OSError) and error.errno is not None:
+        return ResourceError(
+            "scan",
+            error.filename or hub_id,
+            f"the download cannot be written ({error.strerror})",
+            "free some space, or set HF_HOME to another folder",
+        )
+    # "Not cached" is all it says itself; its cause says why the Hub did not help.
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(
+        error.__cause__, Exception
+    ):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = str(error).partition("\n")[0] or type(error).__name__
     if isinstance(error, GatedRepoError):
         problem, remedy = (
             "the repository is gated",
@@ -118,12 +140,13 @@ def _hub_error(hub_id: str, error: Exception) -> NetworkError:
         )
     elif isinstance(error, OfflineModeIsEnabled):
         problem, remedy = ("HF_HUB_OFFLINE is set and it is not cached", "unset it")
-    elif isinstance(error, LocalEntryNotFoundError):
+    elif status in (401, 403):
+        problem, remedy = (f"the Hub refused ({reason})", "run `hf auth login`")
+    elif status is not None:
+        problem, remedy = (f"the Hub refused ({reason})", "try again later")
+    else:
         problem, remedy = (
-            "the Hub cannot be reached and it is not cached",
+            f"the Hub cannot be reached ({reason}) and it is not cached",
             "check the network, or give a local folder",
         )
-    else:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem, remedy = (f"the Hub refused ({first})", "try again later")
     return NetworkError("scan", hub_id, problem, remedy)

@@ -19,12 +19,15 @@ from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
+from ewq_gguf.llamacpp.logs import log_file
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Source
 
-#: The converter must not reach the network, and its bar must not be drawn too often.
+#: The converter must not reach the network nor import from the working folder, which
+#: may be the checkpoint's own.
 _CHILD_ENV = {
+    "PYTHONSAFEPATH": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -101,7 +104,7 @@ def convert(
         run(
             [_python(), *argv],
             stage="convert",
-            log_path=_log_path(out),
+            log_path=log_file("convert", out),
             env=_CHILD_ENV | toolchain.converter_env(),
             on_line=line,
         )
@@ -158,7 +161,7 @@ def header_of(
                 folder / "sources.json",
             ),
             stage="convert",
-            log_path=_log_path(out),
+            log_path=log_file("convert", out),
             env=_CHILD_ENV | toolchain.converter_env(),
         )
         header = read_gguf(path, header_only=True)
@@ -265,7 +268,3 @@ def _check_packages() -> None:
 
 def _python() -> str:
     return python_argv("")[0]
-
-
-def _log_path(out: Path) -> Path:
-    return store.cache_dir("logs") / f"convert-{out.stem}.log"

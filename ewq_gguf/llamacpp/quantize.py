@@ -14,11 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import (
+    ChildError,
+    InputError,
+    ResourceError,
+    VerificationError,
+    printable,
+)
 from ewq_gguf.llamacpp.gguf_file import read_gguf
+from ewq_gguf.llamacpp.logs import log_file
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.plan.build import provenance
+from ewq_gguf.plan.check import check_sound
 from ewq_gguf.process import run
 from ewq_gguf.records import Plan, Verification
 
@@ -31,21 +39,27 @@ def tensor_pattern(name: str) -> str:
     r"""A regular expression that matches this tensor name and no other.
 
     llama-quantize lowers the case of patterns, splits them at `=` and at blanks, and
-    reads them as ECMAScript: everything but [a-z0-9_] is written as `\xHH`.
+    reads them as ECMAScript, byte by byte: every byte but [a-z0-9_] is written as
+    `\xHH`, for legibility `.` and `-` as themselves.
     """
-    escaped = "".join(
-        c
-        if c in "abcdefghijklmnopqrstuvwxyz0123456789_"
-        else rf"\{c}"
-        if c in ".-"
-        else rf"\x{ord(c):02x}"
-        for c in name
+    escaped = (
+        chr(byte)
+        if byte in b"abcdefghijklmnopqrstuvwxyz0123456789_"
+        else rf"\{chr(byte)}"
+        if byte in b".-"
+        else rf"\x{byte:02x}"
+        for byte in name.encode()
     )
-    return f"^{escaped}$"
+    return f"^{''.join(escaped)}$"
 
 
 def tensor_types(plan: Plan) -> str:
-    """The text of `--tensor-type-file`: one line per quantisable tensor."""
+    """The text of `--tensor-type-file`: one line per quantisable tensor.
+
+    Raises:
+        InputError: the plan contradicts itself.
+    """
+    check_sound(plan)
     return "".join(
         f"{tensor_pattern(tensor.name)}={tensor.ggml_type.lower()}\n"
         for tensor in plan.tensors
@@ -97,12 +111,13 @@ def quantize(
         on_progress: told the finished share, 0 to 1.
 
     Raises:
-        InputError: the base GGUF is another model's.
+        InputError: the base GGUF is another model's, or the plan contradicts itself.
         ChildError: llama-quantize failed.
         VerificationError: it wrote something else than planned.
         ResourceError: the disk is full.
     """
     tool = toolchain.tool("llama-quantize")
+    types = tensor_types(plan)
     check_base(plan, base)
     store.check_distinct(out, [base], "quantize")
     folder = store.ensure_dir(out.absolute().parent, "quantize")
@@ -114,17 +129,25 @@ def quantize(
 
     with store.work_dir(out, stage="quantize") as work:
         (work / _BASE).symlink_to(base.resolve())
-        (work / _TYPES).write_text(tensor_types(plan))
+        (work / _TYPES).write_text(types)
         argv = quantize_argv(
             plan, tool, base=_BASE, types=_TYPES, out=_OUT, n_threads=n_threads
         )
-        run(
-            argv,
-            stage="quantize",
-            log_path=store.cache_dir("logs") / f"quantize-{out.stem}.log",
-            cwd=work,
-            on_line=line,
-        )
+        try:
+            run(
+                argv,
+                stage="quantize",
+                log_path=log_file("quantize", out),
+                cwd=work,
+                on_line=line,
+            )
+        except ChildError as error:
+            # All that llama-quantize says of a full disk; its folder is there.
+            if any("iostream error" in text for text in error.log_tail):
+                raise ResourceError(
+                    "quantize", folder, "the disk is full", "free some space"
+                ) from error
+            raise
         verification = verify_file(plan, work / _OUT, load=load)
         store.publish(work / _OUT, out)
     return verification
@@ -134,9 +157,16 @@ def check_base(plan: Plan, base: Path) -> None:
     """Refuse a base GGUF that is not the one the plan was made for.
 
     Raises:
-        InputError: a tensor is missing, or has another shape or type.
+        InputError: it is no sound GGUF, or a tensor is missing or has another shape
+            or type.
     """
-    found = {t.name: (t.shape, t.ggml_type) for t in read_gguf(base).tensors}
+    try:
+        tensors = read_gguf(base).tensors
+    except VerificationError as error:
+        raise InputError(
+            "quantize", base, error.problem, "make it with `ewq convert`"
+        ) from error
+    found = {t.name: (t.shape, t.ggml_type) for t in tensors}
     planned = {t.name: (t.shape, t.base_type) for t in plan.tensors}
     if found == planned:
         return
@@ -155,7 +185,11 @@ def export_sh(plan: Plan) -> str:
 
     It needs llama.cpp's converter and llama-quantize, the checkpoint's folder as $1
     and the output as $2, and gives the same bytes.
+
+    Raises:
+        InputError: the plan contradicts itself.
     """
+    types = tensor_types(plan)
     argv = quantize_argv(
         plan,
         "llama-quantize",
@@ -166,21 +200,23 @@ def export_sh(plan: Plan) -> str:
     )
     quoted = [arg if arg.startswith('"$') else shlex.quote(arg) for arg in argv]
     outtype = plan_outtype(plan).lower()
+    name = shlex.quote(plan.model.name)
+    title = printable(plan.model.name)
     return f"""#!/bin/sh
-# {plan.model.name}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
-# usage: sh {plan.model.name}.sh CHECKPOINT_FOLDER OUT.gguf
+# {title}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
+# usage: sh {title}.sh CHECKPOINT_FOLDER OUT.gguf
 set -eu
 : "${{LLAMA_CPP:?set LLAMA_CPP to a llama.cpp checkout with build/bin}}"
 PATH="$LLAMA_CPP/build/bin:$PATH"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work"/{shlex.quote(plan.model.name)}
-ln -s "$(cd "$1" && pwd)"/* "$work"/{shlex.quote(plan.model.name)}/
-python3 "$LLAMA_CPP/convert_hf_to_gguf.py" "$work"/{shlex.quote(plan.model.name)} \\
+mkdir "$work"/{name}
+ln -s "$(cd "$1" && pwd)"/* "$work"/{name}/
+python3 "$LLAMA_CPP/convert_hf_to_gguf.py" "$work"/{name} \\
   --outfile "$work/base.gguf" --outtype {outtype} \\
-  --model-name {shlex.quote(plan.model.name)}
+  --model-name {name}
 cat > "$work/tensor-types.txt" <<'TYPES'
-{tensor_types(plan)}TYPES
+{types}TYPES
 {" ".join(quoted)}
 """
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.errors import ChildError, VerificationError
 from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
+from ewq_gguf.llamacpp.logs import log_file
 from ewq_gguf.plan.sizes import n_dims
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Plan, Verification, VerifiedTensor
@@ -101,7 +102,7 @@ def _answer(path: Path) -> str:
     Raises:
         VerificationError: it does not load, or its numbers are broken.
     """
-    log_path = store.cache_dir("logs") / f"load-{path.stem}.log"
+    log_path = log_file("load", path)
     try:
         text = run(
             python_argv(
@@ -109,11 +110,13 @@ def _answer(path: Path) -> str:
             ),
             stage="verify",
             log_path=log_path,
+            env={"PYTHONSAFEPATH": "1"},  # the working folder may hold anybody's code
         )
     except ChildError as error:
         raise VerificationError(
             "verify", path, f"does not load: {error.problem}", f"its log is {log_path}"
         ) from error
+    log_path.unlink()
     result = json.loads(text.splitlines()[-1])
     if not result["is_finite"]:
         raise VerificationError(

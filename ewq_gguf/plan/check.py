@@ -39,17 +39,15 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, pointer: str) -> None:
     if not tensor.shape or min(tensor.shape) < 1:
         raise _wrong(plan, f"{pointer}/shape", tensor.shape, "is no tensor's")
     asked, base = tensor.ggml_type, tensor.base_type
-    if base not in ggml_types.known_types():
-        raise _wrong(plan, f"{pointer}/base_type", base, "is no ggml type")
-    if asked not in (base, *ggml_types.PLANNABLE):
+    if base not in ggml_types.FLOAT_TYPES:
+        raise _wrong(plan, f"{pointer}/base_type", base, "is no 16- or 32-bit type")
+    if asked not in ggml_types.PLANNABLE:
         raise _wrong(plan, f"{pointer}/ggml_type", asked, "is no ggml type")
     if asked in ggml_types.IMATRIX_TYPES:
         problem = "needs an importance matrix, and none is given"
         raise _wrong(plan, f"{pointer}/ggml_type", asked, problem)
     made = plan_tensor(
-        LayoutTensor(
-            name=tensor.name, shape=tensor.shape, ggml_type=base
-        ),
+        LayoutTensor(name=tensor.name, shape=tensor.shape, ggml_type=base),
         lambda name: asked,
     )
     for key in PlanTensor.model_fields:
