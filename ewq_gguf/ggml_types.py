@@ -33,6 +33,11 @@ _FALLBACK = {
 }  # fmt: skip
 
 
+def base_type(dtype: str) -> str:
+    """The ggml type of the base GGUF for a checkpoint's dtype; FP8 becomes BF16."""
+    return {"F16": "F16", "F32": "F32", "F64": "F32"}.get(dtype, "BF16")
+
+
 @cache
 def _sizes() -> dict[str, tuple[int, int]]:
     from gguf.constants import GGML_QUANT_SIZES
@@ -59,6 +64,16 @@ def type_number(ggml_type: str) -> int:
         KeyError: there is no such type.
     """
     return {name: number for number, name in _numbers().items()}[ggml_type]
+
+
+def n_dims(shape: Sequence[int]) -> int:
+    """Dimensions ggml counts: slowest ones of size 1 are dropped, one remains."""
+    dims = len(shape)
+    for size in shape[:-1]:
+        if size != 1:
+            break
+        dims -= 1
+    return dims
 
 
 def block_size(ggml_type: str) -> int:

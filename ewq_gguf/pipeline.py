@@ -9,7 +9,7 @@ run does only what changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Protocol
 from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.scan import scan_checkpoint
-from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.errors import (
     ChildError,
     InputError,
@@ -26,14 +26,19 @@ from ewq_gguf.errors import (
     UsageError,
     VerificationError,
 )
-from ewq_gguf.llamacpp.convert import base_type, convert
+from ewq_gguf.llamacpp.convert import (
+    base_type,
+    check_is_local,
+    convert,
+    converter_architectures,
+)
 from ewq_gguf.llamacpp.gguf_file import read_gguf
 from ewq_gguf.llamacpp.layout import cached_layout, layout_of
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.plan.build import check_policy, make_plan
-from ewq_gguf.plan.sizes import header_bytes, padded
+from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
 from ewq_gguf.process import N_CPUS
 from ewq_gguf.records import (
     EwqPolicy,
@@ -46,6 +51,7 @@ from ewq_gguf.records import (
     Verification,
     load_cached,
 )
+from ewq_gguf.tensor_names import ARCHITECTURES
 
 
 class Progress(Protocol):
@@ -87,6 +93,7 @@ class Options:
         allow_nonfinite: count NaN and infinite weights instead of refusing them.
         force: replace outputs made from other inputs.
         load: load the finished file and let it answer.
+        is_streamed: leave the weights on their server; only scans and plans can.
     """
 
     n_threads: int = N_CPUS
@@ -94,6 +101,7 @@ class Options:
     allow_nonfinite: bool = False
     force: bool = False
     load: bool = True
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,19 @@ class Made:
     is_reused: bool
 
 
+def open_model(
+    model: str, *, options: Options | None = None, progress: Progress = SILENT
+) -> Checkpoint:
+    """Find a model; one that neither the names nor the converter know is refused."""
+    options = options or Options()
+    architectures = frozenset(ARCHITECTURES)
+    with suppress(ToolError):
+        toolchain = find_toolchain(options.llama_cpp)
+        architectures |= converter_architectures(toolchain)
+    opening = Opening(architectures, options.is_streamed, progress.note)
+    return open_checkpoint(model, opening)
+
+
 def scan(
     checkpoint: Checkpoint,
     measures: Measures | None = None,
@@ -132,6 +153,9 @@ def scan(
     path = store.cache_dir("scans") / f"{key[:32]}.json"
     if (known := load_cached(Scan, path, "scan")) is not None:
         return known
+    layout = None
+    if not checkpoint.is_mapped_by_name:
+        layout = _layout(checkpoint, find_toolchain(options.llama_cpp), progress)
     total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
     done = 0
     with progress.stage("scan", total) as share:
@@ -144,6 +168,7 @@ def scan(
         result = scan_checkpoint(
             checkpoint,
             measures,
+            layout=layout,
             n_threads=options.n_threads,
             allow_nonfinite=options.allow_nonfinite,
             on_bytes=on_bytes,
@@ -188,16 +213,19 @@ def policy_measures(policy: Policy) -> Measures:
     return Measures()
 
 
-def policy_label(policy: Policy) -> str:
+def policy_label(policy: Policy, raw_type: str = "") -> str:
     """A short name for file names: what differs from the policy's defaults."""
+    raw = [f"raw-{raw_type}"] if raw_type else []
     if isinstance(policy, UniformPolicy):
-        return f"uniform-{policy.ggml_type}"
+        return "-".join([f"uniform-{policy.ggml_type}", *raw])
     parts = ["ewq"]
     standard = EwqPolicy()
     if policy.measure != standard.measure:
         parts.append(policy.measure)
     if policy.epsilon != standard.epsilon and policy.measure == "softmax":
         parts.append(f"eps{policy.epsilon:g}")
+    if policy.n_bins != standard.n_bins and policy.measure == "histogram":
+        parts.append(f"bins{policy.n_bins}")
     if policy.factor != standard.factor:
         parts.append(f"x{policy.factor:g}")
     if policy.ladder != standard.ladder:
@@ -206,12 +234,14 @@ def policy_label(policy: Policy) -> str:
         parts.append(f"embd-{policy.embedding_type}")
     if policy.output_type != "raw":
         parts.append(f"out-{policy.output_type}")
-    return "-".join(parts)
+    return "-".join([*parts, *raw])
 
 
 def plan_file(plan: Plan) -> Path:
     """Where a plan is written by default: `plans/NAME.POLICY.json`."""
-    return Path("plans") / f"{plan.model.name}.{policy_label(plan.policy)}.json"
+    bases = {t.base_type for t in plan.tensors if t.is_quantizable}
+    raw = "" if plan.raw_type in bases or "F32" in bases else plan.raw_type
+    return Path("plans") / f"{plan.model.name}.{policy_label(plan.policy, raw)}.json"
 
 
 def base_file(
@@ -226,7 +256,7 @@ def base_file(
     name = f"{checkpoint.identity.name}-{outtype}-{key[:16]}.gguf"
     path = store.cache_dir("base") / name
     with store.locked(path, stage="convert"):
-        if not path.exists():
+        if not _is_sound(path):
             with progress.stage("convert") as share:
                 convert(checkpoint, toolchain, path, outtype=outtype, on_progress=share)
     return path
@@ -261,19 +291,19 @@ def make_gguf(
     if not isinstance(policy, Plan):
         check_policy(policy)
     toolchain = find_toolchain(options.llama_cpp)
-    checkpoint = open_checkpoint(model, on_line=progress.note)
+    checkpoint = open_model(model, options=options, progress=progress)
+    check_is_local(checkpoint)
     inputs = [shard.path for shard in checkpoint.shards]
     if out is not None:
         store.check_distinct(out, inputs, "gguf")
     layout = _layout(checkpoint, toolchain, progress)
     plan_path = None
+    measures = policy_measures(policy.policy if isinstance(policy, Plan) else policy)
+    measured = scan(checkpoint, measures, options=options, progress=progress)
     if isinstance(policy, Plan):
         made_plan = policy
-        check_plan(made_plan, checkpoint, force=options.force)
+        check_plan(made_plan, measured, force=options.force)
     else:
-        measured = scan(
-            checkpoint, policy_measures(policy), options=options, progress=progress
-        )
         check_layout(measured, layout)
         made_plan = make_plan(measured, policy, layout, raw_type=raw_type)
         plan_path = plan_file(made_plan)
@@ -316,20 +346,22 @@ def make_gguf(
     )
 
 
-def check_plan(plan: Plan, checkpoint: Checkpoint, *, force: bool = False) -> None:
-    """Refuse a plan that was made for another checkpoint.
+def check_plan(plan: Plan, scan: Scan, *, force: bool = False) -> None:
+    """Refuse a plan that was made for another checkpoint, or for other weights of it.
 
     Raises:
-        InputError: files or headers differ.
+        InputError: files, headers or weights differ.
     """
-    if plan.model.fingerprint != checkpoint.identity.fingerprint and not force:
-        raise InputError(
-            "plan",
-            plan.model.name,
-            f"the plan is for checkpoint {plan.model.fingerprint[:12]}, this one is "
-            f"{checkpoint.identity.fingerprint[:12]}",
-            "plan again, or use --force if you know that they match",
-        )
+    planned = (plan.model.fingerprint, plan.weights_sha256)
+    found = (scan.model.fingerprint, scan.weights_sha256)
+    for what, a, b in zip(("checkpoint", "weights"), planned, found, strict=True):
+        if a != b and not force:
+            raise InputError(
+                "plan",
+                plan.model.name,
+                f"the plan is for {what} {a[:12]}, here are {b[:12]}",
+                "plan again, or use --force if you know that they match",
+            )
 
 
 def check_layout(scan: Scan, layout: Layout) -> None:
@@ -341,16 +373,17 @@ def check_layout(scan: Scan, layout: Layout) -> None:
         VerificationError: they are not; a plan would miss its tensors.
     """
     found = {
-        tensor.name: (tensor.shape, tuple(s.hf_name for s in tensor.sources))
+        tensor.name: (tensor.shape, {source.hf_name for source in tensor.sources})
         for tensor in layout.tensors
     }
     for tensor in scan.tensors:
-        if found.get(tensor.name) != (tensor.shape, tensor.hf_names):
+        shape, sources = found.get(tensor.name, (None, set()))
+        if shape != tensor.shape or not sources.issuperset(tensor.hf_names):
             raise VerificationError(
                 "plan",
                 tensor.name,
                 f"predicted as {tensor.shape} of {', '.join(tensor.hf_names)}, the "
-                f"converter writes {found.get(tensor.name, 'no such tensor')}",
+                f"converter writes {shape} of {sorted(sources)}",
                 "report this checkpoint's config.json",
             )
 
@@ -360,7 +393,7 @@ def layout_bytes(layout: Layout) -> int:
     from ewq_gguf.ggml_types import tensor_bytes
 
     infos = ((tensor.name, tensor.shape) for tensor in layout.tensors)
-    return header_bytes(layout.kv_bytes, infos) + sum(
+    return header_bytes(layout.kv_bytes, infos, base_info_bytes) + sum(
         padded(tensor_bytes(tensor.ggml_type, tensor.shape))
         for tensor in layout.tensors
     )
@@ -399,6 +432,15 @@ def _existing(plan: Plan, out: Path, options: Options) -> Verification | None:
         "exists and was made from another plan, or is damaged",
         "use --force to replace it, or another -o",
     )
+
+
+def _is_sound(base: Path) -> bool:
+    """Whether a cached base GGUF is there and whole."""
+    try:
+        read_gguf(base)
+    except (VerificationError, InputError):
+        return False
+    return True
 
 
 def _verification_path(plan: Plan) -> Path:

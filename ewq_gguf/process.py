@@ -8,6 +8,7 @@ ends the child's whole group within five seconds.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ N_CPUS = (
     if hasattr(os, "sched_getaffinity")
     else os.cpu_count() or 1
 )
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 _STOP_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 
@@ -119,19 +121,19 @@ def _hand_lines(data: bytes, on_line: Callable[[str], None] | None) -> bytes:
 
 
 def _stop_group(child: subprocess.Popen[bytes]) -> None:
-    """End the child's process group: SIGTERM, then SIGKILL after five seconds."""
-    if child.poll() is not None:
-        return
-    for stop, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)):
-        try:
-            os.killpg(child.pid, stop)
-        except ProcessLookupError:
-            return
-        try:
-            child.wait(seconds)
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """End the child and whatever it started: SIGTERM, after five seconds SIGKILL."""
+    if child.poll() is None:
+        _signal_group(child, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_STOP_SECONDS)
+    # Also when the child has ended: what it started may have ignored the signal.
+    _signal_group(child, signal.SIGKILL)
+    child.wait()
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)
 
 
 def _raise_for(
@@ -145,11 +147,22 @@ def _raise_for(
             "killed (137), most likely because memory ran out",
             f"free memory and run again; its log is {log_path}",
         )
-    if code < 0:
+    if code == -signal.SIGXFSZ or _DISK_FULL.search(_tail(text)):
+        raise ResourceError(
+            stage,
+            program,
+            "the disk is full, or a quota is",
+            f"free some space and run again; its log is {log_path}",
+        )
+    try:
         problem = f"ended by {signal.Signals(-code).name}"
-    else:
-        problem = f"exit code {code}"
+    except ValueError:  # a real-time signal, or no signal at all
+        problem = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
     raise _child_error(command, code, text, log_path, stage, problem)
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
 
 
 def _child_error(

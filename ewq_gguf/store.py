@@ -207,7 +207,9 @@ def locked(path: Path, *, stage: str) -> Iterator[None]:
     Raises:
         LockedError: another process holds it.
     """
-    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    # One lock per file, whatever links lead to its folder.
+    real = path.parent.resolve() / path.name
+    name = hashlib.sha256(os.fsencode(real)).hexdigest()[:32]
     folder = cache_dir("locks")
     owner = folder / f"{name}.owner"
     lock = FileLock(folder / f"{name}.lock")

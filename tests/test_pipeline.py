@@ -275,7 +275,6 @@ def test_a_damaged_output_is_refused_unless_forced(tiny, empty, damage):
     assert again.verification.file_sha256 == made.verification.file_sha256
 
 
-@pytest.mark.xfail(reason="pipeline: a plan does not depend on the weights' values")
 def test_a_file_of_other_weights_is_not_taken_for_this_models(tmp_path, empty, tiny):
     """Same names, same shapes, same plan: a checkpoint that was trained on."""
     folder = tmp_path / tiny.folder.name
@@ -288,7 +287,6 @@ def test_a_file_of_other_weights_is_not_taken_for_this_models(tmp_path, empty, t
         make_gguf(str(folder), out, policy, options=QUICK)
 
 
-@pytest.mark.xfail(reason="pipeline.base_file: a damaged base in the cache is kept")
 def test_a_damaged_base_in_the_cache_is_made_anew(tiny, empty, toolchain):
     sound = tiny.base.read_bytes()
     tiny.base.write_bytes(sound[:-5000])

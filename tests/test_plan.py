@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from ewq_gguf import ggml_types
 from ewq_gguf._version import __version__
 from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.plan.build import check_policy, make_plan, provenance
 from ewq_gguf.plan.ewq import decide, thresholds
-from ewq_gguf.plan.sizes import header_bytes, n_dims, padded, tensor_info_bytes
+from ewq_gguf.plan.sizes import header_bytes, padded, tensor_info_bytes
 from ewq_gguf.records import (
     EwqPolicy,
     LayerScan,
@@ -37,7 +38,6 @@ MODEL = ModelIdentity(
     hub_id=None,
     revision=None,
     hf_architecture="LlamaForCausalLM",
-    gguf_architecture="llama",
     n_layers=5,
     files_sha256={"config.json": "0" * 64},
     shards=(Shard(name="model.safetensors", size_bytes=1, header_sha256="1" * 64),),
@@ -85,6 +85,13 @@ def make_scan(
             std=1.0,
             min=-largest,
             max=0.5,
+            excess_kurtosis=0.0,
+            outlier_share=0.0,
+            zero_share=0.0,
+            exponent_entropy_bits=3.0,
+            code_entropy_bits=None,
+            n_distinct=None,
+            weights_crc32=0,
         )
         for name, shape in shapes.items()
     )
@@ -113,6 +120,7 @@ def make_layout(scan, kv_bytes=1000):
         model_fingerprint=scan.model.fingerprint,
         n_kv=20,
         kv_bytes=kv_bytes,
+        added_kv_bytes=0,
         tensors=tuple(
             LayoutTensor(
                 name=tensor.name,

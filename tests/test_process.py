@@ -197,7 +197,6 @@ def test_a_signal_is_named(sh, name):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="no real-time signals")
-@pytest.mark.xfail(reason="process._raise_for: signal.Signals() knows no such number")
 def test_a_signal_without_a_name_is_told_too(sh):
     with pytest.raises(ChildError, match=f"ended by .*{signal.SIGRTMIN + 3}"):
         sh(f"kill -{signal.SIGRTMIN + 3} $$")
@@ -228,9 +227,6 @@ def test_a_program_that_cannot_start_is_a_tool_error(tmp_path, log, kind):
 # Endings.
 
 
-LEFT_BEHIND = pytest.mark.xfail(
-    reason="process._stop_group: stops looking when the child itself has ended"
-)
 STUBBORN = "trap '' TERM; "
 
 
@@ -239,7 +235,7 @@ STUBBORN = "trap '' TERM; "
     [
         pytest.param("", "", id="polite"),
         pytest.param(STUBBORN, STUBBORN, id="stubborn"),
-        pytest.param("", STUBBORN, id="stubborn-grandchild", marks=LEFT_BEHIND),
+        pytest.param("", STUBBORN, id="stubborn-grandchild"),
     ],
 )
 def test_a_timeout_ends_the_whole_group_within_five_seconds(
@@ -263,7 +259,6 @@ def test_a_timeout_ends_the_whole_group_within_five_seconds(
     assert all_gone(found)
 
 
-@LEFT_BEHIND
 def test_a_grandchild_that_outlives_a_finished_child_is_ended(sh, tmp_path):
     pids = tmp_path / "pids"
 

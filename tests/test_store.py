@@ -393,7 +393,6 @@ def test_a_lock_leaves_nothing_beside_the_output(folder):
         assert names(folder) == []
 
 
-@pytest.mark.xfail(reason="store.locked: hash the resolved folder, not absolute()")
 def test_one_file_has_one_lock_whatever_its_name(folder, monkeypatch):
     """A relative path, one through a link, one with dots: the same output."""
     (folder / "sub").mkdir()

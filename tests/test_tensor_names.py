@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 from gguf.constants import MODEL_ARCH_NAMES
 
-from ewq_gguf.errors import InputError
 from ewq_gguf.tensor_names import (
     ARCHITECTURES,
-    gguf_architecture,
     gguf_name,
     is_dropped,
     is_quantizable,
@@ -64,28 +62,6 @@ def test_predicted_names_and_shapes_are_the_real_converters(tiny):
 
 def test_every_supported_architecture_is_one_of_gguf():
     assert set(ARCHITECTURES.values()) <= set(MODEL_ARCH_NAMES.values())
-    for hf_name, name in ARCHITECTURES.items():
-        assert gguf_architecture(hf_name) == name
-
-
-@pytest.mark.parametrize(
-    ("asked", "nearest"),
-    [
-        pytest.param("LlamaForCausallM", "LlamaForCausalLM", id="misspelt"),
-        pytest.param("MistralForCausalLm", "MistralForCausalLM", id="case"),
-        pytest.param("Qwen2ForCausalLM", "ForCausalLM", id="other"),
-        pytest.param("T5Model", "", id="unlike-any"),
-        pytest.param("", "", id="empty"),
-    ],
-)
-def test_an_unsupported_architecture_is_refused_with_the_nearest(asked, nearest):
-    with pytest.raises(InputError) as caught:
-        gguf_architecture(asked)
-
-    assert caught.value.exit_code == 3
-    assert f"architecture {asked} is not supported" in str(caught.value)
-    assert nearest in caught.value.remedy
-    assert any(name in caught.value.remedy for name in ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,30 @@ blobs of the Hub's own cache; only regular files are.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ewq_gguf.checkpoint.header import Header, TensorHeader, loads_strict, read_header
+from ewq_gguf.checkpoint.header import (
+    Header,
+    TensorHeader,
+    loads_strict,
+    read_header,
+    read_remote_header,
+)
+from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import ModelIdentity, Shard
-from ewq_gguf.tensor_names import gguf_architecture
+from ewq_gguf.tensor_names import ARCHITECTURES
 
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _INDEX = "model.safetensors.index.json"
 _SMALL_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"})
 _MAX_SMALL_BYTES = 64 << 20
@@ -29,10 +38,17 @@ _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One weight file of a checkpoint."""
+    """One weight file of a checkpoint.
+
+    Attributes:
+        path: where it lies; of a remote file only its name.
+        header: its header.
+        remote: the file on a server, or None.
+    """
 
     path: Path
     header: Header
+    remote: RemoteFile | None = None
 
 
 @dataclass(frozen=True)
@@ -61,17 +77,26 @@ class Checkpoint:
         ]
 
     @property
+    def is_mapped_by_name(self) -> bool:
+        """Whether names alone say which tensor becomes which, without the converter."""
+        return self.identity.hf_architecture in ARCHITECTURES and not self.config.get(
+            "quantization_config"
+        )
+
+    @property
     def signature(self) -> str:
         """SHA-256 over the identity and each file's size, inode and times.
 
         It changes when a file on this machine does, which the headers alone need not.
         """
-        paths = [*self.small_files.values(), *(shard.path for shard in self.shards)]
-        stats = [path.stat() for path in sorted(paths)]
+        local = [shard.path for shard in self.shards if shard.remote is None]
+        stats = [path.stat() for path in sorted([*self.small_files.values(), *local])]
+        remotes = [s.remote for s in self.shards if s.remote is not None]
         text = repr(
             (
                 self.identity.fingerprint,
                 [(s.st_size, s.st_ino, s.st_mtime_ns) for s in stats],
+                [(remote.url, remote.size_bytes, remote.etag) for remote in remotes],
             )
         )
         return hashlib.sha256(text.encode()).hexdigest()
@@ -84,6 +109,8 @@ def open_folder(
     hub_id: str | None = None,
     revision: str | None = None,
     only: str | None = None,
+    architectures: Collection[str] | None = None,
+    remote: Callable[[str], RemoteFile] | None = None,
 ) -> Checkpoint:
     """Read a folder's config and headers, and no weight.
 
@@ -93,14 +120,16 @@ def open_folder(
         hub_id: where it came from.
         revision: and which commit.
         only: the one weight file to take; None takes the index's or the only set.
+        architectures: the supported ones; None does not check.
+        remote: opens a weight file that stays on its server; None for local ones.
 
     Raises:
         InputError: it is not a sound checkpoint.
     """
-    config = read_config(folder)
+    config = read_config(folder, architectures)
     architecture = _hf_architecture(config, folder)
-    names, weight_map = ([only], None) if only else _shard_names(folder)
-    shards = tuple(_open_shard(folder, shard) for shard in sorted(names))
+    names, weight_map = _shard_names(folder, only, is_local=remote is None)
+    shards = tuple(_open_shard(folder, shard, remote) for shard in sorted(names))
     _check_tensors(folder, shards, weight_map)
     small_files = _small_files(folder)
     identity = ModelIdentity(
@@ -108,7 +137,6 @@ def open_folder(
         hub_id=hub_id,
         revision=revision,
         hf_architecture=architecture,
-        gguf_architecture=gguf_architecture(architecture),
         n_layers=_n_layers(config, folder),
         files_sha256={
             file: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -126,8 +154,14 @@ def open_folder(
     return Checkpoint(folder, config, small_files, shards, identity)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(
+    folder: Path, architectures: Collection[str] | None = None
+) -> dict[str, Any]:
     """config.json, refused where no weights would make its checkpoint usable.
+
+    Args:
+        folder: it is in.
+        architectures: the supported ones; None does not check.
 
     Raises:
         InputError: it is missing, not a JSON object, or names a quantised checkpoint
@@ -138,7 +172,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         _refuse_without_config(folder)
     config = _read_json_object(folder, "config.json")
     quantised = config.get("quantization_config")
-    if quantised:
+    if quantised and not _is_fp8(quantised):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise InputError(
             "scan",
@@ -146,8 +180,26 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"the weights are quantised already ({method or 'quantization_config'})",
             "use the BF16 or F16 checkpoint it was made from",
         )
-    gguf_architecture(_hf_architecture(config, folder))
+    _check_architecture(_hf_architecture(config, folder), path, architectures)
     return config
+
+
+def _check_architecture(
+    architecture: str, path: Path, supported: Collection[str] | None
+) -> None:
+    if supported is not None and architecture not in supported:
+        near = difflib.get_close_matches(architecture, sorted(supported), 3, 0.0)
+        raise InputError(
+            "scan",
+            path,
+            f"architecture {architecture} is not supported",
+            f"the nearest supported ones are {', '.join(near)}",
+        )
+
+
+def _is_fp8(quantised: object) -> bool:
+    """FP8 weights are codes times scales: read as they are, exactly."""
+    return isinstance(quantised, dict) and quantised.get("quant_method") == "fp8"
 
 
 def _refuse_without_config(folder: Path) -> None:
@@ -185,7 +237,17 @@ def _hf_architecture(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def _n_layers(config: Mapping[str, Any], folder: Path) -> int:
-    n_layers = config.get("num_hidden_layers")
+    sources = (config, config.get("text_config"))
+    n_layers = next(
+        (
+            source[key]
+            for source in sources
+            if isinstance(source, dict)
+            for key in _LAYER_KEYS
+            if key in source
+        ),
+        None,
+    )
     if type(n_layers) is not int or not 0 < n_layers <= 10_000:
         raise InputError(
             "scan",
@@ -196,13 +258,20 @@ def _n_layers(config: Mapping[str, Any], folder: Path) -> int:
     return n_layers
 
 
-def _shard_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+def _shard_names(
+    folder: Path, only: str | None, *, is_local: bool
+) -> tuple[list[str], dict[str, str] | None]:
     """The weight files: the index's, else `model*`, else the only one."""
+    if only:
+        return [only], None
     if (folder / _INDEX).is_file():
         weight_map = _weight_map(folder)
         names = sorted(set(weight_map.values()))
-        _check_present(folder, names, weight_map)
+        if is_local:
+            _check_present(folder, names, weight_map)
         return names, weight_map
+    if not is_local:
+        return ["model.safetensors"], None
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
         _refuse_without_weights(folder)
@@ -296,8 +365,13 @@ def _check_present(
         )
 
 
-def _open_shard(folder: Path, name: str) -> ShardFile:
+def _open_shard(
+    folder: Path, name: str, remote: Callable[[str], RemoteFile] | None
+) -> ShardFile:
     path = folder / name
+    if remote is not None:
+        file = remote(name)
+        return ShardFile(Path(name), read_remote_header(file, Path(name)), file)
     _check_regular(folder, path)
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.errors import InputError, printable
 
 MAX_HEADER_BYTES = 100_000_000
@@ -88,7 +89,25 @@ def read_header(fd: int, path: Path) -> Header:
         InputError: the file is not a sound safetensors file.
     """
     file_bytes = os.fstat(fd).st_size
-    start = os.pread(fd, 64, 0)
+    return _read_header(
+        lambda begin, end: os.pread(fd, end - begin, begin), path, file_bytes
+    )
+
+
+def read_remote_header(file: RemoteFile, path: Path) -> Header:
+    """Read and check the header of a safetensors file on a server.
+
+    Raises:
+        InputError: the file is not a sound safetensors file.
+        NetworkError: the server refused or failed too often.
+    """
+    return _read_header(file.read, path, file.size_bytes)
+
+
+def _read_header(
+    read: Callable[[int, int], bytes], path: Path, file_bytes: int
+) -> Header:
+    start = read(0, 64)
     if len(start) < 8:
         raise _bad(path, f"has {file_bytes} bytes, a safetensors file has 8 or more")
     n_header = int.from_bytes(start[:8], "little")
@@ -99,7 +118,7 @@ def read_header(fd: int, path: Path) -> Header:
             f"header length {n_header} does not fit its {file_bytes} bytes (at most "
             f"{MAX_HEADER_BYTES}): truncated or not safetensors",
         )
-    raw = os.pread(fd, n_header, 8)
+    raw = read(8, 8 + n_header)
     if len(raw) != n_header:
         raise _bad(path, f"header ends after {len(raw)} of {n_header} bytes")
     entries = _parse(raw, path)

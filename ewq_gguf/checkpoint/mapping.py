@@ -1,76 +1,106 @@
-"""Which checkpoint tensor feeds which GGUF tensor."""
+"""Which checkpoint tensors, or parts of them, feed which GGUF tensor.
+
+Two ways lead here. For the families in `tensor_names.ARCHITECTURES` the names alone say
+it. For every other one the converter is asked (`llamacpp/layout.py`), and its answer is
+checked against the names where both are known.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.errors import InputError
-from ewq_gguf.tensor_names import gguf_name, is_dropped, layer_idx
+from ewq_gguf.records import Layout
+from ewq_gguf.tensor_names import ARCHITECTURES, gguf_name, is_dropped, layer_idx
 
-#: What the scanner reads.
-SCANNED_DTYPES = ("BF16", "F16", "F32")
+#: What the scanner reads; other dtypes (masks, token tables) are not weights.
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+
+#: Names that hold the scales of an FP8 weight.
+_SCALES = ("_scale_inv", "_scale")
+
+Box = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A checkpoint tensor, or a box of it.
+
+    Attributes:
+        shard: the file it is in.
+        tensor: its header.
+        box: (start, stop, step) per dimension; None for all of it.
+        scale: the FP8 weight's scales and their file, or None.
+    """
+
+    shard: ShardFile
+    tensor: TensorHeader
+    box: Box | None = None
+    scale: tuple[ShardFile, TensorHeader] | None = None
+
+    @property
+    def n_weights(self) -> int:
+        """How many weights of the tensor are taken."""
+        if self.box is None:
+            return self.tensor.n_weights
+        return prod(len(range(*part)) for part in self.box)
 
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """A GGUF tensor and where its weights lie."""
+    """A GGUF tensor and where its weights lie.
+
+    Attributes:
+        name: in the GGUF.
+        shape: in the GGUF, slowest dimension first.
+        regions: what it is made of; at least one, all of one dtype.
+    """
 
     name: str
-    source: TensorHeader
-    shard: ShardFile
+    shape: tuple[int, ...]
+    regions: tuple[Region, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of its weights in the checkpoint."""
+        return self.regions[0].tensor.dtype
 
 
-def map_tensors(
-    checkpoint: Checkpoint,
-) -> tuple[tuple[MappedTensor, ...], tuple[str, ...]]:
+Mapping = tuple[tuple[MappedTensor, ...], tuple[str, ...]]
+
+
+def map_tensors(checkpoint: Checkpoint, layout: Layout | None = None) -> Mapping:
     """Map every tensor of a checkpoint.
+
+    Args:
+        checkpoint: opened by `open_checkpoint`.
+        layout: the converter's; needed for a family that names alone do not map.
 
     Returns:
         The mapped tensors in the order of the GGUF, layers numerically, and the
-        names of those the GGUF has no use for.
+        names of those that are no weights or that the GGUF has no use for.
 
     Raises:
-        InputError: a tensor has no GGUF name, or a dtype the scanner cannot read.
+        InputError: a tensor has no place in the GGUF.
     """
-    identity = checkpoint.identity
-    mapped: dict[str, MappedTensor] = {}
-    dropped: list[str] = []
-    for shard, tensor in checkpoint.tensors:
-        if is_dropped(tensor.name) or tensor.n_weights == 0 or not tensor.shape:
-            dropped.append(tensor.name)
-            continue
-        name = gguf_name(identity.gguf_architecture, identity.n_layers, tensor.name)
-        if name is None:
-            raise InputError(
-                "scan",
-                shard.path,
-                f"{tensor.name} has no place in a {identity.gguf_architecture} GGUF "
-                f"of {identity.n_layers} layers",
-                "check config.json; this checkpoint is not what it says",
-            )
-        if tensor.dtype not in SCANNED_DTYPES:
-            raise InputError(
-                "scan",
-                shard.path,
-                f"{tensor.name} is {tensor.dtype}, which is not scanned",
-                f"use a checkpoint in {', '.join(SCANNED_DTYPES)}",
-            )
-        if name in mapped:
-            raise InputError(
-                "scan",
-                shard.path,
-                f"{mapped[name].source.name} and {tensor.name} both feed {name}",
-                "remove one",
-            )
-        mapped[name] = MappedTensor(name, tensor, shard)
+    mapped = _map_by_layout(checkpoint, layout) if layout else _map_by_name(checkpoint)
+    mapped = {n: t for n, t in mapped.items() if t.dtype in WEIGHT_DTYPES}
     if not mapped:
         raise InputError(
             "scan", checkpoint.folder, "holds no weights", "download it again"
         )
+    used = {
+        header.name
+        for tensor in mapped.values()
+        for region in tensor.regions
+        for header in (region.tensor, *([region.scale[1]] if region.scale else []))
+    }
+    dropped = sorted(t.name for _, t in checkpoint.tensors if t.name not in used)
     ordered = sorted(mapped.values(), key=lambda tensor: gguf_order(tensor.name))
-    return tuple(ordered), tuple(sorted(dropped))
+    return tuple(ordered), tuple(dropped)
 
 
 def gguf_order(name: str) -> tuple[int, int, str]:
@@ -79,3 +109,74 @@ def gguf_order(name: str) -> tuple[int, int, str]:
     if layer is not None:
         return (1, layer, name)
     return (0 if name.startswith("token_embd") else 2, 0, name)
+
+
+def _map_by_name(checkpoint: Checkpoint) -> dict[str, MappedTensor]:
+    identity = checkpoint.identity
+    architecture = ARCHITECTURES[identity.hf_architecture]
+    mapped: dict[str, MappedTensor] = {}
+    for shard, tensor in checkpoint.tensors:
+        if is_dropped(tensor.name) or tensor.n_weights == 0 or not tensor.shape:
+            continue
+        name = gguf_name(architecture, identity.n_layers, tensor.name)
+        if name is None:
+            raise InputError(
+                "scan",
+                shard.path,
+                f"{tensor.name} has no place in a {architecture} GGUF of "
+                f"{identity.n_layers} layers",
+                "check config.json; this checkpoint is not what it says",
+            )
+        if name in mapped:
+            raise InputError(
+                "scan",
+                shard.path,
+                f"{mapped[name].regions[0].tensor.name} and {tensor.name} both feed "
+                f"{name}",
+                "remove one",
+            )
+        mapped[name] = MappedTensor(name, tensor.shape, (Region(shard, tensor),))
+    return mapped
+
+
+def _map_by_layout(checkpoint: Checkpoint, layout: Layout) -> dict[str, MappedTensor]:
+    files = {tensor.name: (shard, tensor) for shard, tensor in checkpoint.tensors}
+    mapped = {}
+    for tensor in layout.tensors:
+        names = {source.hf_name for source in tensor.sources}
+        regions = tuple(
+            _region(files, source.hf_name, source.box, names)
+            for source in tensor.sources
+            if not _is_scale(source.hf_name, names)
+        )
+        if not regions:
+            continue
+        dtypes = {region.tensor.dtype for region in regions}
+        if len(dtypes) > 1:
+            raise InputError(
+                "scan",
+                checkpoint.folder,
+                f"{tensor.name} is made of {' and '.join(sorted(dtypes))} tensors",
+                "convert the checkpoint to one dtype",
+            )
+        mapped[tensor.name] = MappedTensor(tensor.name, tensor.shape, regions)
+    return mapped
+
+
+def _region(
+    files: dict[str, tuple[ShardFile, TensorHeader]],
+    name: str,
+    box: Box | None,
+    names: set[str],
+) -> Region:
+    scales = [name + ending for ending in _SCALES if name + ending in names]
+    scale = files[scales[0]] if scales else None
+    return Region(*files[name], box, scale)
+
+
+def _is_scale(name: str, names: set[str]) -> bool:
+    """Whether a source is only the scale of another one."""
+    return any(
+        name.endswith(ending) and name.removesuffix(ending) in names
+        for ending in _SCALES
+    )

@@ -1,4 +1,4 @@
-"""Reading ranges of weight files into reused buffers: preadv, never mmap.
+"""Reading ranges of weight files into reused buffers: preadv or HTTP, never mmap.
 
 A mapped file that shrinks under its reader ends the process with SIGBUS; a read that
 comes up short is an error with a name.
@@ -14,6 +14,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from ewq_gguf.checkpoint.folder import ShardFile
 from ewq_gguf.errors import InputError, ResourceError
 
 #: Small enough to stay in the cache between the read and the count.
@@ -42,13 +43,14 @@ class RangeReader:
             os.close(fd)
         self._fds.clear()
 
-    def open(self, path: Path) -> None:
+    def open(self, shard: ShardFile) -> None:
         """Open a file for reading; call before threads share the reader.
 
         Raises:
             InputError: it cannot be opened.
         """
-        if path not in self._fds:
+        path = shard.path
+        if shard.remote is None and path not in self._fds:
             try:
                 self._fds[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
@@ -57,12 +59,12 @@ class RangeReader:
                 ) from error
 
     def chunks(
-        self, path: Path, begin: int, end: int, buffer: NDArray[np.uint8]
+        self, shard: ShardFile, begin: int, end: int, buffer: NDArray[np.uint8]
     ) -> Iterator[NDArray[np.uint8]]:
         """Bytes begin..end of a file, a full buffer at a time.
 
         Args:
-            path: opened before.
+            shard: opened before.
             begin: first byte.
             end: one past the last.
             buffer: (n,) uint8, reused: each chunk is a view of it.
@@ -70,8 +72,12 @@ class RangeReader:
         Raises:
             InputError: the file ends before `end`.
             ResourceError: the disk or the network file system failed.
+            NetworkError: the server refused or failed too often.
         """
-        fd = self._fds[path]
+        if shard.remote is not None:
+            yield from shard.remote.chunks(begin, end, buffer)
+            return
+        path, fd = shard.path, self._fds[shard.path]
         view = buffer.data
         for offset in range(begin, end, buffer.size):
             size = min(buffer.size, end - offset)

@@ -160,6 +160,36 @@ class RemoteFile:
         return NetworkError("scan", self.url, problem, remedy)
 
 
+def fetch_small(url: str, limit_bytes: int = 64 << 20) -> bytes | None:
+    """A small file as a whole, or None where the server has none.
+
+    Raises:
+        NetworkError: the server refuses, or the file is larger than `limit_bytes`.
+    """
+    from huggingface_hub import errors, get_session
+
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    try:
+        with get_session().stream(
+            "GET", url, timeout=_TIMEOUT_SECONDS, follow_redirects=True
+        ) as response:
+            if response.status_code == 404:
+                return None
+            problem = f"answered {response.status_code}"
+            if response.status_code == 200:
+                data = bytearray()
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) > limit_bytes:
+                        break
+                else:
+                    return bytes(data)
+                problem = f"is larger than {limit_bytes:,} bytes"
+    except http_error as error:
+        problem = printable(error) or type(error).__name__
+    raise NetworkError("scan", url, problem, "check the address")
+
+
 class _Again(Exception):
     """A failure worth another attempt."""
 

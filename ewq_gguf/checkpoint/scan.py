@@ -8,15 +8,17 @@ sums are combined in part order, so threads and shards cannot be seen in the res
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.checkpoint.mapping import MappedTensor, map_tensors
+from ewq_gguf.checkpoint.mapping import MappedTensor, Region, map_tensors
 from ewq_gguf.checkpoint.reader import BUFFER_BYTES, RangeReader
+from ewq_gguf.checkpoint.regions import Pieces, parts_of
 from ewq_gguf.entropy.codes import N_CODES, code_values, count_codes, summarise_codes
 from ewq_gguf.entropy.floats import (
     FirstPass,
@@ -30,18 +32,15 @@ from ewq_gguf.entropy.floats import (
 from ewq_gguf.entropy.layers import layer_scans
 from ewq_gguf.entropy.summary import Summary
 from ewq_gguf.errors import InputError
-from ewq_gguf.records import Measures, Scan, TensorScan
+from ewq_gguf.records import Layout, Measures, Scan, TensorScan
 from ewq_gguf.tensor_names import layer_idx, role
-
-#: A part is one thread's piece of work. Below 2^32 codes its counts fit uint32; the
-#: size is part of the result of 32-bit sources, so it never depends on the machine.
-PART_BYTES = 64 << 20
 
 
 def scan_checkpoint(
     checkpoint: Checkpoint,
     measures: Measures | None = None,
     *,
+    layout: Layout | None = None,
     n_threads: int = 1,
     allow_nonfinite: bool = False,
     on_bytes: Callable[[int], None] | None = None,
@@ -51,6 +50,7 @@ def scan_checkpoint(
     Args:
         checkpoint: opened by `open_checkpoint`.
         measures: parameters of the measures; the paper's by default.
+        layout: the converter's, for a family that names alone do not map.
         n_threads: reading and counting threads.
         allow_nonfinite: count NaN and infinities instead of refusing them.
         on_bytes: told how many bytes each finished part had.
@@ -59,22 +59,29 @@ def scan_checkpoint(
         InputError: a file is not what its header says, or holds NaN or infinity.
     """
     measures = measures or Measures()
-    tensors, dropped = map_tensors(checkpoint)
-    in_file_order = sorted(tensors, key=lambda t: (t.shard.path.name, t.source.begin))
+    tensors, dropped = map_tensors(checkpoint, layout)
     with RangeReader() as reader:
-        for tensor in tensors:
-            reader.open(tensor.shard.path)
-        jobs = {t.name: _job(t, reader, measures) for t in in_file_order}
+        for shard in checkpoint.shards:
+            reader.open(shard)
+        jobs = {t.name: _job(t, reader, measures) for t in _in_file_order(tensors)}
         _run(jobs.values(), n_threads, on_bytes or (lambda n_bytes: None))
-        entries = tuple(_entry(t, jobs[t.name].summary) for t in tensors)
+        entries = tuple(_entry(jobs[tensor.name]) for tensor in tensors)
         if not allow_nonfinite:
-            _refuse_nonfinite(tensors, entries, reader)
+            _refuse_nonfinite(jobs, entries)
     return Scan(
         model=checkpoint.identity,
         measures=measures,
         tensors=entries,
         layers=layer_scans(entries),
         dropped=dropped,
+    )
+
+
+def _in_file_order(tensors: Iterable[MappedTensor]) -> list[MappedTensor]:
+    """So that a disk reads forward."""
+    return sorted(
+        tensors,
+        key=lambda t: (t.regions[0].shard.path.name, t.regions[0].tensor.begin),
     )
 
 
@@ -93,6 +100,7 @@ class _Job:
     """One tensor: its parts, its passes, at the end its summary."""
 
     summary: Summary
+    weights_crc32: int
 
     def __init__(
         self, tensor: MappedTensor, reader: RangeReader, measures: Measures
@@ -101,10 +109,8 @@ class _Job:
         self.reader = reader
         self.measures = measures
         self.lock = threading.Lock()
-        source = tensor.source
         self.parts = [
-            (begin, min(begin + PART_BYTES, source.end))
-            for begin in range(source.begin, source.end, PART_BYTES)
+            part for region in tensor.regions for part in parts_of(region, reader)
         ]
         self.n_left = len(self.parts)
 
@@ -112,21 +118,21 @@ class _Job:
         """Do one part; True if the tensor needs its parts done once more."""
         raise NotImplementedError
 
-    def chunks(self, index: int) -> Iterator[NDArray[np.uint8]]:
-        begin, end = self.parts[index]
-        return self.reader.chunks(self.tensor.shard.path, begin, end, _scratch.buffer)
+    def pieces(self, index: int) -> Pieces:
+        return self.parts[index].pieces(self.reader, _scratch.buffer)
 
 
 class _CodeJob(_Job):
-    """16-bit weights."""
+    """16-bit weights, and 8-bit ones without scales."""
 
     counts: NDArray[np.int64] | None = None
 
     def run(self, index: int) -> bool:
-        table = _scratch.table
+        dtype = self.tensor.dtype
+        table = _scratch.table[: code_values(dtype).size]
         table[:] = 0
-        for chunk in self.chunks(index):
-            count_codes(chunk.view(np.uint16), table)
+        for codes in self.pieces(index):
+            count_codes(codes, table)
         with self.lock:
             if self.counts is None:
                 self.counts = table.astype(np.int64)
@@ -135,9 +141,13 @@ class _CodeJob(_Job):
             self.n_left -= 1
             if self.n_left:
                 return False
+        occurring = np.flatnonzero(self.counts)
+        self.weights_crc32 = crc32(
+            self.counts[occurring].tobytes(), crc32(occurring.tobytes())
+        )
         self.summary = summarise_codes(
             self.counts,
-            self.tensor.source.dtype,
+            dtype,
             epsilon=self.measures.epsilon,
             n_bins=self.measures.n_bins,
         )
@@ -146,7 +156,7 @@ class _CodeJob(_Job):
 
 
 class _FloatJob(_Job):
-    """32-bit weights, in two passes."""
+    """32- and 64-bit weights, and FP8 ones with scales, in two passes."""
 
     def __init__(
         self, tensor: MappedTensor, reader: RangeReader, measures: Measures
@@ -154,13 +164,14 @@ class _FloatJob(_Job):
         super().__init__(tensor, reader, measures)
         self.first: list[list[FirstPass]] = [[] for _ in self.parts]
         self.second: list[list[SecondPass]] = [[] for _ in self.parts]
+        self.crcs = [0] * len(self.parts)
         self.norms: Norms | None = None
 
     def run(self, index: int) -> bool:
-        for chunk in self.chunks(index):
-            data = chunk.view(np.float32)
+        for data in self.pieces(index):
             if self.norms is None:
                 self.first[index].append(first_pass(data))
+                self.crcs[index] = crc32(data.data, self.crcs[index])
             elif self.norms.n_finite:
                 self.second[index].append(
                     second_pass(
@@ -176,6 +187,7 @@ class _FloatJob(_Job):
                 return False
         if self.norms is None:
             self.norms = combine_first(sum(self.first, []))
+            self.weights_crc32 = crc32(repr(self.crcs).encode())
             self.n_left = len(self.parts)
             return True
         self.summary = summarise_floats(
@@ -185,7 +197,8 @@ class _FloatJob(_Job):
 
 
 def _job(tensor: MappedTensor, reader: RangeReader, measures: Measures) -> _Job:
-    kind = _FloatJob if tensor.source.dtype == "F32" else _CodeJob
+    floats = tensor.dtype in ("F32", "F64") or tensor.regions[0].scale is not None
+    kind = _FloatJob if floats else _CodeJob
     return kind(tensor, reader, measures)
 
 
@@ -197,8 +210,7 @@ def _run(jobs: Iterable[_Job], n_threads: int, on_bytes: Callable[[int], None]) 
         return job, index, job.run(index)
 
     def done(job: _Job, index: int, again: bool) -> list[tuple[_Job, int]]:
-        begin, end = job.parts[index]
-        on_bytes(end - begin)
+        on_bytes(job.parts[index].n_bytes)
         return [(job, i) for i in range(len(job.parts))] if again else []
 
     if n_threads == 1:
@@ -224,43 +236,45 @@ def _run(jobs: Iterable[_Job], n_threads: int, on_bytes: Callable[[int], None]) 
             raise
 
 
-def _entry(tensor: MappedTensor, summary: Summary) -> TensorScan:
+def _entry(job: _Job) -> TensorScan:
+    tensor = job.tensor
     return TensorScan(
         name=tensor.name,
-        hf_names=(tensor.source.name,),
+        hf_names=tuple(region.tensor.name for region in tensor.regions),
         role=role(tensor.name),
         layer_idx=layer_idx(tensor.name),
-        shape=tensor.source.shape,
-        dtype=tensor.source.dtype,
-        **vars(summary),
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        weights_crc32=job.weights_crc32,
+        **vars(job.summary),
     )
 
 
-def _refuse_nonfinite(
-    tensors: Iterable[MappedTensor], entries: Iterable[TensorScan], reader: RangeReader
-) -> None:
-    for tensor, entry in zip(tensors, entries, strict=True):
+def _refuse_nonfinite(jobs: Mapping[str, _Job], entries: Iterable[TensorScan]) -> None:
+    for entry in entries:
         if entry.n_nonfinite:
-            index = _first_nonfinite(tensor, reader)
+            region, index = _first_nonfinite(jobs[entry.name])
             raise InputError(
                 "scan",
-                tensor.shard.path,
-                f"{tensor.source.name} holds {entry.n_nonfinite} NaN or infinite "
+                region.shard.path,
+                f"{region.tensor.name} holds {entry.n_nonfinite} NaN or infinite "
                 f"weights, the first at index {index}",
                 "repair the checkpoint, or measure the rest with --allow-nonfinite",
             )
 
 
-def _first_nonfinite(tensor: MappedTensor, reader: RangeReader) -> int:
-    source, position = tensor.source, 0
-    for chunk in reader.chunks(
-        tensor.shard.path, source.begin, source.end, _scratch.buffer
-    ):
-        if source.dtype == "F32":
-            bad = ~np.isfinite(chunk.view(np.float32))
-        else:
-            bad = ~np.isfinite(code_values(source.dtype))[chunk.view(np.uint16)]
-        if bad.any():
-            return position + int(bad.argmax())
-        position += bad.size
-    raise AssertionError(f"{source.name} had a non-finite weight a moment ago")
+def _first_nonfinite(job: _Job) -> tuple[Region, int]:
+    """The region that holds the first one, and its index among the region's weights."""
+    region, position = job.parts[0].region, 0
+    for index, part in enumerate(job.parts):
+        if part.region is not region:
+            region, position = part.region, 0
+        for data in job.pieces(index):
+            if data.dtype.kind == "f":
+                bad = ~np.isfinite(data)
+            else:
+                bad = ~np.isfinite(code_values(job.tensor.dtype))[data]
+            if bad.any():
+                return region, position + int(bad.argmax())
+            position += bad.size
+    raise AssertionError(f"{job.tensor.name} had a non-finite weight a moment ago")

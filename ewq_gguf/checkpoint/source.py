@@ -1,40 +1,68 @@
-"""What MODEL names: a folder, a single file, a Hub id or the built-in model."""
+"""What MODEL names: a folder, a file, a Hub id, an https URL or the built-in model."""
 
 from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
+from ewq_gguf import store
 from ewq_gguf.checkpoint.demo import DEMO_NAME, demo_checkpoint
 from ewq_gguf.checkpoint.folder import Checkpoint, open_folder, read_config
-from ewq_gguf.errors import InputError, NetworkError, ResourceError
+from ewq_gguf.checkpoint.remote import RemoteFile, fetch_small
+from ewq_gguf.errors import InputError, NetworkError, ResourceError, UsageError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_URL = re.compile(r"https?://[^/]+/")
 
 #: What a conversion needs of a Hub repository; no code, no pickles.
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
 
+#: What is asked for below a plain URL, which cannot be listed.
+_URL_FILES = (
+    "config.json", "model.safetensors.index.json", "generation_config.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "tekken.json",
+)  # fmt: skip
 
-def open_checkpoint(
-    model: str, *, on_line: Callable[[str], None] | None = None
-) -> Checkpoint:
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How to open a model.
+
+    Attributes:
+        architectures: the supported ones; None does not check.
+        is_streamed: leave the weights on their server.
+        say: told about downloads; None for nobody.
+    """
+
+    architectures: Collection[str] | None = None
+    is_streamed: bool = False
+    say: Say | None = None
+
+
+def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
     """Find a model and read its config and headers, and no weight.
 
     Args:
-        model: a folder, a .safetensors file, a Hub id, or `demo`.
-        on_line: told about downloads.
+        model: a folder, a .safetensors file, a Hub id (`org/name[@revision]`), an
+            http(s) URL of a folder, or `demo`.
+        opening: how to.
 
     Raises:
+        UsageError: a local model cannot be streamed.
         InputError: there is no such model, or it is not a sound checkpoint.
-        NetworkError: the Hub refused or cannot be reached.
+        NetworkError: a server refused or cannot be reached.
         ResourceError: a download cannot be written.
     """
-    if model == "demo":
-        return open_folder(demo_checkpoint(on_line=on_line), name=DEMO_NAME)
+    opening = opening or Opening()
     try:
-        return _open(model, on_line)
+        return _open(model, opening)
     except OSError as error:
         raise InputError(
             "scan",
@@ -44,23 +72,31 @@ def open_checkpoint(
         ) from error
 
 
-def _open(model: str, on_line: Callable[[str], None] | None) -> Checkpoint:
+def _open(model: str, opening: Opening) -> Checkpoint:
     path = Path(model)
-    if path.is_dir():
-        return open_folder(path, name=path.resolve().name)
-    if path.exists():
-        return _open_file(path)
-    if _HUB_ID.fullmatch(model):
-        return _open_hub(model, on_line)
-    raise InputError(
-        "scan",
-        model,
-        "no such file or folder",
-        "give a folder with config.json and *.safetensors, a Hub id, or `demo`",
-    )
+    if _URL.match(model):
+        return _open_url(model.rstrip("/"), opening)
+    if model == "demo":
+        folder, name = demo_checkpoint(on_line=opening.say), DEMO_NAME
+    elif path.is_dir():
+        folder, name = path, path.resolve().name
+    elif path.exists():
+        return _open_file(path, opening)
+    elif match := _HUB_ID.fullmatch(model):
+        return _open_hub(match[1], match[2], opening)
+    else:
+        raise InputError(
+            "scan",
+            model,
+            "no such file or folder",
+            "give a folder with config.json and *.safetensors, a Hub id, or `demo`",
+        )
+    _check_local(model, opening)
+    return open_folder(folder, name=name, architectures=opening.architectures)
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path, opening: Opening) -> Checkpoint:
+    _check_local(str(path), opening)
     if not stat.S_ISREG(path.stat().st_mode) or path.suffix != ".safetensors":
         raise InputError(
             "scan",
@@ -69,22 +105,65 @@ def _open_file(path: Path) -> Checkpoint:
             "give the checkpoint's folder",
         )
     folder = path.parent
-    return open_folder(folder, name=folder.resolve().name, only=path.name)
-
-
-def _open_hub(hub_id: str, on_line: Callable[[str], None] | None) -> Checkpoint:
-    if on_line is not None:
-        on_line(f"fetching {hub_id} from the Hub")
-    # The small files first: what cannot be converted is refused before its weights.
-    folder = _snapshot(hub_id, None, _HUB_FILES)
-    read_config(folder)
-    for weights in ("model*.safetensors", "*.safetensors"):
-        folder = _snapshot(hub_id, folder.name, (*_HUB_FILES, weights))
-        if any(folder.glob(weights)):
-            break
     return open_folder(
-        folder, name=hub_id.split("/")[1], hub_id=hub_id, revision=folder.name
+        folder,
+        name=folder.resolve().name,
+        only=path.name,
+        architectures=opening.architectures,
     )
+
+
+def _check_local(model: str, opening: Opening) -> None:
+    if opening.is_streamed:
+        raise UsageError(
+            "scan", model, "is on this machine", "leave --stream away, or give a Hub id"
+        )
+
+
+def _open_url(url: str, opening: Opening) -> Checkpoint:
+    """A folder on a web server: small files are kept, weights stay there."""
+    folder = store.cache_dir("remote", store.sha256_text(url)[:32])
+    for name in _URL_FILES:
+        data = fetch_small(f"{url}/{name}")
+        (folder / name).unlink(missing_ok=True)
+        if data is not None:
+            (folder / name).write_bytes(data)
+    return open_folder(
+        folder,
+        name=url.rsplit("/", 1)[1],
+        architectures=opening.architectures,
+        remote=lambda file: RemoteFile(f"{url}/{file}"),
+    )
+
+
+def _open_hub(hub_id: str, revision: str | None, opening: Opening) -> Checkpoint:
+    if opening.say is not None:
+        opening.say(f"fetching {hub_id} from the Hub")
+    # The small files first: what cannot be converted is refused before its weights.
+    folder = _snapshot(hub_id, revision, _HUB_FILES)
+    read_config(folder, opening.architectures)
+    commit = folder.name
+    if not opening.is_streamed:
+        for weights in ("model*.safetensors", "*.safetensors"):
+            folder = _snapshot(hub_id, commit, (*_HUB_FILES, weights))
+            if any(folder.glob(weights)):
+                break
+    return open_folder(
+        folder,
+        name=hub_id.split("/")[1],
+        hub_id=hub_id,
+        revision=commit,
+        architectures=opening.architectures,
+        remote=_hub_opener(hub_id, commit) if opening.is_streamed else None,
+    )
+
+
+def _hub_opener(hub_id: str, revision: str) -> Callable[[str], RemoteFile]:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    headers = build_hf_headers()
+    return lambda name: RemoteFile(hf_hub_url(hub_id, name, revision=revision), headers)
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -112,6 +191,7 @@ def _hub_error(hub_id: str, error: Exception) -> NetworkError | ResourceError:
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     if isinstance(error, OSError) and error.errno is not None:
@@ -138,6 +218,8 @@ def _hub_error(hub_id: str, error: Exception) -> NetworkError | ResourceError:
             "no such repository, or it is private",
             "check the spelling, or run `hf auth login`",
         )
+    elif isinstance(error, RevisionNotFoundError):
+        problem, remedy = ("no such revision", "check what follows the @")
     elif isinstance(error, OfflineModeIsEnabled):
         problem, remedy = ("HF_HUB_OFFLINE is set and it is not cached", "unset it")
     elif status in (401, 403):

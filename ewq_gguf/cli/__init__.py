@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -67,13 +68,23 @@ class _Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is errors.py's."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal cannot spell is escaped, never a traceback.
+            stream.reconfigure(errors="backslashreplace")
     try:
-        ewq.main(args=argv, prog_name="ewq", standalone_mode=False)
+        # Not `ewq.main`: it has ideas of its own about interrupts and closed pipes.
+        args = list(sys.argv[1:] if argv is None else argv)
+        with ewq.make_context("ewq", args) as context:
+            ewq.invoke(context)
         sys.stdout.flush()
     except EwqError as error:
         return _report(error)
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         click.echo(f"ewq: usage: {printable(error.format_message())}", err=True)
         return error.exit_code
@@ -83,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         click.echo("ewq: terminated", err=True)
         return 143
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich turns the first into the second
         # The reader of stdout left, as `| head` does: nothing to say, nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +63,17 @@ class DefaultGroup(click.Group):
             )
 
 
+def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """Refuse NaN, which every range lets through.
+
+    Raises:
+        click.BadParameter: it is NaN.
+    """
+    if isnan(value):
+        raise click.BadParameter("nan is not a number")
+    return value
+
+
 def out_option(what: str) -> Callable[[F], F]:
     """`-o`."""
     return click.option("-o", "--out", type=PATH, help=f"Where to write {what}.")
@@ -77,6 +90,11 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(1, 1024),
     help="Threads.  [default: one per CPU]",
+)
+stream_option = click.option(
+    "--stream",
+    is_flag=True,
+    help="Read the weights from their server and store nothing.",
 )
 llama_cpp_option = click.option(
     "--llama-cpp",
@@ -214,6 +232,7 @@ def options_of(values: dict[str, Any]) -> Options:
         allow_nonfinite=values.get("allow_nonfinite", False),
         force=values.get("force", False),
         load=not values.get("no_load", False),
+        is_streamed=values.get("stream", False),
     )
 
 
@@ -227,6 +246,8 @@ class BarProgress:
 
     def __init__(self, *, quiet: bool) -> None:
         """Draw nothing yet."""
+        if quiet or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._quiet = quiet
         self._console = console()
 

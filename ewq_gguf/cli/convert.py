@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from ewq_gguf import store
-from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf import pipeline, store
 from ewq_gguf.cli.common import (
     BarProgress,
     force_option,
     llama_cpp_option,
+    options_of,
     out_option,
     quiet_option,
 )
@@ -42,7 +42,9 @@ def convert(
     """Write the 16- or 32-bit base GGUF of MODEL; prints its path."""
     progress = BarProgress(quiet=values["quiet"])
     toolchain = find_toolchain(values["llama_cpp"])
-    checkpoint = open_checkpoint(model, on_line=progress.note)
+    checkpoint = pipeline.open_model(
+        model, options=options_of(values), progress=progress
+    )
     kind = base_type(checkpoint) if outtype == "auto" else outtype.upper()
     name = checkpoint.identity.name
     out = out or Path(f"{name}-{kind}.gguf")

@@ -94,10 +94,9 @@ def _dry_run(
     values: dict[str, Any],
     progress: BarProgress,
 ) -> str:
-    from ewq_gguf.checkpoint.source import open_checkpoint
 
     plan = pipeline.plan(
-        open_checkpoint(model, on_line=progress.note),
+        pipeline.open_model(model, options=options, progress=progress),
         policy,
         raw_type=raw_type_of(values),
         options=options,

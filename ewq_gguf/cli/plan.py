@@ -9,7 +9,6 @@ import click
 from rich.console import Console
 
 from ewq_gguf import pipeline, store
-from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -24,6 +23,7 @@ from ewq_gguf.cli.common import (
     policy_options,
     quiet_option,
     raw_type_of,
+    stream_option,
     threads_option,
 )
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
@@ -40,6 +40,7 @@ def plan() -> None:
 @click.argument("source", metavar="MODEL|SCAN")
 @policy_options
 @out_option("the plan.  [default: plans/NAME.POLICY.json]")
+@stream_option
 @threads_option
 @nonfinite_option
 @llama_cpp_option
@@ -59,7 +60,7 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
     result = pipeline.plan(
         load_record(Scan, Path(source), "plan")
         if source.endswith(".json")
-        else open_checkpoint(source, on_line=progress.note),
+        else pipeline.open_model(source, options=options_of(values), progress=progress),
         policy,
         raw_type=raw_type_of(values),
         options=options_of(values),

@@ -8,15 +8,17 @@ from typing import Any
 import click
 
 from ewq_gguf import pipeline, store
-from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli.common import (
     BarProgress,
+    finite,
     force_option,
     json_option,
+    llama_cpp_option,
     nonfinite_option,
     options_of,
     out_option,
     quiet_option,
+    stream_option,
     threads_option,
 )
 from ewq_gguf.records import Measures
@@ -28,6 +30,7 @@ from ewq_gguf.records import Measures
 @click.option(
     "--epsilon",
     type=click.FloatRange(0, 1e6),
+    callback=finite,
     default=0.01,
     show_default=True,
     help="Of the softmax measure.",
@@ -39,8 +42,10 @@ from ewq_gguf.records import Measures
     show_default=True,
     help="Of the histogram measure.",
 )
+@stream_option
 @threads_option
 @nonfinite_option
+@llama_cpp_option
 @force_option
 @quiet_option
 @json_option
@@ -52,7 +57,9 @@ def scan(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
     progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "scan")
-    checkpoint = open_checkpoint(model, on_line=progress.note)
+    checkpoint = pipeline.open_model(
+        model, options=options_of(values), progress=progress
+    )
     result = pipeline.scan(
         checkpoint,
         Measures(epsilon=values["epsilon"], n_bins=values["bins"]),

@@ -1,4 +1,4 @@
-"""16-bit weights by their codes: count each code once, then know everything.
+"""8- and 16-bit weights by their codes: count each once, then know everything.
 
 A 16-bit format has 65 536 codes, so the counts of the codes lose nothing: every measure
 follows from them, and counts of row ranges, shards or experts just add. Counting is
@@ -14,6 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ewq_gguf.entropy.summary import (
+    OUTLIER_SIGMAS,
     Summary,
     histogram_bits,
     histogram_edges,
@@ -29,28 +30,48 @@ _MAX_PLAIN = 600.0
 
 @cache
 def code_values(dtype: str) -> NDArray[np.float64]:
-    """The weight each code stands for; (65536,) float64, NaN and inf among them.
+    """The weight each code stands for, NaN and infinities among them.
 
     Args:
-        dtype: `BF16` or `F16`.
+        dtype: `BF16`, `F16`, `F8_E4M3` (the variant without infinities) or `F8_E5M2`.
+
+    Returns:
+        (65536,) or, for FP8, (256,) float64.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
     """
     codes = np.arange(N_CODES, dtype=np.uint16)
     if dtype == "BF16":
         values = (codes.astype(np.uint32) << 16).view(np.float32)
     elif dtype == "F16":
         values = codes.view(np.float16).astype(np.float32)
+    elif dtype == "F8_E5M2":  # the upper half of an F16
+        values = (codes[:256] << 8).view(np.float16).astype(np.float32)
+    elif dtype == "F8_E4M3":
+        values = _e4m3_values()
     else:
-        raise ValueError(f"{dtype} is not a 16-bit dtype")
+        raise ValueError(f"{dtype} is not an 8- or 16-bit dtype")
     with np.errstate(invalid="ignore"):  # signalling NaN codes
         return values.astype(np.float64)
 
 
+def _e4m3_values() -> NDArray[np.float32]:
+    """Sign, 4 exponent bits with bias 7, 3 mantissa bits; 0x7F and 0xFF are NaN."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    size = np.where(
+        exponent == 0,
+        mantissa / 8 * 2.0**-6,
+        (1 + mantissa / 8) * 2.0 ** (exponent - 7),
+    )
+    size[(codes & 127) == 127] = np.nan
+    return np.where(codes < 128, size, -size).astype(np.float32)
+
+
 @njit(nogil=True, cache=True)
 def count_codes(data: NDArray[np.uint16], counts: NDArray[np.uint32]) -> None:
-    """Add each code's occurrences in `data`, (n,) uint16, to `counts`, (65536,)."""
+    """Add each code's occurrences in `data`, (n,) uint8 or uint16, to `counts`."""
     for i in range(data.size):
         counts[data[i]] += 1
 
@@ -61,8 +82,8 @@ def summarise_codes(
     """Everything about a tensor, from its code counts.
 
     Args:
-        counts: (65536,) occurrences of each code.
-        dtype: `BF16` or `F16`.
+        counts: occurrences of each code, as many as the dtype has.
+        dtype: as for `code_values`.
         epsilon: of the softmax measure.
         n_bins: of the histogram measure.
 
@@ -81,9 +102,8 @@ def summarise_codes(
         with np.errstate(over="ignore", invalid="ignore"):
             weights = np.exp(values - shift)
     edges = histogram_edges(low, high, n_bins)
-    entropy, mean, std, bins = _summarise(
-        counts, values, weights, shift, n_finite, edges, epsilon
-    )
+    entropy, bins = _entropies(counts, values, weights, shift, edges, epsilon)
+    mean, std, kurtosis, n_outliers = _moments(counts, values, n_finite)
     return Summary(
         n_weights=n_weights,
         n_nonfinite=n_weights - n_finite,
@@ -93,6 +113,14 @@ def summarise_codes(
         std=std,
         min=low,
         max=high,
+        excess_kurtosis=kurtosis,
+        outlier_share=n_outliers / n_finite,
+        zero_share=int(counts[values == 0].sum()) / n_weights,
+        exponent_entropy_bits=histogram_bits(
+            np.bincount(_exponents(dtype), counts).astype(np.int64)
+        ),
+        code_entropy_bits=histogram_bits(counts),
+        n_distinct=int(np.count_nonzero(counts)),
     )
 
 
@@ -120,18 +148,29 @@ def _range(
     return low, high, n_finite
 
 
+@cache
+def _exponents(dtype: str) -> NDArray[np.int64]:
+    """The exponent field of each code."""
+    shift, mask = {
+        "BF16": (7, 255),
+        "F16": (10, 31),
+        "F8_E4M3": (3, 15),
+        "F8_E5M2": (2, 31),
+    }[dtype]
+    return (np.arange(code_values(dtype).size) >> shift) & mask
+
+
 @njit(nogil=True, cache=True)
-def _summarise(
+def _entropies(
     counts: NDArray[np.int64],
     values: NDArray[np.float64],
     weights: NDArray[np.float64],
     shift: float,
-    n_finite: int,
     edges: NDArray[np.float64],
     epsilon: float,
-) -> tuple[float, float, float, NDArray[np.int64]]:
-    """Softmax entropy, mean, std and histogram; `weights` are exp(values - shift)."""
-    total, moment, mean = 0.0, 0.0, 0.0
+) -> tuple[float, NDArray[np.int64]]:
+    """Softmax entropy and histogram; `weights` are exp(values - shift)."""
+    total, moment = 0.0, 0.0
     bins = np.zeros(edges.size - 1, np.int64)
     for code in range(counts.size):
         n = counts[code]
@@ -139,18 +178,38 @@ def _summarise(
         if n and np.isfinite(value):
             total += n * weights[code]
             moment += n * (weights[code] * (value - shift))
-            mean += n * value
             bins[histogram_index(value, edges)] += n
-    mean /= n_finite
-    tail, square = 0.0, 0.0
+    if epsilon == 0:
+        return np.log(total) - moment / total, bins
+    tail = 0.0
     for code in range(counts.size):
-        n = counts[code]
-        value = values[code]
-        if n and np.isfinite(value):
-            square += n * (value - mean) ** 2
-            if epsilon > 0:
-                tail += n * p_log1p(weights[code] / total, epsilon)
-    std = np.sqrt(square / n_finite)
-    if epsilon > 0:
-        return -(np.log(epsilon) + tail), mean, std, bins
-    return np.log(total) - moment / total, mean, std, bins
+        if counts[code] and np.isfinite(values[code]):
+            tail += counts[code] * p_log1p(weights[code] / total, epsilon)
+    return -(np.log(epsilon) + tail), bins
+
+
+@njit(nogil=True, cache=True)
+def _moments(
+    counts: NDArray[np.int64], values: NDArray[np.float64], n_finite: int
+) -> tuple[float, float, float, int]:
+    """Mean, standard deviation, excess kurtosis, and how many are outliers."""
+    mean = 0.0
+    for code in range(counts.size):
+        if counts[code] and np.isfinite(values[code]):
+            mean += counts[code] * values[code]
+    mean /= n_finite
+    square, fourth = 0.0, 0.0
+    for code in range(counts.size):
+        if counts[code] and np.isfinite(values[code]):
+            deviation = (values[code] - mean) ** 2
+            square += counts[code] * deviation
+            fourth += counts[code] * deviation * deviation
+    variance = square / n_finite
+    if variance == 0:
+        return mean, 0.0, 0.0, 0
+    n_outliers = 0
+    for code in range(counts.size):
+        if counts[code] and np.isfinite(values[code]):
+            if (values[code] - mean) ** 2 > OUTLIER_SIGMAS**2 * variance:
+                n_outliers += counts[code]
+    return mean, np.sqrt(variance), fourth / n_finite / variance**2 - 3, n_outliers

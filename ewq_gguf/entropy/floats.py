@@ -1,4 +1,4 @@
-"""32-bit weights, in two streaming passes over fixed parts.
+"""32- and 64-bit weights, in two streaming passes over fixed parts.
 
 The first pass finds what the second needs: range, mean and the softmax's normaliser.
 Parts are cut at fixed offsets and combined in order, so that the result does not
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum, log, sqrt
+from math import frexp, fsum, log, sqrt
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from ewq_gguf.entropy.summary import (
+    OUTLIER_SIGMAS,
     Summary,
     histogram_bits,
     histogram_edges,
@@ -23,44 +24,56 @@ from ewq_gguf.entropy.summary import (
     p_log1p,
 )
 
+Floats = NDArray[np.float32] | NDArray[np.float64]
+
+
+#: One bin per exponent of a float64, subnormal ones too.
+_N_EXPONENTS = 2100
+
 
 @dataclass(frozen=True)
 class FirstPass:
-    """A part's range and softmax sums, relative to its own maximum."""
+    """A part's range, moments, and softmax sums relative to its own maximum."""
 
     n_weights: int
     n_finite: int
+    n_zero: int
     min: float
     max: float
-    total: float
+    mean: float
+    square: float
     exp_sum: float
     exp_moment: float
 
 
 @dataclass(frozen=True)
 class Norms:
-    """What the second pass needs of the whole tensor."""
+    """What the second pass needs of the whole tensor, and what is final already."""
 
     n_weights: int
     n_finite: int
+    n_zero: int
     min: float
     max: float
     mean: float
+    std: float
     exp_sum: float
     exp_moment: float
 
 
 @dataclass(frozen=True)
 class SecondPass:
-    """A part's deviations, entropy tail and histogram."""
+    """A part's fourth moment, outliers, entropy tail, histogram and exponents."""
 
-    square: float
+    fourth: float
+    n_outliers: int
     tail: float
     bins: NDArray[np.int64]
+    exponents: NDArray[np.int64]
 
 
-def first_pass(data: NDArray[np.float32]) -> FirstPass:
-    """Range and sums of one part, (n,) float32."""
+def first_pass(data: Floats) -> FirstPass:
+    """Range and sums of one part, (n,) float32 or float64."""
     return FirstPass(data.size, *_first(data))
 
 
@@ -69,16 +82,20 @@ def combine_first(parts: Sequence[FirstPass]) -> Norms:
     finite = [part for part in parts if part.n_finite]
     n_weights = sum(part.n_weights for part in parts)
     if not finite:
-        return Norms(n_weights, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Norms(n_weights, 0, 0, *([0.0] * 6))
     high = max(part.max for part in finite)
     n_finite = sum(part.n_finite for part in finite)
     scales = [float(np.exp(part.max - high)) for part in finite]
+    mean = fsum(part.n_finite * part.mean for part in finite) / n_finite
+    square = fsum(p.square + p.n_finite * (p.mean - mean) ** 2 for p in finite)
     return Norms(
         n_weights=n_weights,
         n_finite=n_finite,
+        n_zero=sum(part.n_zero for part in finite),
         min=min(part.min for part in finite),
         max=high,
-        mean=fsum(part.total for part in finite) / n_finite,
+        mean=mean,
+        std=sqrt(square / n_finite),
         exp_sum=fsum(s * p.exp_sum for s, p in zip(scales, finite, strict=True)),
         # sum e^(w - high) (w - high), each part's own maximum moved to `high`
         exp_moment=fsum(
@@ -89,15 +106,16 @@ def combine_first(parts: Sequence[FirstPass]) -> Norms:
 
 
 def second_pass(
-    data: NDArray[np.float32], norms: Norms, *, epsilon: float, n_bins: int
+    data: Floats, norms: Norms, *, epsilon: float, n_bins: int
 ) -> SecondPass:
-    """Deviations, entropy tail and histogram of one part, (n,) float32."""
+    """What needs the whole tensor's norms, of one part, (n,) floats."""
     edges = histogram_edges(norms.min, norms.max, n_bins)
     bins = np.zeros(n_bins, np.int64)
-    square, tail = _second(
-        data, norms.mean, norms.max, norms.exp_sum, epsilon, edges, bins
-    )
-    return SecondPass(square, tail, bins)
+    exponents = np.zeros(_N_EXPONENTS, np.int64)
+    fourth, n_outliers = _deviations(data, norms.mean, norms.std)
+    _count(data, edges, bins, exponents)
+    tail = _tail(data, norms.max, norms.exp_sum, epsilon) if epsilon > 0 else 0.0
+    return SecondPass(fourth, n_outliers, tail, bins, exponents)
 
 
 def summarise_floats(
@@ -111,56 +129,85 @@ def summarise_floats(
     else:
         entropy = log(norms.exp_sum) - norms.exp_moment / norms.exp_sum
     bins: NDArray[np.int64] = np.stack([part.bins for part in parts]).sum(axis=0)
+    exponents: NDArray[np.int64] = np.stack([p.exponents for p in parts]).sum(axis=0)
+    fourth = fsum(part.fourth for part in parts) / norms.n_finite
     return Summary(
         n_weights=norms.n_weights,
         n_nonfinite=norms.n_weights - norms.n_finite,
         softmax_entropy_nats=entropy,
         histogram_entropy_bits=histogram_bits(bins),
         mean=norms.mean,
-        std=sqrt(fsum(part.square for part in parts) / norms.n_finite),
+        std=norms.std,
         min=norms.min,
         max=norms.max,
+        excess_kurtosis=fourth / norms.std**4 - 3 if norms.std else 0.0,
+        outlier_share=sum(part.n_outliers for part in parts) / norms.n_finite,
+        zero_share=norms.n_zero / norms.n_weights,
+        exponent_entropy_bits=histogram_bits(exponents),
+        # More codes than can be counted in bounded memory.
+        code_entropy_bits=None,
+        n_distinct=None,
     )
 
 
 @njit(nogil=True, cache=True)
 def _first(
-    data: NDArray[np.float32],
-) -> tuple[int, float, float, float, float, float]:
-    low, high, total, n_finite = np.inf, -np.inf, 0.0, 0
+    data: Floats,
+) -> tuple[int, int, float, float, float, float, float, float]:
+    low, high, mean, n_finite, n_zero = np.inf, -np.inf, 0.0, 0, 0
     for i in range(data.size):
         value = np.float64(data[i])
         if np.isfinite(value):
             low = min(low, value)
             high = max(high, value)
-            total += value
+            mean += value
             n_finite += 1
-    exp_sum, exp_moment = 0.0, 0.0
-    for i in range(data.size):
-        value = np.float64(data[i])
-        if np.isfinite(value):
-            weight = np.exp(value - high)
-            exp_sum += weight
-            exp_moment += weight * (value - high)
-    return n_finite, low, high, total, exp_sum, exp_moment
-
-
-@njit(nogil=True, cache=True)
-def _second(
-    data: NDArray[np.float32],
-    mean: float,
-    high: float,
-    exp_sum: float,
-    epsilon: float,
-    edges: NDArray[np.float64],
-    bins: NDArray[np.int64],
-) -> tuple[float, float]:
-    square, tail = 0.0, 0.0
+            n_zero += value == 0
+    mean /= max(n_finite, 1)
+    square, exp_sum, exp_moment = 0.0, 0.0, 0.0
     for i in range(data.size):
         value = np.float64(data[i])
         if np.isfinite(value):
             square += (value - mean) ** 2
+            weight = np.exp(value - high)
+            exp_sum += weight
+            exp_moment += weight * (value - high)
+    return n_finite, n_zero, low, high, mean, square, exp_sum, exp_moment
+
+
+@njit(nogil=True, cache=True)
+def _deviations(data: Floats, mean: float, std: float) -> tuple[float, int]:
+    """The sum of fourth powers of deviations, and how many are outliers."""
+    fourth, n_outliers = 0.0, 0
+    for i in range(data.size):
+        value = np.float64(data[i])
+        if np.isfinite(value):
+            square = (value - mean) ** 2
+            fourth += square * square
+            n_outliers += int(square > (OUTLIER_SIGMAS * std) ** 2)
+    return fourth, n_outliers
+
+
+@njit(nogil=True, cache=True)
+def _count(
+    data: Floats,
+    edges: NDArray[np.float64],
+    bins: NDArray[np.int64],
+    exponents: NDArray[np.int64],
+) -> None:
+    for i in range(data.size):
+        value = np.float64(data[i])
+        if np.isfinite(value):
             bins[histogram_index(value, edges)] += 1
-            if epsilon > 0:
-                tail += p_log1p(np.exp(value - high) / exp_sum, epsilon)
-    return square, tail
+            # frexp gives -1073..1024 for float64, 0 for zero itself
+            exponents[frexp(value)[1] + 1073] += 1
+
+
+@njit(nogil=True, cache=True)
+def _tail(data: Floats, high: float, exp_sum: float, epsilon: float) -> float:
+    tail = 0.0
+    for i in range(data.size):
+        value = np.float64(data[i])
+        if np.isfinite(value):
+            tail += p_log1p(np.exp(value - high) / exp_sum, epsilon)
+    return tail

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from math import fsum
 
+from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.records import LayerScan, TensorScan
 from ewq_gguf.tensor_names import is_quantizable
 
@@ -22,7 +23,7 @@ def layer_scans(tensors: Iterable[TensorScan]) -> tuple[LayerScan, ...]:
     members: dict[int, list[TensorScan]] = defaultdict(list)
     for tensor in tensors:
         if tensor.layer_idx is not None and is_quantizable(
-            tensor.name, len(tensor.shape)
+            tensor.name, n_dims(tensor.shape)
         ):
             members[tensor.layer_idx].append(tensor)
     return tuple(_layer(idx, members[idx]) for idx in sorted(members))

@@ -10,6 +10,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+#: Weights farther from the mean than this many standard deviations are outliers.
+OUTLIER_SIGMAS = 6.0
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -23,11 +26,21 @@ class Summary:
     std: float
     min: float
     max: float
+    excess_kurtosis: float
+    outlier_share: float
+    zero_share: float
+    exponent_entropy_bits: float
+    code_entropy_bits: float | None
+    n_distinct: int | None
 
     @classmethod
     def empty(cls, n_weights: int) -> Self:
         """Of a tensor without one finite weight."""
-        return cls(n_weights, n_weights, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        zero = 0.0
+        return cls(
+            n_weights, n_weights, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+            exponent_entropy_bits=zero, code_entropy_bits=None, n_distinct=None,
+        )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -52,7 +65,8 @@ def p_log1p(p: float, epsilon: float) -> float:
 def histogram_edges(low: float, high: float, n_bins: int) -> NDArray[np.float64]:
     """The edges `numpy.histogram` uses on [low, high]; (n_bins + 1,)."""
     if low == high:  # numpy widens an empty range the same way
-        low, high = low - 0.5, high + 0.5
+        half = max(0.5, abs(low) * 2**-40)  # 0.5 is nothing beside a huge weight
+        low, high = low - half, high + half
     return np.linspace(low, high, n_bins + 1)
 
 
@@ -61,6 +75,8 @@ def histogram_index(value: float, edges: NDArray[np.float64]) -> int:
     """The bin `numpy.histogram` puts a value in, rounding at the edges included."""
     n_bins = edges.size - 1
     low = edges[0]
+    if low == edges[n_bins]:  # one value, too large for numpy's widening to show
+        return 0
     index = int((value - low) * (n_bins / (edges[n_bins] - low)))
     index = min(max(index, 0), n_bins - 1)
     if value < edges[index]:
@@ -71,6 +87,8 @@ def histogram_index(value: float, edges: NDArray[np.float64]) -> int:
 
 
 def histogram_bits(bins: NDArray[np.int64]) -> float:
-    """-sum q log2 q of bin counts, in bits; 0 for one occupied bin."""
+    """-sum q log2 q of counts, in bits; 0 where one thing is counted, or nothing."""
+    if not bins.any():
+        return 0.0
     q = bins[bins > 0] / bins.sum()
     return float(-(q * np.log2(q)).sum()) + 0.0

@@ -6,6 +6,7 @@ that nothing of the repository runs and no path of this machine enters the file.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import Counter
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ewq_gguf import store
+from ewq_gguf import ggml_types, store
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
@@ -42,7 +43,7 @@ def base_type(checkpoint: Checkpoint) -> str:
     """The base GGUF's float type: the one most weights of the checkpoint have."""
     weights: Counter[str] = Counter()
     for _, tensor in checkpoint.tensors:
-        weights[tensor.dtype] += tensor.n_weights
+        weights[ggml_types.base_type(tensor.dtype)] += tensor.n_weights
     return weights.most_common(1)[0][0]
 
 
@@ -87,6 +88,7 @@ def convert(
     """
     _check_packages()
     check_tokenizer(checkpoint)
+    check_is_local(checkpoint)
     store.check_distinct(out, [shard.path for shard in checkpoint.shards], "convert")
     total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
     store.check_free(store.ensure_dir(out.parent, "convert"), total, "convert")
@@ -168,8 +170,47 @@ def header_of(
         end = max(tensor.offset + tensor.size_bytes for tensor in header.tensors)
         with path.open("r+b") as file:
             file.truncate(-(-end // 32) * 32)
-        sources = _sources(checkpoint, folder / "sources.json")
+        sources = read_sources(checkpoint, folder / "sources.json")
         yield BaseHeader(path, header, sources)
+
+
+def converter_architectures(toolchain: Toolchain) -> frozenset[str]:
+    """The Hugging Face text architectures that the converter knows.
+
+    Read from its source, because importing it imports torch.
+    """
+    path = toolchain.source_dir / "conversion" / "__init__.py"
+    if not path.is_file():
+        return frozenset()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.target.id == "TEXT_MODEL_MAP"
+            and isinstance(node.value, ast.Dict)
+        ):
+            return frozenset(
+                str(key.value)
+                for key in node.value.keys
+                if isinstance(key, ast.Constant)
+            )
+    return frozenset()
+
+
+def check_is_local(checkpoint: Checkpoint) -> None:
+    """Refuse to convert a checkpoint whose weights stay on a server.
+
+    Raises:
+        InputError: they do.
+    """
+    for shard in checkpoint.shards:
+        if shard.remote is not None:
+            raise InputError(
+                "convert",
+                shard.remote.url,
+                "its weights are not on this machine",
+                "download the checkpoint, or leave --stream away",
+            )
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -202,8 +243,18 @@ def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
         else:
             (staged / name).write_text(stripped, encoding="utf-8")
     for name, shard in _staged_shards(checkpoint).items():
-        (staged / name).symlink_to(shard.path.resolve())
+        if shard.remote is None:
+            (staged / name).symlink_to(shard.path.resolve())
+        else:
+            _write_hollow(staged / name, shard)
     return staged
+
+
+def _write_hollow(path: Path, shard: ShardFile) -> None:
+    """A file with a remote shard's header and a hole for its data."""
+    with path.open("wb") as file:
+        file.write(len(shard.header.raw).to_bytes(8, "little") + shard.header.raw)
+        file.truncate(shard.header.file_bytes)
 
 
 def _staged_shards(checkpoint: Checkpoint) -> dict[str, ShardFile]:
@@ -217,7 +268,7 @@ def _staged_shards(checkpoint: Checkpoint) -> dict[str, ShardFile]:
     }
 
 
-def _sources(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[Source, ...]]:
+def read_sources(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[Source, ...]]:
     """What header_child found, with the checkpoint's own names."""
     names = {
         (file, tensor.begin): tensor.name

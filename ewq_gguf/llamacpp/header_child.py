@@ -20,6 +20,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,10 @@ def _sources(written: dict[str, Any]) -> list[dict[str, Any]]:
     uses = Counter(_key(leaf) for found in leaves.values() for leaf in found)
     result = []
     for name, tensor in written.items():
-        boxes = {
-            _key(leaf): _box(tensor, leaf) if uses[_key(leaf)] > 1 else None
-            for leaf in leaves[name]
-        }
         entries = [
-            {"file": file, "offset": offset, "box": box}
-            for (file, offset), box in boxes.items()
+            {"file": _key(leaf)[0], "offset": _key(leaf)[1], "box": box}
+            for leaf in leaves[name]
+            for box in (_boxes(tensor, leaf) if uses[_key(leaf)] > 1 else [None])
         ]
         result.append({"name": name, "sources": entries})
     return result
@@ -108,35 +106,48 @@ def _leaves(node: Any) -> Iterator[Any]:
     yield from found.values()
 
 
-def _box(node: Any, leaf: Any) -> Box | None:
-    """Which part of a file's tensor reaches a GGUF tensor.
+def _boxes(node: Any, leaf: Any) -> list[Box | None]:
+    """Which parts of a file's tensor reach a GGUF tensor.
 
     The graph is evaluated with the source replaced by its own indices along one
-    dimension at a time: what arrives says what was taken.
+    dimension at a time: what arrives says what was taken. Rows that are taken
+    head by head make several boxes.
 
     Raises:
-        ValueError: the part is not a box.
+        ValueError: the parts are not boxes.
     """
     import torch
 
     shape = tuple(leaf.shape)
-    box: Box = []
+    runs: list[Box] = []
     n_taken = 0
     for dim in range(len(shape)):
         view = [-1 if d == dim else 1 for d in range(len(shape))]
         indices = torch.arange(shape[dim], dtype=torch.float32).view(view).expand(shape)
         arrived = _evaluate(_torch_node(node), leaf, indices, {})
         n_taken = arrived.numel()
-        values = torch.unique(arrived).to(torch.int64).tolist()
-        step = values[1] - values[0] if len(values) > 1 else 1
-        expected = list(range(values[0], values[-1] + 1, step))
-        if values != expected or values[-1] >= shape[dim]:
-            raise ValueError(f"{_key(leaf)}: dimension {dim} is not taken evenly")
-        box.append([values[0], values[-1] + 1, step])
-    counts = [len(range(*part)) for part in box]
+        for d in range(arrived.ndim):  # copies of one value, which need no memory
+            if arrived.stride(d) == 0:
+                arrived = arrived.narrow(d, 0, 1)
+        runs.append(_runs(torch.unique(arrived).to(torch.int64).tolist()))
+    counts = [sum(len(range(*run)) for run in part) for part in runs]
     if prod(counts) != n_taken:
-        raise ValueError(f"{_key(leaf)}: {n_taken} weights are taken, not a box")
-    return None if n_taken == prod(shape) else box
+        raise ValueError(f"{_key(leaf)}: {n_taken} weights are taken, not boxes")
+    return [None] if n_taken == prod(shape) else [list(box) for box in product(*runs)]
+
+
+def _runs(values: list[int]) -> Box:
+    """Rising numbers as ranges [start, stop, step], as few as a step allows."""
+    runs: Box = []
+    start = 0
+    while start < len(values):
+        end = start + 1
+        step = values[end] - values[start] if end < len(values) else 1
+        while end < len(values) and values[end] - values[end - 1] == step:
+            end += 1
+        runs.append([values[start], values[end - 1] + 1, step])
+        start = end
+    return runs
 
 
 def _torch_node(node: Any) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ewq_gguf import ggml_types, store
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import ToolError
-from ewq_gguf.llamacpp.convert import base_type, header_of
+from ewq_gguf.llamacpp.convert import BaseHeader, base_type, header_of
 from ewq_gguf.llamacpp.gguf_file import GgufFile
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.plan.sizes import header_bytes, padded
@@ -24,6 +24,8 @@ PRESETS = (
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL",
     "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K",
 )  # fmt: skip
+
+_QUANTIZER_KEYS = ("general.file_type", "general.quantization_version")
 
 # [   1/ 290]   token_embd.weight - [ 576, 49152, 1, 1], type = bf16, size = ... (q8_0)
 _DRY_LINE = re.compile(
@@ -47,7 +49,36 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
         return known
     outtype = base_type(checkpoint)
     with header_of(checkpoint, toolchain, outtype=outtype) as base:
-        tensors = tuple(
+        presets = {
+            preset: preset_bytes(base.path, base.gguf, preset, toolchain)
+            for preset in PRESETS
+        }
+        layout = layout_from(
+            base,
+            presets,
+            converter_commit=toolchain.commit,
+            model_fingerprint=checkpoint.identity.fingerprint,
+        )
+    path = layout_path(checkpoint.identity.fingerprint, toolchain.key)
+    store.write_text(path, layout.to_json(), stage="plan", force=True)
+    return layout
+
+
+def layout_from(
+    base: BaseHeader,
+    preset_bytes: dict[str, int],
+    *,
+    converter_commit: str,
+    model_fingerprint: str,
+) -> Layout:
+    """The record of a header."""
+    return Layout(
+        converter_commit=converter_commit,
+        model_fingerprint=model_fingerprint,
+        n_kv=len(base.gguf.kv),
+        kv_bytes=base.gguf.kv_bytes,
+        added_kv_bytes=added_kv_bytes(base.gguf),
+        tensors=tuple(
             LayoutTensor(
                 name=tensor.name,
                 shape=tensor.shape,
@@ -55,23 +86,15 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
                 sources=base.sources[tensor.name],
             )
             for tensor in base.gguf.tensors
-        )
-        presets = {
-            preset: preset_bytes(base.path, base.gguf, preset, toolchain)
-            for preset in PRESETS
-        }
-        kv, kv_bytes = base.gguf.kv, base.gguf.kv_bytes
-    layout = Layout(
-        converter_commit=toolchain.commit,
-        model_fingerprint=checkpoint.identity.fingerprint,
-        n_kv=len(kv),
-        kv_bytes=kv_bytes,
-        tensors=tensors,
-        preset_bytes=presets,
+        ),
+        preset_bytes=preset_bytes,
     )
-    path = layout_path(checkpoint.identity.fingerprint, toolchain.key)
-    store.write_text(path, layout.to_json(), stage="plan", force=True)
-    return layout
+
+
+def added_kv_bytes(gguf: GgufFile) -> int:
+    """Bytes of the uint32 keys that llama-quantize sets and the converter left out."""
+    missing = [key for key in _QUANTIZER_KEYS if key not in gguf.kv]
+    return sum(8 + len(key) + 4 + 4 for key in missing)
 
 
 def cached_layout(model_fingerprint: str, toolchain_key: str) -> Layout | None:
@@ -118,7 +141,7 @@ def preset_bytes(
         for tensor in header.tensors
     )
     infos = ((tensor.name, tensor.shape) for tensor in header.tensors)
-    return header_bytes(header.kv_bytes, infos) + data
+    return header_bytes(header.kv_bytes + added_kv_bytes(header), infos) + data
 
 
 def dry_run_types(log: str) -> dict[str, str]:

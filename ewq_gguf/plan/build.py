@@ -9,8 +9,9 @@ from math import prod
 from ewq_gguf import ggml_types
 from ewq_gguf._version import __version__
 from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.plan.ewq import decide, thresholds
-from ewq_gguf.plan.sizes import header_bytes, n_dims, padded, string_kv_bytes
+from ewq_gguf.plan.sizes import header_bytes, padded, string_kv_bytes
 from ewq_gguf.records import (
     EwqPolicy,
     Layout,
@@ -64,6 +65,7 @@ def make_plan(
     return Plan(
         ewq_version=__version__,
         model=scan.model,
+        weights_sha256=scan.weights_sha256,
         policy=policy,
         raw_type=raw,
         ftype=ftype_of(tensors),
@@ -154,10 +156,10 @@ def _raw_type(scan: Scan, raw_type: str) -> str:
         return raw_type
     weights: Counter[str] = Counter()
     for tensor in scan.tensors:
-        weights[tensor.dtype] += tensor.n_weights
-    dtype = weights.most_common(1)[0][0]
-    if dtype in ("F16", "BF16"):
-        return dtype
+        weights[ggml_types.base_type(tensor.dtype)] += tensor.n_weights
+    base = weights.most_common(1)[0][0]
+    if base in ("F16", "BF16"):
+        return base
     largest = max(max(-tensor.min, tensor.max) for tensor in scan.tensors)
     return "F16" if largest <= _F16_MAX else "BF16"
 
@@ -245,7 +247,7 @@ def _layout_tensors(scan: Scan) -> Iterable[LayoutTensor]:
         yield LayoutTensor(
             name=tensor.name,
             shape=tensor.shape,
-            ggml_type=tensor.dtype if quantizable else "F32",
+            ggml_type=ggml_types.base_type(tensor.dtype) if quantizable else "F32",
         )
 
 
@@ -289,7 +291,7 @@ def _totals(tensors: Sequence[PlanTensor], scan: Scan, layout: Layout | None) ->
     header = None
     if layout is not None:
         pairs = provenance(scan.model, __version__)
-        kv_bytes = layout.kv_bytes + string_kv_bytes(pairs)
+        kv_bytes = layout.kv_bytes + layout.added_kv_bytes + string_kv_bytes(pairs)
         header = header_bytes(kv_bytes, ((t.name, t.shape) for t in tensors))
     size = data + (header or 0)
     return Totals(

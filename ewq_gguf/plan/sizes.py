@@ -7,7 +7,9 @@ Source: ggml docs/gguf.md; tests compare with files that llama-quantize wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from ewq_gguf.ggml_types import n_dims
 
 ALIGNMENT = 32
 _MAGIC_VERSION_COUNTS = 24
@@ -18,19 +20,14 @@ def padded(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def n_dims(shape: Sequence[int]) -> int:
-    """Dimensions ggml counts: slowest ones of size 1 are dropped, one remains."""
-    dims = len(shape)
-    for size in shape[:-1]:
-        if size != 1:
-            break
-        dims -= 1
-    return dims
-
-
 def tensor_info_bytes(name: str, shape: Sequence[int]) -> int:
-    """Bytes of one entry of the tensor table."""
+    """Bytes of one entry of the tensor table, as ggml writes it."""
     return 8 + len(name.encode()) + 4 + 8 * n_dims(shape) + 4 + 8
+
+
+def base_info_bytes(name: str, shape: Sequence[int]) -> int:
+    """Bytes of one entry as the converter writes it: dimensions of 1 stay."""
+    return tensor_info_bytes(name, shape) + 8 * (len(shape) - n_dims(shape))
 
 
 def string_kv_bytes(pairs: Mapping[str, str]) -> int:
@@ -41,7 +38,11 @@ def string_kv_bytes(pairs: Mapping[str, str]) -> int:
     )
 
 
-def header_bytes(kv_bytes: int, tensors: Iterable[tuple[str, Sequence[int]]]) -> int:
+def header_bytes(
+    kv_bytes: int,
+    tensors: Iterable[tuple[str, Sequence[int]]],
+    info_bytes: Callable[[str, Sequence[int]], int] = tensor_info_bytes,
+) -> int:
     """Bytes before the tensor data, padding included; tensors are (name, shape)."""
-    infos = sum(tensor_info_bytes(name, shape) for name, shape in tensors)
+    infos = sum(info_bytes(name, shape) for name, shape in tensors)
     return padded(_MAGIC_VERSION_COUNTS + kv_bytes + infos)

@@ -42,17 +42,19 @@ class Layout(Record):
         converter_commit: of the llama.cpp it came from.
         model_fingerprint: of the checkpoint.
         n_kv: key-value pairs.
-        kv_bytes: of all key-value pairs in the file.
+        kv_bytes: of all key-value pairs in the base GGUF.
+        added_kv_bytes: of those that llama-quantize adds because they are missing.
         tensors: as the converter orders them.
         preset_bytes: file size of each standard preset, by its name.
     """
 
     schema_name: Literal["ewq.layout"] = "ewq.layout"
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
 
     converter_commit: str
     model_fingerprint: str
     n_kv: int
     kv_bytes: int
+    added_kv_bytes: int
     tensors: tuple[LayoutTensor, ...]
     preset_bytes: dict[str, int]

@@ -29,7 +29,6 @@ class ModelIdentity(Part):
         hub_id: `org/name` of a Hub checkpoint, else None.
         revision: its commit, else None.
         hf_architecture: `architectures[0]` of config.json.
-        gguf_architecture: what llama.cpp calls it.
         n_layers: transformer layers.
         files_sha256: of every small file that goes into a conversion, by name.
         shards: the weight files, by name.
@@ -39,7 +38,6 @@ class ModelIdentity(Part):
     hub_id: str | None
     revision: str | None
     hf_architecture: str
-    gguf_architecture: str
     n_layers: int
     files_sha256: dict[str, str]
     shards: tuple[Shard, ...]

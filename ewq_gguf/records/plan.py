@@ -127,6 +127,7 @@ class Plan(Record):
     Attributes:
         ewq_version: of the package that planned it; the file carries it.
         model: of which checkpoint.
+        weights_sha256: and which weights; see Scan.weights_sha256.
         policy: with every parameter.
         raw_type: what `raw` means here.
         ftype: llama-quantize's base type, and the file's `general.file_type`.
@@ -137,10 +138,11 @@ class Plan(Record):
     """
 
     schema_name: Literal["ewq.plan"] = "ewq.plan"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
 
     ewq_version: str
     model: ModelIdentity
+    weights_sha256: str
     policy: Policy
     raw_type: str
     ftype: str

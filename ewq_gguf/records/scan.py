@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 from ewq_gguf.records.base import Part, Record
@@ -38,6 +39,15 @@ class TensorScan(Part):
         std: population standard deviation.
         min: smallest.
         max: largest.
+        excess_kurtosis: 0 for a normal distribution.
+        outlier_share: of finite weights farther than 6 sigma from the mean.
+        zero_share: of weights that are exactly zero.
+        exponent_entropy_bits: of the floats' exponents.
+        code_entropy_bits: of the whole codes: to how many bits a weight could be
+            compressed without loss, each on its own; None for 32- and 64-bit ones.
+        n_distinct: codes that occur; None for 32- and 64-bit ones.
+        weights_crc32: over the code counts (8- and 16-bit) or over the bytes: another
+            value means other weights.
     """
 
     name: str
@@ -54,6 +64,13 @@ class TensorScan(Part):
     std: float
     min: float
     max: float
+    excess_kurtosis: float
+    outlier_share: float
+    zero_share: float
+    exponent_entropy_bits: float
+    code_entropy_bits: float | None
+    n_distinct: int | None
+    weights_crc32: int
 
 
 class LayerScan(Part):
@@ -84,10 +101,19 @@ class Scan(Record):
     """
 
     schema_name: Literal["ewq.scan"] = "ewq.scan"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
 
     model: ModelIdentity
     measures: Measures
     tensors: tuple[TensorScan, ...]
     layers: tuple[LayerScan, ...]
     dropped: tuple[str, ...]
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 over every tensor's name and weights_crc32: which weights these are.
+
+        It rests on integers alone, so every machine finds the same.
+        """
+        text = repr([(tensor.name, tensor.weights_crc32) for tensor in self.tensors])
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ewq_gguf.errors import printable
 from ewq_gguf.ggml_types import bits_per_weight
 from ewq_gguf.records import EwqPolicy, Plan, PlanTensor
 from ewq_gguf.report.text import size_text, type_style
@@ -47,7 +48,7 @@ def fallback_lines(plan: Plan) -> list[str]:
 def _head(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     totals, policy = plan.totals, plan.policy
-    table.add_row("model", Text(plan.model.name))
+    table.add_row("model", Text(printable(plan.model.name)))
     table.add_row("policy", Text(_policy_text(plan)))
     if plan.thresholds is not None and isinstance(policy, EwqPolicy):
         limits = plan.thresholds

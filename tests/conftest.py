@@ -1,0 +1,18 @@
+"""What holds for every test."""
+
+from importlib.metadata import version
+
+import pytest
+
+_SHOWN = ("click", "huggingface_hub", "numba", "numpy", "pydantic", "safetensors")
+
+
+def pytest_report_header() -> str:
+    return "with " + ", ".join(f"{name} {version(name)}" for name in _SHOWN)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """Without the user's settings that change what is printed."""
+    for name in ("EWQ_DEBUG", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
