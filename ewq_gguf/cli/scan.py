@@ -1,15 +1,19 @@
-"""`ewq scan`: measure a checkpoint."""
+"""`ewq scan`: measure a checkpoint, show and compare."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 from ewq_gguf import pipeline, store
 from ewq_gguf.cli.common import (
+    PATH,
     BarProgress,
+    DefaultGroup,
     finite,
     force_option,
     json_option,
@@ -21,10 +25,16 @@ from ewq_gguf.cli.common import (
     stream_option,
     threads_option,
 )
-from ewq_gguf.records import Measures
+from ewq_gguf.records import Measures, Scan, load_record
+from ewq_gguf.report.scan_view import diff_values, diff_view, scan_view
 
 
-@click.command()
+@click.group(cls=DefaultGroup, default="make")
+def scan() -> None:
+    """Measure the entropy of every tensor of a checkpoint."""
+
+
+@scan.command(name="make", hidden=True)
 @click.argument("model")
 @out_option("the scan.  [default: plans/NAME.scan.json]")
 @click.option(
@@ -49,7 +59,7 @@ from ewq_gguf.records import Measures
 @force_option
 @quiet_option
 @json_option
-def scan(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
+def make(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
     """Measure the entropy of every tensor of MODEL, by both measures.
 
     One pass over the weights; prints the scan's path.
@@ -69,3 +79,28 @@ def scan(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
     out = out or Path("plans") / f"{checkpoint.identity.name}.scan.json"
     store.write_text(out, result.to_json(), stage="scan", force=values["force"])
     click.echo(result.to_json() if as_json else out, nl=not as_json)
+
+
+@scan.command()
+@click.argument("path", type=PATH, metavar="SCAN")
+@json_option
+def show(path: Path, as_json: bool) -> None:
+    """Print a scan's layers with small bars."""
+    record = load_record(Scan, path, "scan")
+    if as_json:
+        click.echo(record.to_json(), nl=False)
+        return
+    Console(highlight=False).print(scan_view(record))
+
+
+@scan.command()
+@click.argument("one", type=PATH, metavar="A")
+@click.argument("two", type=PATH, metavar="B")
+@json_option
+def diff(one: Path, two: Path, as_json: bool) -> None:
+    """Compare two scans: base and fine-tune, one revision and another."""
+    first, second = (load_record(Scan, path, "scan") for path in (one, two))
+    if as_json:
+        click.echo(json.dumps(diff_values(first, second), indent=1, sort_keys=True))
+        return
+    Console(highlight=False).print(diff_view(first, second))
