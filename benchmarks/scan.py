@@ -25,7 +25,7 @@ import click
 import numpy as np
 
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.checkpoint.scan import scan_checkpoint
+from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 
 BUFFER_BYTES = 8 << 20
@@ -80,7 +80,7 @@ def measure(
     for _ in range(repeats):
         plain.append(seconds(lambda: read_plainly(checkpoint, n_threads)))
         scanned.append(
-            seconds(lambda: scan_checkpoint(checkpoint, n_threads=n_threads))
+            seconds(lambda: scan_checkpoint(checkpoint, work=Work(n_threads)))
         )
     return {
         "threads": n_threads,
@@ -105,7 +105,7 @@ def main(
     """Print the table."""
     checkpoint = open_checkpoint(model)
     if only_peak:
-        scan_checkpoint(checkpoint, n_threads=only_peak)
+        scan_checkpoint(checkpoint, work=Work(only_peak))
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(peak_kib * (1 if sys.platform == "darwin" else 1024))
         return

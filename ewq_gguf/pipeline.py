@@ -17,7 +17,7 @@ from typing import Protocol
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.checkpoint.scan import scan_checkpoint
+from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.errors import (
     ChildError,
@@ -47,9 +47,11 @@ from ewq_gguf.records import (
     Plan,
     Policy,
     Scan,
+    TensorScan,
     UniformPolicy,
     Verification,
     load_cached,
+    read_journal,
 )
 from ewq_gguf.tensor_names import ARCHITECTURES
 
@@ -142,39 +144,71 @@ def scan(
     checkpoint: Checkpoint,
     measures: Measures | None = None,
     *,
+    part: tuple[int, int] | None = None,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Scan:
-    """Measure a checkpoint, or take the cached scan of the same unchanged files."""
+    """Measure a checkpoint, or take the cached scan of the same unchanged files.
+
+    Each tensor's numbers are kept as soon as they are known, so a scan that was
+    killed goes on where it was.
+
+    Args:
+        checkpoint: opened by `open_model`.
+        measures: parameters of the measures; the paper's by default.
+        part: (index from 1, count): only that part, for `merge_scans`.
+        options: for the whole run.
+        progress: who is told.
+    """
     options, measures = options or Options(), measures or Measures()
     key = store.sha256_text(
-        f"{checkpoint.signature} {measures.model_dump_json()} {options.allow_nonfinite}"
+        f"{checkpoint.signature} {measures.model_dump_json()} "
+        f"{options.allow_nonfinite} {part}"
     )
     path = store.cache_dir("scans") / f"{key[:32]}.json"
-    if (known := load_cached(Scan, path, "scan")) is not None:
-        return known
+    if (kept := load_cached(Scan, path, "scan")) is not None:
+        return kept
     layout = None
     if not checkpoint.is_mapped_by_name:
         layout = _layout(checkpoint, find_toolchain(options.llama_cpp), progress)
     total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
-    done = 0
-    with progress.stage("scan", total) as share:
+    journal = path.with_suffix(".journal")
+    known = read_journal(journal, TensorScan)
+    done = sum(_source_bytes(checkpoint, entry) for entry in known.values())
+    if known:
+        progress.note(f"{len(known)} tensors were measured before")
+    with (
+        store.locked(path, stage="scan"),
+        journal.open("a", encoding="utf-8") as file,
+        progress.stage("scan", total) as share,
+    ):
 
         def on_bytes(n_bytes: int) -> None:
             nonlocal done
             done += n_bytes
-            share(done / total)
+            share(min(done / total, 1.0))
 
-        result = scan_checkpoint(
-            checkpoint,
-            measures,
-            layout=layout,
+        def on_tensor(entry: TensorScan) -> None:
+            file.write(entry.model_dump_json() + "\n")
+            file.flush()
+
+        work = Work(
             n_threads=options.n_threads,
             allow_nonfinite=options.allow_nonfinite,
+            part=part,
+            known=known,
             on_bytes=on_bytes,
+            on_tensor=on_tensor,
         )
+        result = scan_checkpoint(checkpoint, measures, layout=layout, work=work)
     store.write_text(path, result.to_json(), stage="scan", force=True)
+    journal.unlink(missing_ok=True)
     return result
+
+
+def _source_bytes(checkpoint: Checkpoint, entry: TensorScan) -> int:
+    names = set(entry.hf_names)
+    return sum(t.end - t.begin for _, t in checkpoint.tensors if t.name in names)
 
 
 def plan(

@@ -20,7 +20,7 @@ from ewq_gguf.checkpoint import regions as regions_module
 from ewq_gguf.checkpoint import scan as scan_module
 from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.checkpoint.reader import BUFFER_BYTES
-from ewq_gguf.checkpoint.scan import scan_checkpoint
+from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.entropy.codes import N_CODES, code_values, count_codes, summarise_codes
 from ewq_gguf.entropy.floats import (
@@ -91,7 +91,7 @@ def scan_one(
 ):
     """The scan of a checkpoint with one tensor."""
     write_checkpoint(folder, {EMBEDDING: (dtype, values)})
-    return scan_checkpoint(open_checkpoint(str(folder)), measures, **options)
+    return scan_checkpoint(open_checkpoint(str(folder)), measures, work=Work(**options))
 
 
 def write_checkpoint(folder: Path, tensors, n_shards: int = 1, n_layers: int = 1):
@@ -344,7 +344,7 @@ def numbers(scan: Scan):
 
 def scan_folder(folder: Path, n_threads: int = 1, **options) -> Scan:
     checkpoint = open_checkpoint(str(folder))
-    return scan_checkpoint(checkpoint, n_threads=n_threads, **options)
+    return scan_checkpoint(checkpoint, work=Work(n_threads, **options))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -424,7 +424,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_signal(
         InputError,
         match=f"{path}: ends at byte {size - 100}, its header needs {size}: it changed",
     ):
-        scan_checkpoint(checkpoint, n_threads=n_threads)
+        scan_checkpoint(checkpoint, work=Work(n_threads))
 
 
 def test_a_file_that_shrinks_between_its_two_passes_is_an_error(tmp_path):
@@ -436,7 +436,7 @@ def test_a_file_that_shrinks_between_its_two_passes_is_an_error(tmp_path):
             file.truncate(200)
 
     with pytest.raises(InputError, match="it changed while it was read"):
-        scan_checkpoint(open_checkpoint(str(tmp_path)), on_bytes=truncate)
+        scan_checkpoint(open_checkpoint(str(tmp_path)), work=Work(on_bytes=truncate))
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
@@ -445,7 +445,7 @@ def test_a_file_that_vanishes_after_its_header_is_an_error(tmp_path, n_threads):
     checkpoint = open_checkpoint(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot be read .No such file"):
-        scan_checkpoint(checkpoint, n_threads=n_threads)
+        scan_checkpoint(checkpoint, work=Work(n_threads))
 
 
 def test_a_file_truncated_on_disk_is_refused_by_its_header(tmp_path):
@@ -584,7 +584,7 @@ def demo_weights(demo, name: str) -> Floats:
 @pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.0, 0.01])
 def test_the_built_in_model_agrees_with_the_definition(demo, epsilon):
-    scan = scan_checkpoint(demo, Measures(epsilon=epsilon), n_threads=2)
+    scan = scan_checkpoint(demo, Measures(epsilon=epsilon), work=Work(2))
     by_name = {tensor.hf_names[0]: tensor for tensor in scan.tensors}
     layer = [name for name in by_name if name.startswith("model.layers.4.")]
     matrices = [name for name in layer if "norm" not in name]
@@ -603,4 +603,4 @@ def test_the_built_in_model_agrees_with_the_definition(demo, epsilon):
 
 @pytest.mark.slow
 def test_threads_leave_every_bit_of_the_built_in_model(demo):
-    assert scan_checkpoint(demo, n_threads=2) == scan_checkpoint(demo, n_threads=1)
+    assert scan_checkpoint(demo, work=Work(2)) == scan_checkpoint(demo)

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Checkpoint:
         small_files: what a conversion needs beside the weights, by name.
         shards: the weight files, by name.
         identity: what it is, wherever it lies.
+        opened: the signature when the headers were read.
     """
 
     folder: Path
@@ -68,6 +69,25 @@ class Checkpoint:
     small_files: Mapping[str, Path]
     shards: tuple[ShardFile, ...]
     identity: ModelIdentity
+    opened: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Remember the files as they are now."""
+        object.__setattr__(self, "opened", self.signature)
+
+    def check_unchanged(self, stage: str) -> None:
+        """Refuse to go on with files that changed since their headers were read.
+
+        Raises:
+            InputError: one has another size, inode or time now.
+        """
+        if self.signature != self.opened:
+            raise InputError(
+                stage,
+                self.folder,
+                "its files changed since they were opened",
+                "run again when nothing writes them",
+            )
 
     @property
     def tensors(self) -> list[tuple[ShardFile, TensorHeader]]:

@@ -8,15 +8,22 @@ sums are combined in part order, so threads and shards cannot be seen in the res
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.checkpoint.mapping import MappedTensor, Region, map_tensors
+from ewq_gguf.checkpoint.mapping import (
+    MappedTensor,
+    Region,
+    gguf_order,
+    map_tensors,
+)
 from ewq_gguf.checkpoint.reader import BUFFER_BYTES, RangeReader
 from ewq_gguf.checkpoint.regions import Pieces, parts_of
 from ewq_gguf.entropy.codes import N_CODES, code_values, count_codes, summarise_codes
@@ -36,44 +43,143 @@ from ewq_gguf.records import Layout, Measures, Scan, TensorScan
 from ewq_gguf.tensor_names import layer_idx, role
 
 
+@dataclass(frozen=True)
+class Work:
+    """How a scan goes about its work.
+
+    Attributes:
+        n_threads: reading and counting threads.
+        allow_nonfinite: count NaN and infinities instead of refusing them.
+        part: (index from 1, count): measure only that part of the tensors.
+        known: tensors that were measured before, by name; they are taken as they are.
+        on_bytes: told how many bytes each finished piece of work had.
+        on_tensor: told each tensor that was measured, as soon as it was.
+    """
+
+    n_threads: int = 1
+    allow_nonfinite: bool = False
+    part: tuple[int, int] | None = None
+    known: Mapping[str, TensorScan] = field(default_factory=dict)
+    on_bytes: Callable[[int], None] = lambda n_bytes: None
+    on_tensor: Callable[[TensorScan], None] = lambda tensor: None
+
+
 def scan_checkpoint(
     checkpoint: Checkpoint,
     measures: Measures | None = None,
     *,
     layout: Layout | None = None,
-    n_threads: int = 1,
-    allow_nonfinite: bool = False,
-    on_bytes: Callable[[int], None] | None = None,
+    work: Work | None = None,
 ) -> Scan:
-    """Measure every tensor of a checkpoint.
+    """Measure every tensor of a checkpoint, or one part of them.
 
     Args:
         checkpoint: opened by `open_checkpoint`.
         measures: parameters of the measures; the paper's by default.
         layout: the converter's, for a family that names alone do not map.
-        n_threads: reading and counting threads.
-        allow_nonfinite: count NaN and infinities instead of refusing them.
-        on_bytes: told how many bytes each finished part had.
+        work: how to go about it.
 
     Raises:
         InputError: a file is not what its header says, or holds NaN or infinity.
     """
-    measures = measures or Measures()
+    measures, work = measures or Measures(), work or Work()
     tensors, dropped = map_tensors(checkpoint, layout)
+    if work.part is not None:
+        tensors = part_of(tensors, *work.part)
+    entries = {t.name: work.known[t.name] for t in tensors if t.name in work.known}
     with RangeReader() as reader:
         for shard in checkpoint.shards:
             reader.open(shard)
-        jobs = {t.name: _job(t, reader, measures) for t in _in_file_order(tensors)}
-        _run(jobs.values(), n_threads, on_bytes or (lambda n_bytes: None))
-        entries = tuple(_entry(jobs[tensor.name]) for tensor in tensors)
-        if not allow_nonfinite:
-            _refuse_nonfinite(jobs, entries)
+        jobs = [
+            _job(tensor, reader, measures)
+            for tensor in _in_file_order(tensors)
+            if tensor.name not in entries
+        ]
+
+        bad: dict[str, _Job] = {}
+
+        def on_job(job: _Job) -> None:
+            entry = entries[job.tensor.name] = _entry(job)
+            if entry.n_nonfinite and not work.allow_nonfinite:
+                bad[entry.name] = job
+            else:
+                work.on_tensor(entry)
+
+        _run(jobs, work.n_threads, work.on_bytes, on_job)
+        for name in (tensor.name for tensor in tensors if tensor.name in bad):
+            raise _nonfinite_error(bad[name], entries[name])
+    checkpoint.check_unchanged("scan")
+    ordered = tuple(entries[tensor.name] for tensor in tensors)
     return Scan(
         model=checkpoint.identity,
         measures=measures,
-        tensors=entries,
-        layers=layer_scans(entries),
+        tensors=ordered,
+        layers=() if work.part else layer_scans(ordered),
         dropped=dropped,
+        part=work.part and f"{work.part[0]}/{work.part[1]}",
+    )
+
+
+def part_of(
+    tensors: Sequence[MappedTensor], index: int, count: int
+) -> tuple[MappedTensor, ...]:
+    """The tensors of one of `count` parts of about the same bytes.
+
+    The largest tensors are dealt first, each to the part that has the fewest bytes, so
+    the parts follow from the headers alone, whoever computes them.
+
+    Args:
+        tensors: all of them, in the order of the GGUF.
+        index: of the part, from 1.
+        count: of parts.
+    """
+    sizes = {
+        t.name: sum(r.tensor.end - r.tensor.begin for r in t.regions) for t in tensors
+    }
+    totals = [0] * count
+    mine = set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        part = totals.index(min(totals))
+        totals[part] += sizes[name]
+        if part == index - 1:
+            mine.add(name)
+    return tuple(tensor for tensor in tensors if tensor.name in mine)
+
+
+def merge_scans(scans: Sequence[Scan]) -> Scan:
+    """One whole scan of all parts; the same record as a scan in one go.
+
+    Raises:
+        InputError: parts are missing or given twice, or are not of one scan.
+    """
+    first = scans[0]
+    parts = sorted(scan.part or "" for scan in scans)
+    count = int((first.part or "0/0").partition("/")[2])
+    wanted = sorted(f"{i}/{count}" for i in range(1, count + 1))
+    same = all(
+        (scan.model, scan.measures, scan.dropped)
+        == (first.model, first.measures, first.dropped)
+        for scan in scans
+    )
+    if parts != wanted or not same:
+        raise InputError(
+            "scan",
+            first.model.name,
+            f"{', '.join(part or 'a whole scan' for part in parts)} do not make one "
+            f"scan; needed is each of {', '.join(wanted) or 'some parts'} of the same "
+            "model and measures",
+            "give every part once",
+        )
+    tensors = sorted(
+        (tensor for scan in scans for tensor in scan.tensors),
+        key=lambda tensor: gguf_order(tensor.name),
+    )
+    return Scan(
+        model=first.model,
+        measures=first.measures,
+        tensors=tuple(tensors),
+        layers=layer_scans(tensors),
+        dropped=first.dropped,
     )
 
 
@@ -83,6 +189,14 @@ def _in_file_order(tensors: Iterable[MappedTensor]) -> list[MappedTensor]:
         tensors,
         key=lambda t: (t.regions[0].shard.path.name, t.regions[0].tensor.begin),
     )
+
+
+class _State(Enum):
+    """How far a tensor is after one of its parts."""
+
+    PART = auto()  # other parts are still to be done
+    AGAIN = auto()  # every part once more, for the second pass
+    DONE = auto()
 
 
 class _Scratch(threading.local):
@@ -114,8 +228,8 @@ class _Job:
         ]
         self.n_left = len(self.parts)
 
-    def run(self, index: int) -> bool:
-        """Do one part; True if the tensor needs its parts done once more."""
+    def run(self, index: int) -> _State:
+        """Do one part, and say how far the tensor is with it."""
         raise NotImplementedError
 
     def pieces(self, index: int) -> Pieces:
@@ -127,7 +241,7 @@ class _CodeJob(_Job):
 
     counts: NDArray[np.int64] | None = None
 
-    def run(self, index: int) -> bool:
+    def run(self, index: int) -> _State:
         dtype = self.tensor.dtype
         table = _scratch.table[: code_values(dtype).size]
         table[:] = 0
@@ -140,7 +254,7 @@ class _CodeJob(_Job):
                 self.counts += table
             self.n_left -= 1
             if self.n_left:
-                return False
+                return _State.PART
         occurring = np.flatnonzero(self.counts)
         self.weights_crc32 = crc32(
             self.counts[occurring].tobytes(), crc32(occurring.tobytes())
@@ -152,7 +266,7 @@ class _CodeJob(_Job):
             n_bins=self.measures.n_bins,
         )
         self.counts = None
-        return False
+        return _State.DONE
 
 
 class _FloatJob(_Job):
@@ -167,7 +281,7 @@ class _FloatJob(_Job):
         self.crcs = [0] * len(self.parts)
         self.norms: Norms | None = None
 
-    def run(self, index: int) -> bool:
+    def run(self, index: int) -> _State:
         for data in self.pieces(index):
             if self.norms is None:
                 self.first[index].append(first_pass(data))
@@ -184,16 +298,16 @@ class _FloatJob(_Job):
         with self.lock:
             self.n_left -= 1
             if self.n_left:
-                return False
+                return _State.PART
         if self.norms is None:
             self.norms = combine_first(sum(self.first, []))
             self.weights_crc32 = crc32(repr(self.crcs).encode())
             self.n_left = len(self.parts)
-            return True
+            return _State.AGAIN
         self.summary = summarise_floats(
             self.norms, sum(self.second, []), epsilon=self.measures.epsilon
         )
-        return False
+        return _State.DONE
 
 
 def _job(tensor: MappedTensor, reader: RangeReader, measures: Measures) -> _Job:
@@ -202,35 +316,43 @@ def _job(tensor: MappedTensor, reader: RangeReader, measures: Measures) -> _Job:
     return kind(tensor, reader, measures)
 
 
-def _run(jobs: Iterable[_Job], n_threads: int, on_bytes: Callable[[int], None]) -> None:
+def _run(
+    jobs: Iterable[_Job],
+    n_threads: int,
+    on_bytes: Callable[[int], None],
+    on_job: Callable[[_Job], None],
+) -> None:
     """Do every part of every job; in this thread if one is all there is."""
     waiting = ((job, index) for job in jobs for index in range(len(job.parts)))
 
-    def work(job: _Job, index: int) -> tuple[_Job, int, bool]:
+    def do(job: _Job, index: int) -> tuple[_Job, int, _State]:
         return job, index, job.run(index)
 
-    def done(job: _Job, index: int, again: bool) -> list[tuple[_Job, int]]:
+    def done(job: _Job, index: int, state: _State) -> list[tuple[_Job, int]]:
         on_bytes(job.parts[index].n_bytes)
+        if state is _State.DONE:
+            on_job(job)
+        again = state is _State.AGAIN
         return [(job, i) for i in range(len(job.parts))] if again else []
 
     if n_threads == 1:
         for item in waiting:
             todo = [item]
             while todo:
-                todo += done(*work(*todo.pop()))
+                todo += done(*do(*todo.pop()))
         return
     with ThreadPoolExecutor(n_threads) as pool:
-        running: set[Future[tuple[_Job, int, bool]]] = set()
+        running: set[Future[tuple[_Job, int, _State]]] = set()
         try:
             while True:
                 while len(running) < 2 * n_threads and (part := next(waiting, None)):
-                    running.add(pool.submit(work, *part))
+                    running.add(pool.submit(do, *part))
                 if not running:
                     return
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     for again in done(*future.result()):
-                        running.add(pool.submit(work, *again))
+                        running.add(pool.submit(do, *again))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -250,17 +372,15 @@ def _entry(job: _Job) -> TensorScan:
     )
 
 
-def _refuse_nonfinite(jobs: Mapping[str, _Job], entries: Iterable[TensorScan]) -> None:
-    for entry in entries:
-        if entry.n_nonfinite:
-            region, index = _first_nonfinite(jobs[entry.name])
-            raise InputError(
-                "scan",
-                region.shard.path,
-                f"{region.tensor.name} holds {entry.n_nonfinite} NaN or infinite "
-                f"weights, the first at index {index}",
-                "repair the checkpoint, or measure the rest with --allow-nonfinite",
-            )
+def _nonfinite_error(job: _Job, entry: TensorScan) -> InputError:
+    region, index = _first_nonfinite(job)
+    return InputError(
+        "scan",
+        region.shard.path,
+        f"{region.tensor.name} holds {entry.n_nonfinite} NaN or infinite weights, the "
+        f"first at index {index}",
+        "repair the checkpoint, or measure the rest with --allow-nonfinite",
+    )
 
 
 def _first_nonfinite(job: _Job) -> tuple[Region, int]:

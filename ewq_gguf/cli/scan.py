@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from ewq_gguf import pipeline, store
+from ewq_gguf.checkpoint.scan import merge_scans
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -27,6 +28,20 @@ from ewq_gguf.cli.common import (
 )
 from ewq_gguf.records import Measures, Scan, load_record
 from ewq_gguf.report.scan_view import diff_values, diff_view, scan_view
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    """`2/8` as (2, 8).
+
+    Raises:
+        click.BadParameter: it is something else.
+    """
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 0 < int(index) <= int(count)):
+        raise click.BadParameter(f"{text} is not a part such as 2/8")
+    return int(index), int(count)
 
 
 @click.group(cls=DefaultGroup, default="make")
@@ -52,6 +67,12 @@ def scan() -> None:
     show_default=True,
     help="Of the histogram measure.",
 )
+@click.option(
+    "--part",
+    callback=lambda ctx, param, value: _part(value),
+    metavar="I/N",
+    help="Only the I-th of N parts of about the same bytes; `merge` joins them.",
+)
 @stream_option
 @threads_option
 @nonfinite_option
@@ -59,7 +80,13 @@ def scan() -> None:
 @force_option
 @quiet_option
 @json_option
-def make(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
+def make(
+    model: str,
+    out: Path | None,
+    part: tuple[int, int] | None,
+    as_json: bool,
+    **values: Any,
+) -> None:
     """Measure the entropy of every tensor of MODEL, by both measures.
 
     One pass over the weights; prints the scan's path.
@@ -73,12 +100,26 @@ def make(model: str, out: Path | None, as_json: bool, **values: Any) -> None:
     result = pipeline.scan(
         checkpoint,
         Measures(epsilon=values["epsilon"], n_bins=values["bins"]),
+        part=part,
         options=options_of(values),
         progress=progress,
     )
-    out = out or Path("plans") / f"{checkpoint.identity.name}.scan.json"
+    tag = f".{part[0]}-of-{part[1]}" if part else ""
+    out = out or Path("plans") / f"{checkpoint.identity.name}{tag}.scan.json"
     store.write_text(out, result.to_json(), stage="scan", force=values["force"])
     click.echo(result.to_json() if as_json else out, nl=not as_json)
+
+
+@scan.command()
+@click.argument("paths", type=PATH, metavar="PART...", nargs=-1, required=True)
+@out_option("the scan.  [default: plans/NAME.scan.json]")
+@force_option
+def merge(paths: tuple[Path, ...], out: Path | None, force: bool) -> None:
+    """Join the parts of a scan; the result is that of a scan in one go."""
+    whole = merge_scans([load_record(Scan, path, "scan") for path in paths])
+    out = out or Path("plans") / f"{whole.model.name}.scan.json"
+    store.write_text(out, whole.to_json(), stage="scan", force=force)
+    click.echo(out)
 
 
 @scan.command()

@@ -89,6 +89,7 @@ def convert(
     _check_packages()
     check_tokenizer(checkpoint)
     check_is_local(checkpoint)
+    checkpoint.check_unchanged("convert")
     store.check_distinct(out, [shard.path for shard in checkpoint.shards], "convert")
     total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
     store.check_free(store.ensure_dir(out.parent, "convert"), total, "convert")
@@ -111,6 +112,7 @@ def convert(
             on_line=line,
         )
         read_gguf(temporary)  # a whole file, or an error
+        checkpoint.check_unchanged("convert")
         store.publish(temporary, out)
 
 

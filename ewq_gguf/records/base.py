@@ -14,6 +14,7 @@ from ewq_gguf.errors import InputError
 _MAX_RECORD_BYTES = 512 << 20
 
 R = TypeVar("R", bound="Record")
+P = TypeVar("P", bound="Part")
 
 
 class Part(BaseModel):
@@ -97,3 +98,19 @@ def load_cached(kind: type[R], path: Path, stage: str) -> R | None:
         return load_record(kind, path, stage) if path.exists() else None
     except InputError:
         return None
+
+
+def read_journal(path: Path, kind: type[P]) -> dict[str, P]:
+    """Parts that were written one a line, by their `name`; what is broken is left out.
+
+    A killed run may leave half a line at the end; everything before it is sound.
+    """
+    parts: dict[str, P] = {}
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            try:
+                part = kind.model_validate_json(line)
+            except ValidationError:
+                continue
+            parts[str(getattr(part, "name"))] = part  # noqa: B009 - of any part
+    return parts

@@ -98,6 +98,7 @@ class Scan(Record):
         tensors: in the order of the GGUF names, layers numerically.
         layers: in order; empty where no layer has a linear matrix.
         dropped: checkpoint tensors that no GGUF tensor is made of.
+        part: `i/n` of a scan that `ewq scan merge` makes whole; None for a whole one.
     """
 
     schema_name: Literal["ewq.scan"] = "ewq.scan"
@@ -108,6 +109,7 @@ class Scan(Record):
     tensors: tuple[TensorScan, ...]
     layers: tuple[LayerScan, ...]
     dropped: tuple[str, ...]
+    part: str | None = None
 
     @property
     def weights_sha256(self) -> str:
