@@ -14,8 +14,9 @@ import pytest
 
 from ewq_gguf.checkpoint.folder import open_folder
 from ewq_gguf.checkpoint.mapping import map_tensors
-from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.errors import InputError
+from ewq_gguf.tensor_names import ARCHITECTURES
 from tests.checkpoints import write_llama, write_raw, write_shard
 
 INDEX = "model.safetensors.index.json"
@@ -47,6 +48,11 @@ def shards(original_shards, tmp_path) -> Path:
 
 def shard_name(i: int, n: int = 3) -> str:
     return f"model-{i:05}-of-{n:05}.safetensors"
+
+
+def open_known(folder: Path):
+    """Open a checkpoint, its architecture checked."""
+    return open_checkpoint(str(folder), Opening(frozenset(ARCHITECTURES)))
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -398,7 +404,7 @@ def test_a_name_that_the_hub_does_not_allow_is_refused(model):
 def test_a_config_that_cannot_be_used_is_refused(folder, changes, message):
     edit_json(folder / "config.json", **changes)
     with refused(f"config.json: .*{message}"):
-        open_checkpoint(str(folder))
+        open_known(folder)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +441,7 @@ def test_a_config_is_refused_before_a_weight_file_is_looked_at(folder):
     (folder / "model.safetensors").write_bytes(b"")
     edit_json(folder / "config.json", architectures=["GPT5"])
     with refused("GPT5 is not supported"):
-        open_checkpoint(str(folder))
+        open_known(folder)
 
 
 def test_a_folder_without_config_says_what_to_give(tmp_path):
@@ -477,13 +483,25 @@ def test_a_layer_beyond_the_config_has_no_place(folder):
         map_tensors(open_checkpoint(str(folder)))
 
 
-@pytest.mark.parametrize("dtype", ["F64", "F8_E4M3", "I8", "U8"])
-def test_a_dtype_that_is_not_scanned_is_refused_with_those_that_are(folder, dtype):
-    size = 8 if dtype == "F64" else 1
+@pytest.mark.parametrize("dtype", ["I8", "U8", "BOOL", "I64"])
+def test_tensors_that_are_no_weights_are_left_out(folder, dtype):
+    size = 8 if dtype == "I64" else 1
+    ones = np.ones((2, 2), np.float32)
+    mask = "model.layers.0.self_attn.q_proj.weight"
     write_raw(
-        folder / "model.safetensors", {EMBEDDING: (dtype, [2, 3], bytes(6 * size))}
+        folder / "model.safetensors",
+        {
+            EMBEDDING: ("F32", [2, 2], ones.tobytes()),
+            mask: (dtype, [2, 3], bytes(6 * size)),
+        },
     )
-    with refused(f"{EMBEDDING} is {dtype}, .*BF16, F16, F32"):
+    mapped, dropped = map_tensors(open_checkpoint(str(folder)))
+    assert ([t.name for t in mapped], dropped) == (["token_embd.weight"], (mask,))
+
+
+def test_a_checkpoint_without_weights_is_refused(folder):
+    write_raw(folder / "model.safetensors", {EMBEDDING: ("I8", [2, 3], bytes(6))})
+    with refused("holds no weights"):
         map_tensors(open_checkpoint(str(folder)))
 
 

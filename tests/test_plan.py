@@ -576,7 +576,7 @@ def test_plan_json_has_the_names_of_the_command_line_reference(plan):
     values = json.loads(plan.to_json())
 
     assert values["schema_name"] == "ewq.plan"
-    assert values["schema_version"] == 1
+    assert values["schema_version"] == 2
     assert {"name", "ggml_type", "written_type", "size_bytes"} <= values["tensors"][
         0
     ].keys()
@@ -642,7 +642,7 @@ def test_no_path_of_the_machine_is_in_a_plan(plan, tmp_path):
             id="missing-deep",
         ),
         pytest.param(
-            lambda v: v.update(schema_version=2), "/schema_version", id="newer"
+            lambda v: v.update(schema_version=3), "/schema_version", id="newer"
         ),
         pytest.param(
             lambda v: v["totals"].update(file_size_bytes="9"),

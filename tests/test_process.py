@@ -287,10 +287,10 @@ def test_a_signal_to_us_ends_the_child_and_gives_the_right_code(tmp_path, number
     code = (
         "import sys; from pathlib import Path; import ewq_gguf.cli as cli, click\n"
         "from ewq_gguf.process import run\n"
-        "def job(**kw): run(['sh', '-c', f'echo $$ > {sys.argv[1]}; exec sleep 60'],"
+        "def job(*args): run(['sh', '-c', f'echo $$ > {sys.argv[1]}; exec sleep 60'],"
         " stage='t', log_path=Path(sys.argv[1] + '.log'))\n"
-        "cli.ewq.main = job\n"
-        "sys.exit(cli.main([]))"
+        "cli.ewq.invoke = job\n"
+        "sys.exit(cli.main(['demo', 'x']))"
     )
     ours = subprocess.Popen([sys.executable, "-c", code, str(pids)])
     try:

@@ -480,7 +480,7 @@ def test_a_layer_is_the_mean_of_its_matrices_weighted_by_size(tmp_path):
     p = 1/16 and 3/16, and 1 bit.
     """
     layer = "model.layers.0."
-    down = np.array([[0, log(3)] * 4], np.float32)
+    down = np.array([[0, log(3)] * 2] * 2, np.float32)
     write_checkpoint(
         tmp_path,
         {
