@@ -16,7 +16,7 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
-from ewq_gguf.entropy.codes import N_CODES, summarise_codes
+from ewq_gguf.entropy.codes import N_CODES, CodeCounts, summarise_codes
 from ewq_gguf.llamacpp.convert import (
     BaseHeader,
     converter_architectures,
@@ -146,7 +146,7 @@ def check_the_scan_measures_what_the_file_holds(made: Case, label: str):
             continue
         raw = data[tensor.offset : tensor.offset + tensor.size_bytes].view(np.uint16)
         counts = np.bincount(raw, minlength=N_CODES).astype(np.int64)
-        found = summarise_codes(counts, "BF16", epsilon=0.01, n_bins=256)
+        found = summarise_codes(CodeCounts.of(counts), "BF16", epsilon=0.01, n_bins=256)
         entry = entries[tensor.name]
         assert entry.n_weights == raw.size
         assert entry.histogram_entropy_bits == found.histogram_entropy_bits

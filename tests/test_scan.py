@@ -22,7 +22,13 @@ from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.checkpoint.reader import BUFFER_BYTES
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
-from ewq_gguf.entropy.codes import N_CODES, code_values, count_codes, summarise_codes
+from ewq_gguf.entropy.codes import (
+    N_CODES,
+    CodeCounts,
+    code_values,
+    count_codes,
+    summarise_codes,
+)
 from ewq_gguf.entropy.floats import (
     combine_first,
     first_pass,
@@ -202,7 +208,7 @@ def test_the_histogram_of_any_codes_is_numpys(codes, n_bins, dtype):
     finite = weights[np.isfinite(weights)]
     table = np.zeros(N_CODES, np.uint32)
     count_codes(codes, table)
-    found = summarise_codes(table.astype(np.int64), dtype, epsilon=0.01, n_bins=n_bins)
+    found = summarise_codes(CodeCounts.of(table), dtype, epsilon=0.01, n_bins=n_bins)
     assert found.n_nonfinite == codes.size - finite.size
     if finite.size and finite.min() == finite.max():
         assert found.histogram_entropy_bits == 0

@@ -16,8 +16,9 @@ from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.entropy.codes import code_values
 from ewq_gguf.errors import EwqError, InputError, UsageError
+from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.pipeline import Options
-from ewq_gguf.records import Scan, TensorScan, load_record
+from ewq_gguf.records import Scan, TensorScan, load_record, read_journal
 from tests.checkpoints import write_llama, write_raw, write_shard
 from tests.range_server import Faults, serve
 
@@ -91,7 +92,8 @@ def test_a_scan_that_was_stopped_measures_no_tensor_twice(tiny, cache):
 
     seen: list[str] = []
 
-    def stop(entry: TensorScan) -> None:
+    def write_and_stop(entry: TensorScan) -> None:
+        file.write(entry.model_dump_json() + "\n")
         seen.append(entry.name)
         if len(seen) == 10:
             raise Stopped
@@ -99,15 +101,10 @@ def test_a_scan_that_was_stopped_measures_no_tensor_twice(tiny, cache):
     journal = cache / "journal"
     journal.parent.mkdir(parents=True)
     with pytest.raises(Stopped), journal.open("w") as file:
-        scan_checkpoint(
-            checkpoint,
-            work=Work(
-                on_tensor=lambda t: (file.write(t.model_dump_json() + "\n"), stop(t))[1]
-            ),
-        )
+        scan_checkpoint(checkpoint, work=Work(on_tensor=write_and_stop))
     with journal.open("a") as file:
         file.write('{"name": "half a li')  # what a kill leaves
-    known = pipeline.read_journal(journal, TensorScan)
+    known = read_journal(journal, TensorScan)
     assert sorted(known) == sorted(seen)
     again: list[str] = []
     work = Work(known=known, on_tensor=lambda t: again.append(t.name))
@@ -155,9 +152,10 @@ def test_a_streamed_scan_is_the_local_one_and_stores_no_weight(tiny, cache):
 
 
 def test_a_streamed_checkpoint_is_not_converted(tiny, cache):
-    with serve(tiny.parent, Faults()) as url, pytest.raises(InputError) as caught:
-        pipeline.make_gguf(f"{url}/tiny", cache.parent / "out.gguf")
-    assert "its weights are not on this machine" in str(caught.value)
+    with serve(tiny.parent, Faults()) as url:
+        checkpoint = open_checkpoint(f"{url}/tiny")
+    with pytest.raises(InputError, match="its weights are not on this machine"):
+        check_is_local(checkpoint)
 
 
 def test_a_local_model_is_not_streamed(tiny):
@@ -316,7 +314,7 @@ def test_show_and_diff_fit_80_columns_and_say_what_changed(
     capsys.readouterr()
     assert main(["scan", "show", one]) == 0
     shown = capsys.readouterr().out
-    assert "3 " in shown
+    assert "133,568 in 30 tensors" in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert main(["scan", "diff", one, one]) == 0
     assert "0 tensors" in capsys.readouterr().out

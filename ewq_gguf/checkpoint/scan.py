@@ -26,7 +26,13 @@ from ewq_gguf.checkpoint.mapping import (
 )
 from ewq_gguf.checkpoint.reader import BUFFER_BYTES, RangeReader
 from ewq_gguf.checkpoint.regions import Pieces, parts_of
-from ewq_gguf.entropy.codes import N_CODES, code_values, count_codes, summarise_codes
+from ewq_gguf.entropy.codes import (
+    N_CODES,
+    CodeCounts,
+    code_values,
+    count_codes,
+    summarise_codes,
+)
 from ewq_gguf.entropy.floats import (
     FirstPass,
     Norms,
@@ -248,19 +254,16 @@ class _CodeJob(_Job):
         for codes in self.pieces(index):
             count_codes(codes, table)
         with self.lock:
-            if self.counts is None:
-                self.counts = table.astype(np.int64)
-            else:
-                self.counts += table
+            if len(self.parts) > 1:
+                before = 0 if self.counts is None else self.counts
+                self.counts = table.astype(np.int64) + before
             self.n_left -= 1
             if self.n_left:
                 return _State.PART
-        occurring = np.flatnonzero(self.counts)
-        self.weights_crc32 = crc32(
-            self.counts[occurring].tobytes(), crc32(occurring.tobytes())
-        )
+        found = CodeCounts.of(table if self.counts is None else self.counts)
+        self.weights_crc32 = found.crc32
         self.summary = summarise_codes(
-            self.counts,
+            found,
             dtype,
             epsilon=self.measures.epsilon,
             n_bins=self.measures.n_bins,

@@ -7,7 +7,10 @@ integer arithmetic: the result does not depend on the order of the parts.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Self
+from zlib import crc32
 
 import numpy as np
 from numba import njit
@@ -76,13 +79,37 @@ def count_codes(data: NDArray[np.uint16], counts: NDArray[np.uint32]) -> None:
         counts[data[i]] += 1
 
 
+@dataclass(frozen=True)
+class CodeCounts:
+    """The codes that occur and how often: what is left of a 65 536-entry table.
+
+    Attributes:
+        codes: (m,) int64, rising.
+        counts: (m,) int64, positive.
+    """
+
+    codes: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: NDArray[np.uint32] | NDArray[np.int64]) -> Self:
+        """From a table of every code's occurrences."""
+        return cls(*_occurring(table))
+
+    @property
+    def crc32(self) -> int:
+        """Other weights have another one, most likely; the same on every machine."""
+        codes = crc32(self.codes.astype("<i8", copy=False).data)
+        return crc32(self.counts.astype("<i8", copy=False).data, codes)
+
+
 def summarise_codes(
-    counts: NDArray[np.int64], dtype: str, *, epsilon: float, n_bins: int
+    found: CodeCounts, dtype: str, *, epsilon: float, n_bins: int
 ) -> Summary:
     """Everything about a tensor, from its code counts.
 
     Args:
-        counts: occurrences of each code, as many as the dtype has.
+        found: the codes that occur.
         dtype: as for `code_values`.
         epsilon: of the softmax measure.
         n_bins: of the histogram measure.
@@ -90,20 +117,25 @@ def summarise_codes(
     Returns:
         The summary of the finite weights; non-finite ones are only counted.
     """
-    values = code_values(dtype)
-    n_weights = int(counts.sum())
-    low, high, n_finite = _range(counts, values)
-    if n_finite == 0:
+    n_weights = int(found.counts.sum())
+    values = code_values(dtype)[found.codes]
+    is_finite = np.isfinite(values)
+    codes, counts = found.codes, found.counts
+    if not is_finite.all():
+        codes, counts = codes[is_finite], counts[is_finite]
+        values = values[is_finite]
+    if not counts.size:
         return Summary.empty(n_weights)
+    n_finite = int(counts.sum())
+    low, high = float(values.min()), float(values.max())
     if max(-low, high) < _MAX_PLAIN:
-        shift, weights = 0.0, _plain_exponentials(dtype)
+        shift, weights = 0.0, _plain_exponentials(dtype)[codes]
     else:
-        shift = high
-        with np.errstate(over="ignore", invalid="ignore"):
-            weights = np.exp(values - shift)
+        shift, weights = high, np.exp(values - high)
     edges = histogram_edges(low, high, n_bins)
     entropy, bins = _entropies(counts, values, weights, shift, edges, epsilon)
     mean, std, kurtosis, n_outliers = _moments(counts, values, n_finite)
+    exponents = np.bincount(_exponents(dtype)[codes], counts).astype(np.int64)
     return Summary(
         n_weights=n_weights,
         n_nonfinite=n_weights - n_finite,
@@ -116,11 +148,9 @@ def summarise_codes(
         excess_kurtosis=kurtosis,
         outlier_share=n_outliers / n_finite,
         zero_share=int(counts[values == 0].sum()) / n_weights,
-        exponent_entropy_bits=histogram_bits(
-            np.bincount(_exponents(dtype), counts).astype(np.int64)
-        ),
-        code_entropy_bits=histogram_bits(counts),
-        n_distinct=int(np.count_nonzero(counts)),
+        exponent_entropy_bits=histogram_bits(exponents),
+        code_entropy_bits=histogram_bits(found.counts),
+        n_distinct=found.codes.size,
     )
 
 
@@ -133,19 +163,6 @@ def _plain_exponentials(dtype: str) -> NDArray[np.float64]:
         usable, np.exp(np.where(usable, values, 0.0)), 0.0
     )
     return result
-
-
-@njit(nogil=True, cache=True)
-def _range(
-    counts: NDArray[np.int64], values: NDArray[np.float64]
-) -> tuple[float, float, int]:
-    low, high, n_finite = np.inf, -np.inf, 0
-    for code in range(counts.size):
-        if counts[code] and np.isfinite(values[code]):
-            low = min(low, values[code])
-            high = max(high, values[code])
-            n_finite += counts[code]
-    return low, high, n_finite
 
 
 @cache
@@ -161,6 +178,22 @@ def _exponents(dtype: str) -> NDArray[np.int64]:
 
 
 @njit(nogil=True, cache=True)
+def _occurring(
+    table: NDArray[np.uint32] | NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    n = 0
+    for code in range(table.size):
+        n += table[code] != 0
+    codes, counts = np.empty(n, np.int64), np.empty(n, np.int64)
+    n = 0
+    for code in range(table.size):
+        if table[code]:
+            codes[n], counts[n] = code, table[code]
+            n += 1
+    return codes, counts
+
+
+@njit(nogil=True, cache=True)
 def _entropies(
     counts: NDArray[np.int64],
     values: NDArray[np.float64],
@@ -172,19 +205,15 @@ def _entropies(
     """Softmax entropy and histogram; `weights` are exp(values - shift)."""
     total, moment = 0.0, 0.0
     bins = np.zeros(edges.size - 1, np.int64)
-    for code in range(counts.size):
-        n = counts[code]
-        value = values[code]
-        if n and np.isfinite(value):
-            total += n * weights[code]
-            moment += n * (weights[code] * (value - shift))
-            bins[histogram_index(value, edges)] += n
+    for i in range(counts.size):
+        total += counts[i] * weights[i]
+        moment += counts[i] * (weights[i] * (values[i] - shift))
+        bins[histogram_index(values[i], edges)] += counts[i]
     if epsilon == 0:
         return np.log(total) - moment / total, bins
     tail = 0.0
-    for code in range(counts.size):
-        if counts[code] and np.isfinite(values[code]):
-            tail += counts[code] * p_log1p(weights[code] / total, epsilon)
+    for i in range(counts.size):
+        tail += counts[i] * p_log1p(weights[i] / total, epsilon)
     return -(np.log(epsilon) + tail), bins
 
 
@@ -194,22 +223,19 @@ def _moments(
 ) -> tuple[float, float, float, int]:
     """Mean, standard deviation, excess kurtosis, and how many are outliers."""
     mean = 0.0
-    for code in range(counts.size):
-        if counts[code] and np.isfinite(values[code]):
-            mean += counts[code] * values[code]
+    for i in range(counts.size):
+        mean += counts[i] * values[i]
     mean /= n_finite
     square, fourth = 0.0, 0.0
-    for code in range(counts.size):
-        if counts[code] and np.isfinite(values[code]):
-            deviation = (values[code] - mean) ** 2
-            square += counts[code] * deviation
-            fourth += counts[code] * deviation * deviation
+    for i in range(counts.size):
+        deviation = (values[i] - mean) ** 2
+        square += counts[i] * deviation
+        fourth += counts[i] * deviation * deviation
     variance = square / n_finite
     if variance == 0:
         return mean, 0.0, 0.0, 0
     n_outliers = 0
-    for code in range(counts.size):
-        if counts[code] and np.isfinite(values[code]):
-            if (values[code] - mean) ** 2 > OUTLIER_SIGMAS**2 * variance:
-                n_outliers += counts[code]
+    for i in range(counts.size):
+        if (values[i] - mean) ** 2 > OUTLIER_SIGMAS**2 * variance:
+            n_outliers += counts[i]
     return mean, np.sqrt(variance), fourth / n_finite / variance**2 - 3, n_outliers
