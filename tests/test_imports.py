@@ -37,7 +37,7 @@ FOUNDATION = {("tensor_names", "errors"), ("ggml_types", "errors")}
 PURE = {"entropy", "plan"}
 PURE_LIBRARIES = {
     "__future__", "collections", "dataclasses", "enum", "functools", "itertools",
-    "math", "re", "statistics", "typing",
+    "math", "re", "statistics", "typing", "zlib",
     "numpy", "numba",
 }  # fmt: skip
 #: Libraries that only a few rooms may touch.

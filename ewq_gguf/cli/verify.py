@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ewq_gguf.cli.common import PATH, json_option, no_load_option
+from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.records import Plan, load_record
 
@@ -19,6 +20,8 @@ from ewq_gguf.records import Plan, load_record
 def verify(plan_path: Path, file: Path, no_load: bool, as_json: bool) -> None:
     """Compare FILE with PLAN, tensor by tensor; exit 8 if it differs."""
     record = load_record(Plan, plan_path, "verify")
+    if not file.is_file():
+        raise InputError("verify", file, "no such file", "check the path")
     result = verify_file(record, file, load=not no_load)
     if as_json:
         click.echo(result.to_json(), nl=False)
