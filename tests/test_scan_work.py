@@ -18,7 +18,7 @@ from ewq_gguf.entropy.codes import code_values
 from ewq_gguf.errors import EwqError, InputError, UsageError
 from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.pipeline import Options
-from ewq_gguf.records import Scan, TensorScan, load_record, read_journal
+from ewq_gguf.records import EwqPolicy, Scan, TensorScan, load_record, read_journal
 from tests.checkpoints import write_llama, write_raw, write_shard
 from tests.range_server import Faults, serve
 
@@ -339,3 +339,50 @@ def test_options_reach_the_scan(tiny, cache):
         open_checkpoint(str(tiny)), options=Options(allow_nonfinite=True)
     )
     assert sum(tensor.n_nonfinite for tensor in found.tensors) == 1
+
+
+# The whole way, for what the converter changes or never gets.
+
+
+def write_fp8(folder: Path) -> Path:
+    """A tiny Llama whose matrices are FP8 with one scale per 128 x 128 block."""
+    write_llama(folder, n_layers=2, hidden=256, ffn=512)
+    rng = np.random.default_rng(0)
+    data = (folder / "model.safetensors").read_bytes()
+    tensors: dict[str, tuple[str, list[int], bytes]] = {}
+    for _, tensor in open_checkpoint(str(folder)).tensors:
+        shape = list(tensor.shape)
+        if "proj" not in tensor.name:
+            raw = data[tensor.begin : tensor.end]
+            tensors[tensor.name] = (tensor.dtype, shape, raw)
+            continue
+        codes = rng.integers(0, 0x7F, shape, np.uint8)
+        blocks = [-(-size // 128) for size in shape]
+        scales = rng.uniform(0.001, 0.01, blocks).astype(np.float32)
+        tensors[tensor.name] = ("F8_E4M3", shape, codes.tobytes())
+        tensors[f"{tensor.name}_scale_inv"] = ("F32", blocks, scales.tobytes())
+    write_raw(folder / "model.safetensors", tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.llamacpp
+@pytest.mark.slow
+def test_an_fp8_checkpoint_goes_the_whole_way_local_and_streamed(tmp_path):
+    folder = write_fp8(tmp_path / "tiny-fp8")
+    policy = EwqPolicy(measure="histogram")
+    made = pipeline.make_gguf(str(folder), tmp_path / "out.gguf", policy)
+    assert made.verification.found_size_bytes == made.plan.totals.file_size_bytes
+    assert {layer.ggml_type for layer in made.plan.layers} > {"BF16"}
+    (q,) = (t for t in made.plan.tensors if t.name == "blk.0.attn_q.weight")
+    assert q.base_type == "BF16"
+    with serve(tmp_path, Faults()) as url:
+        checkpoint = pipeline.open_model(f"{url}/tiny-fp8")
+        streamed = pipeline.plan(checkpoint, policy)
+    assert streamed == made.plan
