@@ -35,7 +35,11 @@ from ewq_gguf.entropy.floats import (
     second_pass,
     summarise_floats,
 )
-from ewq_gguf.entropy.summary import histogram_edges, histogram_index
+from ewq_gguf.entropy.summary import (
+    histogram_edges,
+    histogram_index,
+    histogram_scale,
+)
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import Measures, Scan
 from tests.checkpoints import encode, write_llama, write_shards
@@ -220,7 +224,9 @@ def test_the_histogram_of_any_codes_is_numpys(codes, n_bins, dtype):
             abs_tol=1e-12,
         )
         edges = histogram_edges(finite.min(), finite.max(), n_bins)
-        index = [histogram_index(float(w), edges) for w in finite]
+        index = [
+            histogram_index(float(w), edges, histogram_scale(edges)) for w in finite
+        ]
         expected, _ = np.histogram(finite, n_bins)
         np.testing.assert_array_equal(np.bincount(index, minlength=n_bins), expected)
 

@@ -281,7 +281,7 @@ def test_statistics_are_their_definitions(tmp_path, dtype):
         exponents = (codes >> 10) & 31
     else:
         exact = values.ravel().astype(np.float64)
-        codes, exponents = None, np.frexp(exact)[1]
+        codes, exponents = None, (values.ravel().view(np.uint32) >> 23) & 255
     (entry,) = scan_checkpoint(open_checkpoint(str(tmp_path))).tensors
     z = (exact - exact.mean()) / exact.std()
 

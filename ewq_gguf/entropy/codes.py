@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import log
 from typing import Self
 from zlib import crc32
 
@@ -22,6 +23,7 @@ from ewq_gguf.entropy.summary import (
     histogram_bits,
     histogram_edges,
     histogram_index,
+    histogram_scale,
     p_log1p,
 )
 
@@ -133,7 +135,8 @@ def summarise_codes(
     else:
         shift, weights = high, np.exp(values - high)
     edges = histogram_edges(low, high, n_bins)
-    entropy, bins = _entropies(counts, values, weights, shift, edges, epsilon)
+    bins = _histogram(counts, values, edges, histogram_scale(edges))
+    entropy = _softmax_entropy(counts, values, weights, shift, epsilon)
     mean, std, kurtosis, n_outliers = _moments(counts, values, n_finite)
     exponents = np.bincount(_exponents(dtype)[codes], counts).astype(np.int64)
     return Summary(
@@ -194,27 +197,37 @@ def _occurring(
 
 
 @njit(nogil=True, cache=True)
-def _entropies(
+def _softmax_entropy(
     counts: NDArray[np.int64],
     values: NDArray[np.float64],
     weights: NDArray[np.float64],
     shift: float,
-    edges: NDArray[np.float64],
     epsilon: float,
-) -> tuple[float, NDArray[np.int64]]:
-    """Softmax entropy and histogram; `weights` are exp(values - shift)."""
+) -> float:
+    """In nats; `weights` are exp(values - shift)."""
     total, moment = 0.0, 0.0
-    bins = np.zeros(edges.size - 1, np.int64)
     for i in range(counts.size):
         total += counts[i] * weights[i]
         moment += counts[i] * (weights[i] * (values[i] - shift))
-        bins[histogram_index(values[i], edges)] += counts[i]
     if epsilon == 0:
-        return np.log(total) - moment / total, bins
+        return log(total) - moment / total
     tail = 0.0
     for i in range(counts.size):
         tail += counts[i] * p_log1p(weights[i] / total, epsilon)
-    return -(np.log(epsilon) + tail), bins
+    return -(log(epsilon) + tail)
+
+
+@njit(nogil=True, cache=True)
+def _histogram(
+    counts: NDArray[np.int64],
+    values: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    scale: float,
+) -> NDArray[np.int64]:
+    bins = np.zeros(edges.size - 1, np.int64)
+    for i in range(counts.size):
+        bins[histogram_index(values[i], edges, scale)] += counts[i]
+    return bins
 
 
 @njit(nogil=True, cache=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import frexp, fsum, log, sqrt
+from math import fsum, log, sqrt
 
 import numpy as np
 from numba import njit
@@ -17,18 +17,25 @@ from numpy.typing import NDArray
 
 from ewq_gguf.entropy.summary import (
     OUTLIER_SIGMAS,
+    SERIES_LIMIT,
     Summary,
     histogram_bits,
     histogram_edges,
     histogram_index,
+    histogram_scale,
     p_log1p,
 )
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
 
-#: One bin per exponent of a float64, subnormal ones too.
-_N_EXPONENTS = 2100
+#: Where the exponent field lies: (shift, mask), by the bytes of a float.
+_EXPONENT = {4: (23, 255), 8: (52, 2047)}
+_N_EXPONENTS = 2048
+
+#: Sums of powers 2 to 7 of the softmax's exponentials.
+Powers = tuple[float, float, float, float, float, float]
+_NO_POWERS: Powers = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class FirstPass:
     square: float
     exp_sum: float
     exp_moment: float
+    exp_powers: Powers
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,11 @@ class Norms:
     std: float
     exp_sum: float
     exp_moment: float
+    exp_powers: Powers
+
+    def has_series(self, epsilon: float) -> bool:
+        """Whether p / epsilon is small enough for the entropy's series everywhere."""
+        return bool(self.exp_sum) and 1 / self.exp_sum <= SERIES_LIMIT * epsilon
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ def combine_first(parts: Sequence[FirstPass]) -> Norms:
     finite = [part for part in parts if part.n_finite]
     n_weights = sum(part.n_weights for part in parts)
     if not finite:
-        return Norms(n_weights, 0, 0, *([0.0] * 6))
+        return Norms(n_weights, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, _NO_POWERS)
     high = max(part.max for part in finite)
     n_finite = sum(part.n_finite for part in finite)
     scales = [float(np.exp(part.max - high)) for part in finite]
@@ -102,7 +115,17 @@ def combine_first(parts: Sequence[FirstPass]) -> Norms:
             s * (p.exp_moment + (p.max - high) * p.exp_sum)
             for s, p in zip(scales, finite, strict=True)
         ),
+        exp_powers=_combine_powers(finite, scales),
     )
+
+
+def _combine_powers(parts: Sequence[FirstPass], scales: Sequence[float]) -> Powers:
+    """Sums of powers 2 to 7, each part's own maximum moved to the whole's."""
+    sums = [
+        fsum(s**k * p.exp_powers[k - 2] for s, p in zip(scales, parts, strict=True))
+        for k in range(2, 8)
+    ]
+    return sums[0], sums[1], sums[2], sums[3], sums[4], sums[5]
 
 
 def second_pass(
@@ -113,8 +136,13 @@ def second_pass(
     bins = np.zeros(n_bins, np.int64)
     exponents = np.zeros(_N_EXPONENTS, np.int64)
     fourth, n_outliers = _deviations(data, norms.mean, norms.std)
-    _count(data, edges, bins, exponents)
-    tail = _tail(data, norms.max, norms.exp_sum, epsilon) if epsilon > 0 else 0.0
+    _count(data, edges, histogram_scale(edges), bins)
+    _count_exponents(
+        data.view(f"u{data.itemsize}"), *_EXPONENT[data.itemsize], exponents
+    )
+    tail = 0.0
+    if epsilon > 0 and not norms.has_series(epsilon):
+        tail = _tail(data, norms.max, norms.exp_sum, epsilon)
     return SecondPass(fourth, n_outliers, tail, bins, exponents)
 
 
@@ -124,7 +152,9 @@ def summarise_floats(
     """Everything about a tensor from both passes; see codes.summarise_codes."""
     if norms.n_finite == 0:
         return Summary.empty(norms.n_weights)
-    if epsilon > 0:
+    if epsilon > 0 and norms.has_series(epsilon):
+        entropy = -(log(epsilon) + _series(norms, epsilon))
+    elif epsilon > 0:
         entropy = -(log(epsilon) + fsum(part.tail for part in parts))
     else:
         entropy = log(norms.exp_sum) - norms.exp_moment / norms.exp_sum
@@ -150,10 +180,21 @@ def summarise_floats(
     )
 
 
+def _series(norms: Norms, epsilon: float) -> float:
+    """Sum of p ln(1 + p / epsilon), from sums of powers of the exponentials.
+
+    Six terms of the logarithm's series, as in `p_log1p`, need powers 2 to 7.
+    """
+    return fsum(
+        (-1) ** k * power / norms.exp_sum**k / (epsilon ** (k - 1) * (k - 1))
+        for k, power in enumerate(norms.exp_powers, 2)
+    )
+
+
 @njit(nogil=True, cache=True)
 def _first(
     data: Floats,
-) -> tuple[int, int, float, float, float, float, float, float]:
+) -> tuple[int, int, float, float, float, float, float, float, Powers]:
     low, high, mean, n_finite, n_zero = np.inf, -np.inf, 0.0, 0, 0
     for i in range(data.size):
         value = np.float64(data[i])
@@ -165,6 +206,7 @@ def _first(
             n_zero += value == 0
     mean /= max(n_finite, 1)
     square, exp_sum, exp_moment = 0.0, 0.0, 0.0
+    e2, e3, e4, e5, e6, e7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(data.size):
         value = np.float64(data[i])
         if np.isfinite(value):
@@ -172,7 +214,16 @@ def _first(
             weight = np.exp(value - high)
             exp_sum += weight
             exp_moment += weight * (value - high)
-    return n_finite, n_zero, low, high, mean, square, exp_sum, exp_moment
+            power2 = weight * weight
+            power4 = power2 * power2
+            e2 += power2
+            e3 += power2 * weight
+            e4 += power4
+            e5 += power4 * weight
+            e6 += power4 * power2
+            e7 += power4 * power2 * weight
+    powers = (e2, e3, e4, e5, e6, e7)
+    return n_finite, n_zero, low, high, mean, square, exp_sum, exp_moment, powers
 
 
 @njit(nogil=True, cache=True)
@@ -192,15 +243,27 @@ def _deviations(data: Floats, mean: float, std: float) -> tuple[float, int]:
 def _count(
     data: Floats,
     edges: NDArray[np.float64],
+    scale: float,
     bins: NDArray[np.int64],
-    exponents: NDArray[np.int64],
 ) -> None:
     for i in range(data.size):
         value = np.float64(data[i])
         if np.isfinite(value):
-            bins[histogram_index(value, edges)] += 1
-            # frexp gives -1073..1024 for float64, 0 for zero itself
-            exponents[frexp(value)[1] + 1073] += 1
+            bins[histogram_index(value, edges, scale)] += 1
+
+
+@njit(nogil=True, cache=True)
+def _count_exponents(
+    bits: NDArray[np.uint32] | NDArray[np.uint64],
+    shift: int,
+    infinite: int,
+    exponents: NDArray[np.int64],
+) -> None:
+    """Count the exponent fields of finite floats."""
+    for i in range(bits.size):
+        field = np.int64(bits[i] >> shift) & infinite
+        if field != infinite:
+            exponents[field] += 1
 
 
 @njit(nogil=True, cache=True)

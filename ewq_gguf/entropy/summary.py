@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 OUTLIER_SIGMAS = 6.0
 
 
+#: Below this six terms of ln(1 + x)'s series are exact to float64.
+SERIES_LIMIT = 1e-3
+
+
 @dataclass(frozen=True)
 class Summary:
     """A tensor's numbers; see records.scan.TensorScan for the units."""
@@ -53,7 +57,7 @@ def p_log1p(p: float, epsilon: float) -> float:
     ten times faster than the library's log1p.
     """
     x = p / epsilon
-    if x > 1e-3:
+    if x > SERIES_LIMIT:
         return p * log1p(x)
     return (
         p
@@ -70,20 +74,22 @@ def histogram_edges(low: float, high: float, n_bins: int) -> NDArray[np.float64]
     return np.linspace(low, high, n_bins + 1)
 
 
+def histogram_scale(edges: NDArray[np.float64]) -> float:
+    """Bins per unit; 0 for one value so large that numpy's widening does not show."""
+    width = float(edges[-1] - edges[0])
+    return (edges.size - 1) / width if width else 0.0
+
+
 @njit(nogil=True, cache=True, inline="always")
-def histogram_index(value: float, edges: NDArray[np.float64]) -> int:
+def histogram_index(value: float, edges: NDArray[np.float64], scale: float) -> int:
     """The bin `numpy.histogram` puts a value in, rounding at the edges included."""
-    n_bins = edges.size - 1
-    low = edges[0]
-    if low == edges[n_bins]:  # one value, too large for numpy's widening to show
-        return 0
-    index = int((value - low) * (n_bins / (edges[n_bins] - low)))
-    index = min(max(index, 0), n_bins - 1)
+    last = edges.size - 2
+    index = min(max(int((value - edges[0]) * scale), 0), last)
     if value < edges[index]:
         index -= 1
-    elif value >= edges[index + 1] and index != n_bins - 1:
+    elif value >= edges[index + 1] and index != last:
         index += 1
-    return index
+    return max(index, 0)
 
 
 def histogram_bits(bins: NDArray[np.int64]) -> float:
