@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -18,7 +20,9 @@ Made from `--help`; `EWQ_UPDATE_DOCS=1 make test ARGS=tests/test_docs.py` renews
 
 def help_texts(command: click.Command, path: str, parent: click.Context | None = None):
     """Every visible command's path and help, depth first."""
-    with click.Context(command, info_name=path.split()[-1], parent=parent) as ctx:
+    with command.make_context(
+        path.split()[-1], [], parent=parent, resilient_parsing=True
+    ) as ctx:
         ctx.terminal_width = ctx.max_content_width = 80
         yield path, command.get_help(ctx)
         if isinstance(command, click.Group):
@@ -37,9 +41,16 @@ def cli_page() -> str:
 
 
 def test_the_cli_page_is_what_help_prints():
+    # In a process of its own: click keeps the first help option a command was asked for.
+    code = (
+        "import sys; from tests.test_docs import cli_page; sys.stdout.write(cli_page())"
+    )
+    page = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True
+    ).stdout.decode()
     if os.environ.get("EWQ_UPDATE_DOCS"):
-        CLI_PAGE.write_text(cli_page())
-    assert CLI_PAGE.read_text() == cli_page()
+        CLI_PAGE.write_text(page)
+    assert CLI_PAGE.read_text() == page
 
 
 def test_links_in_the_documentation_lead_to_files():
