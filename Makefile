@@ -15,7 +15,7 @@ STAMP    := $(VENV)/.setup-$(BACKEND)
 
 help:
 	@echo "make setup [BACKEND=cpu|cuda|metal|vulkan]   set up .venv and build llama.cpp"
-	@echo "make gguf  [MODEL=demo] [POLICY=ewq] [OUT=FILE]"
+	@echo "make gguf  [MODEL=demo] [POLICY=ewq] [OUT=FILE] [FORCE=1]"
 	@echo "                                             plan, make and verify a GGUF file"
 	@echo "make test  [ARGS=...]                        run all tests (ARGS go to pytest)"
 	@echo "make check                                   ruff, mypy and the direction of imports"
@@ -32,7 +32,7 @@ $(PACKAGES): pyproject.toml constraints.txt
 	@echo "setup: Python packages into $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "ewq: setup: $(PYTHON): is missing or older than 3.11; install Python 3.11 or later, or run make PYTHON=python3.11" >&2; exit 4; }
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
 	@$(VENV)/bin/python -m pip install -qq -c constraints.txt -e ".[all,dev]"
 	@touch $@
@@ -47,7 +47,7 @@ $(STAMP): $(PACKAGES)
 	@touch $@
 
 gguf: setup
-	@$(EWQ) gguf "$(MODEL)" --policy "$(POLICY)" \
+	@$(EWQ) gguf "$(MODEL)" --policy "$(POLICY)" $(if $(FORCE),--force) \
 	  $(if $(OUT),-o "$(OUT)")
 
 test: setup
@@ -62,7 +62,7 @@ check: setup
 bench: setup
 	@$(VENV)/bin/python benchmarks/scan.py
 
-# The user's cache stays: `ewq cache` looks after it.
+# The user's cache stays: it may be shared, and can be deleted by hand (docs/exactness.md).
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find ewq_gguf tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ewq_gguf import store
+from ewq_gguf._version import __version__
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
@@ -26,6 +27,7 @@ from ewq_gguf.errors import (
     UsageError,
     VerificationError,
 )
+from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.llamacpp.convert import (
     base_type,
     check_is_local,
@@ -36,8 +38,9 @@ from ewq_gguf.llamacpp.gguf_file import read_gguf
 from ewq_gguf.llamacpp.layout import cached_layout, layout_of
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, Toolchain, find_toolchain
-from ewq_gguf.llamacpp.verify import verify_file
+from ewq_gguf.llamacpp.verify import can_load, verify_file
 from ewq_gguf.plan.build import check_policy, make_plan
+from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
 from ewq_gguf.process import N_CPUS
 from ewq_gguf.records import (
@@ -161,54 +164,51 @@ def scan(
         progress: who is told.
     """
     options, measures = options or Options(), measures or Measures()
+    layout, maker = None, ""
+    if not checkpoint.is_mapped_by_name:
+        toolchain = find_toolchain(options.llama_cpp)
+        layout, maker = _layout(checkpoint, toolchain, progress), toolchain.key
     key = store.sha256_text(
-        f"{checkpoint.signature} {measures.model_dump_json()} "
-        f"{options.allow_nonfinite} {part}"
+        f"{__version__} {checkpoint.signature} {measures.model_dump_json()} "
+        f"{options.allow_nonfinite} {part} {maker}"
     )
     path = store.cache_dir("scans") / f"{key[:32]}.json"
-    if (kept := load_cached(Scan, path, "scan")) is not None:
-        return kept
-    layout = None
-    if not checkpoint.is_mapped_by_name:
-        layout = _layout(checkpoint, find_toolchain(options.llama_cpp), progress)
-    total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
-    journal = path.with_suffix(".journal")
-    known = read_journal(journal, TensorScan)
-    done = sum(_source_bytes(checkpoint, entry) for entry in known.values())
-    if known:
-        progress.note(f"{len(known)} tensors were measured before")
-    with (
-        store.locked(path, stage="scan"),
-        journal.open("a", encoding="utf-8") as file,
-        progress.stage("scan", total) as share,
-    ):
+    with store.locked(path, stage="scan", wait=True):
+        if (kept := load_cached(Scan, path, "scan")) is not None:
+            return kept
+        journal = path.with_suffix(".journal")
+        known = read_journal(journal, TensorScan)
+        if known:
+            progress.note(f"{len(known)} tensors were measured before")
+        sizes = {t.name: t.end - t.begin for _, t in checkpoint.tensors}
+        total = sum(sizes.values()) // (part[1] if part else 1)
+        done = sum(sizes[name] for entry in known.values() for name in entry.hf_names)
+        with (
+            journal.open("a", encoding="utf-8") as file,
+            progress.stage("scan", total) as share,
+        ):
 
-        def on_bytes(n_bytes: int) -> None:
-            nonlocal done
-            done += n_bytes
-            share(min(done / total, 1.0))
+            def on_bytes(n_bytes: int) -> None:
+                nonlocal done
+                done += n_bytes
+                share(min(done / total, 1.0))
 
-        def on_tensor(entry: TensorScan) -> None:
-            file.write(entry.model_dump_json() + "\n")
-            file.flush()
+            def on_tensor(entry: TensorScan) -> None:
+                file.write(entry.model_dump_json() + "\n")
+                file.flush()
 
-        work = Work(
-            n_threads=options.n_threads,
-            allow_nonfinite=options.allow_nonfinite,
-            part=part,
-            known=known,
-            on_bytes=on_bytes,
-            on_tensor=on_tensor,
-        )
-        result = scan_checkpoint(checkpoint, measures, layout=layout, work=work)
-    store.write_text(path, result.to_json(), stage="scan", force=True)
-    journal.unlink(missing_ok=True)
+            work = Work(
+                n_threads=options.n_threads,
+                allow_nonfinite=options.allow_nonfinite,
+                part=part,
+                known=known,
+                on_bytes=on_bytes,
+                on_tensor=on_tensor,
+            )
+            result = scan_checkpoint(checkpoint, measures, layout=layout, work=work)
+        store.write_text(path, result.to_json(), stage="scan", force=True)
+        journal.unlink(missing_ok=True)
     return result
-
-
-def _source_bytes(checkpoint: Checkpoint, entry: TensorScan) -> int:
-    names = set(entry.hf_names)
-    return sum(t.end - t.begin for _, t in checkpoint.tensors if t.name in names)
 
 
 def plan(
@@ -289,7 +289,7 @@ def base_file(
     key = store.sha256_text(f"{checkpoint.signature} {outtype} {toolchain.key}")
     name = f"{checkpoint.identity.name}-{outtype}-{key[:16]}.gguf"
     path = store.cache_dir("base") / name
-    with store.locked(path, stage="convert"):
+    with store.locked(path, stage="convert", wait=True):
         if not _is_sound(path):
             with progress.stage("convert") as share:
                 convert(checkpoint, toolchain, path, outtype=outtype, on_progress=share)
@@ -322,7 +322,9 @@ def make_gguf(
     policy = policy or EwqPolicy()
     if out is not None:
         store.check_writable(out, "gguf")
-    if not isinstance(policy, Plan):
+    if isinstance(policy, Plan):
+        check_sound(policy)
+    else:
         check_policy(policy)
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_model(model, options=options, progress=progress)
@@ -364,12 +366,7 @@ def make_gguf(
                     load=options.load,
                     on_progress=share,
                 )
-            store.write_text(
-                _verification_path(made_plan),
-                verification.to_json(),
-                stage="verify",
-                force=True,
-            )
+            _keep(made_plan, verification)
     return Made(
         path=out,
         plan=made_plan,
@@ -424,8 +421,6 @@ def check_layout(scan: Scan, layout: Layout) -> None:
 
 def layout_bytes(layout: Layout) -> int:
     """Size of the base GGUF."""
-    from ewq_gguf.ggml_types import tensor_bytes
-
     infos = ((tensor.name, tensor.shape) for tensor in layout.tensors)
     return header_bytes(layout.kv_bytes, infos, base_info_bytes) + sum(
         padded(tensor_bytes(tensor.ggml_type, tensor.shape))
@@ -453,9 +448,12 @@ def _existing(plan: Plan, out: Path, options: Options) -> Verification | None:
     try:
         if read_gguf(out).kv.get("ewq.plan.sha256") == plan.sha256:
             known = load_cached(Verification, _verification_path(plan), "verify")
-            if known is not None and known.file_sha256 == store.sha256_file(out):
+            is_damaged = known and known.file_sha256 != store.sha256_file(out)
+            must_load = options.load and can_load()
+            if known and not is_damaged and (known.answer or not must_load):
                 return known
-            return verify_file(plan, out, load=options.load)
+            if not is_damaged:
+                return _keep(plan, verify_file(plan, out, load=options.load))
     except (VerificationError, InputError):
         pass  # damaged or not a GGUF: treated as somebody else's file
     if options.force:
@@ -475,6 +473,13 @@ def _is_sound(base: Path) -> bool:
     except (VerificationError, InputError):
         return False
     return True
+
+
+def _keep(plan: Plan, verification: Verification) -> Verification:
+    """Remember what was verified, for the next run."""
+    path = _verification_path(plan)
+    store.write_text(path, verification.to_json(), stage="verify", force=True)
+    return verification
 
 
 def _verification_path(plan: Plan) -> Path:

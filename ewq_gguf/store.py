@@ -44,7 +44,7 @@ def ensure_dir(path: Path, stage: str) -> Path:
             stage,
             path,
             f"the folder cannot be created ({error.strerror})",
-            "choose another output folder",
+            "choose another folder, with -o or EWQ_CACHE",
         ) from error
     return path
 
@@ -201,8 +201,13 @@ def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, *, stage: str) -> Iterator[None]:
+def locked(path: Path, *, stage: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock of one output; a second run is told who holds it.
+
+    Args:
+        path: the output.
+        stage: the room an error is reported under.
+        wait: for the other run to end, as for what both of them can use.
 
     Raises:
         LockedError: another process holds it.
@@ -214,7 +219,7 @@ def locked(path: Path, *, stage: str) -> Iterator[None]:
     owner = folder / f"{name}.owner"
     lock = FileLock(folder / f"{name}.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         who = owner.read_text().strip() if owner.exists() else "another process"
         raise LockedError(

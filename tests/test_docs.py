@@ -41,7 +41,7 @@ def cli_page() -> str:
 
 
 def test_the_cli_page_is_what_help_prints():
-    # In a process of its own: click keeps the first help option a command was asked for.
+    # In a process of its own: click keeps the first help option it made.
     code = (
         "import sys; from tests.test_docs import cli_page; sys.stdout.write(cli_page())"
     )

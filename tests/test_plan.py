@@ -118,7 +118,6 @@ def make_layout(scan, kv_bytes=1000):
     return Layout(
         converter_commit="c" * 40,
         model_fingerprint=scan.model.fingerprint,
-        n_kv=20,
         kv_bytes=kv_bytes,
         added_kv_bytes=0,
         tensors=tuple(

@@ -374,7 +374,8 @@ def write_fp8(folder: Path) -> Path:
 
 @pytest.mark.llamacpp
 @pytest.mark.slow
-def test_an_fp8_checkpoint_goes_the_whole_way_local_and_streamed(tmp_path):
+def test_an_fp8_checkpoint_goes_the_whole_way_local_and_streamed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = write_fp8(tmp_path / "tiny-fp8")
     policy = EwqPolicy(measure="histogram")
     made = pipeline.make_gguf(str(folder), tmp_path / "out.gguf", policy)
@@ -386,3 +387,9 @@ def test_an_fp8_checkpoint_goes_the_whole_way_local_and_streamed(tmp_path):
         checkpoint = pipeline.open_model(f"{url}/tiny-fp8")
         streamed = pipeline.plan(checkpoint, policy)
     assert streamed == made.plan
+
+
+def test_a_part_of_a_scan_is_not_planned(tiny):
+    part = scan_checkpoint(open_checkpoint(str(tiny)), work=Work(part=(1, 2)))
+    with pytest.raises(InputError, match="is part 1/2 only; join the parts first"):
+        pipeline.plan(part, EwqPolicy())

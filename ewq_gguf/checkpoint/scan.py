@@ -219,6 +219,7 @@ _scratch = _Scratch()
 class _Job:
     """One tensor: its parts, its passes, at the end its summary."""
 
+    n_passes = 1
     summary: Summary
     weights_crc32: int
 
@@ -274,6 +275,8 @@ class _CodeJob(_Job):
 
 class _FloatJob(_Job):
     """32- and 64-bit weights, and FP8 ones with scales, in two passes."""
+
+    n_passes = 2
 
     def __init__(
         self, tensor: MappedTensor, reader: RangeReader, measures: Measures
@@ -332,7 +335,7 @@ def _run(
         return job, index, job.run(index)
 
     def done(job: _Job, index: int, state: _State) -> list[tuple[_Job, int]]:
-        on_bytes(job.parts[index].n_bytes)
+        on_bytes(job.parts[index].n_bytes // job.n_passes)
         if state is _State.DONE:
             on_job(job)
         again = state is _State.AGAIN

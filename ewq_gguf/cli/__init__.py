@@ -14,7 +14,13 @@ from types import FrameType
 import click
 
 from ewq_gguf._version import __version__
-from ewq_gguf.errors import ChildError, EwqError, VerificationError, printable
+from ewq_gguf.errors import (
+    ChildError,
+    EwqError,
+    ResourceError,
+    VerificationError,
+    printable,
+)
 
 #: Name -> (module, help line). The modules are imported only when they are needed.
 _COMMANDS = {
@@ -94,10 +100,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         click.echo("ewq: terminated", err=True)
         return 143
-    except (BrokenPipeError, SystemExit):  # rich turns the first into the second
+    except SystemExit as stop:
+        # rich turns a closed stdout into this; anybody else means it.
+        if not isinstance(stop.__context__, BrokenPipeError):
+            return stop.code if isinstance(stop.code, int) else 1
+        return 0
+    except BrokenPipeError:
         # The reader of stdout left, as `| head` does: nothing to say, nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full or broken disk where nothing better was said
+        return _report(
+            ResourceError(
+                "system",
+                error.filename,
+                error.strerror or str(error),
+                "check the disk and its permissions",
+            )
+        )
     return 0
 
 

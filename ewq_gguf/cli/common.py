@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import isnan
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -180,6 +181,23 @@ def policy_options(function: F) -> F:
     return function
 
 
+#: Options that only the policy `ewq` takes.
+_EWQ_ONLY = (
+    "measure", "epsilon", "bins", "factor", "ladder", "embedding_type", "output_type",
+)  # fmt: skip
+POLICY_OPTIONS = ("policy", *_EWQ_ONLY, "raw_type")
+
+
+def explicit(names: Iterable[str]) -> list[str]:
+    """Those of some options that were given on the command line, as they are typed."""
+    context = click.get_current_context()
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+
+
 def policy_of(values: dict[str, Any]) -> Policy:
     """The Policy that the command line asks for.
 
@@ -188,6 +206,10 @@ def policy_of(values: dict[str, Any]) -> Policy:
     """
     name, _, argument = values["policy"].partition(":")
     if name == "uniform" and argument:
+        if given := explicit(_EWQ_ONLY):
+            raise click.BadParameter(
+                f"{given[0]} belongs to policy ewq, not to {values['policy']}"
+            )
         return UniformPolicy(ggml_type=_type_name(argument))
     if name != "ewq" or argument:
         raise click.BadParameter(

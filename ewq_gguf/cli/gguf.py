@@ -11,8 +11,10 @@ import click
 from ewq_gguf import pipeline
 from ewq_gguf.cli.common import (
     PATH,
+    POLICY_OPTIONS,
     BarProgress,
     console,
+    explicit,
     force_option,
     json_option,
     llama_cpp_option,
@@ -27,6 +29,7 @@ from ewq_gguf.cli.common import (
     threads_option,
 )
 from ewq_gguf.llamacpp.quantize import quantize_argv
+from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.records import Plan, Policy, load_record
 from ewq_gguf.report.made_view import made_view
 
@@ -59,15 +62,17 @@ def gguf(
     What is there already and still valid is used again. Prints the file's path.
     """
     progress = BarProgress(quiet=values["quiet"])
-    policy = policy_of(values)
+    if plan_path and (given := explicit(POLICY_OPTIONS)):
+        raise click.BadParameter(f"{given[0]} is in the plan already; give one of them")
+    policy = load_record(Plan, plan_path, "gguf") if plan_path else policy_of(values)
     options = options_of(values)
     if dry_run:
-        click.echo(_dry_run(model, out, policy, options, values, progress))
+        click.echo(_dry_run(model, out, policy, plan_path, options, progress))
         return
     made = pipeline.make_gguf(
         model,
         out,
-        load_record(Plan, plan_path, "gguf") if plan_path else policy,
+        policy,
         raw_type=raw_type_of(values),
         options=options,
         progress=progress,
@@ -89,34 +94,46 @@ def gguf(
 def _dry_run(
     model: str,
     out: Path | None,
-    policy: Policy,
+    policy: Policy | Plan,
+    plan_path: Path | None,
     options: pipeline.Options,
-    values: dict[str, Any],
     progress: BarProgress,
 ) -> str:
-
-    plan = pipeline.plan(
-        pipeline.open_model(model, options=options, progress=progress),
-        policy,
-        raw_type=raw_type_of(values),
-        options=options,
-        progress=progress,
-    )
-    path = pipeline.plan_file(plan)
-    quantize = quantize_argv(
+    """The commands that do the same, for a shell; the plan is made to show its size."""
+    plan, typed = policy, ""
+    if not isinstance(plan, Plan):
+        names = explicit(POLICY_OPTIONS)
+        context = click.get_current_context()
+        values = [str(context.params[n[2:].replace("-", "_")]) for n in names]
+        typed = " ".join(
+            f" {name} {shlex.quote(value)}"
+            for name, value in zip(names, values, strict=True)
+        )
+        plan = pipeline.plan(
+            pipeline.open_model(model, options=options, progress=progress),
+            plan,
+            raw_type=raw_type_of(context.params),
+            options=options,
+            progress=progress,
+        )
+    path = str(plan_path or pipeline.plan_file(plan))
+    argv = quantize_argv(
         plan,
-        "llama-quantize",
+        find_toolchain(options.llama_cpp).tool("llama-quantize"),
         base="base.gguf",
         types="tensor-types.txt",
         out=str(out or "out.gguf"),
         n_threads=options.n_threads,
     )
-    commands = [
-        ["ewq", "convert", model, "-o", "base.gguf"],
-        ["ewq", "plan", model, "--policy", values["policy"], "-o", str(path)],
-        ["ewq", "plan", "export", str(path), "--format", "tensor-types"]
-        + ["-o", "tensor-types.txt"],
-        quantize,
+    quoted = shlex.quote(model)
+    lines = [
+        f"# {plan.totals.file_size_bytes} bytes, {plan.totals.bpw:.3f} bits per weight",
+        f"ewq convert {quoted} -o base.gguf",
+        f"ewq plan {quoted}{typed} -o {shlex.quote(path)}",
+        f"ewq plan export {shlex.quote(path)} --format tensor-types "
+        "-o tensor-types.txt",
+        shlex.join(argv),
     ]
-    size = f"# {plan.totals.file_size_bytes} bytes, {plan.totals.bpw:.3f} bpw"
-    return "\n".join([size, *(shlex.join(command) for command in commands)])
+    if isinstance(policy, Plan):
+        del lines[2]
+    return "\n".join(lines)

@@ -26,9 +26,11 @@ def verify(plan_path: Path, file: Path, no_load: bool, as_json: bool) -> None:
     if as_json:
         click.echo(result.to_json(), nl=False)
         return
+    estimated = record.totals.is_estimate
+    planned = "the plan's size was an estimate" if estimated else "as planned"
     click.echo(
         f"{file}: {len(result.tensors)} tensors of their planned types, "
-        f"{result.found_size_bytes} bytes as planned, sha256 {result.file_sha256}"
+        f"{result.found_size_bytes} bytes ({planned}), sha256 {result.file_sha256}"
     )
     if result.answer is not None:
         click.echo(f"{result.prompt}{result.answer}")

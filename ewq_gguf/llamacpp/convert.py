@@ -58,8 +58,7 @@ def convert_argv(
         str(out),
         "--outtype",
         outtype.lower(),
-        "--model-name",
-        name,
+        f"--model-name={name}",
     ]
 
 

@@ -75,7 +75,6 @@ def layout_from(
     return Layout(
         converter_commit=converter_commit,
         model_fingerprint=model_fingerprint,
-        n_kv=len(base.gguf.kv),
         kv_bytes=base.gguf.kv_bytes,
         added_kv_bytes=added_kv_bytes(base.gguf),
         tensors=tuple(

@@ -154,7 +154,10 @@ def quantize(
 
 
 def check_base(plan: Plan, base: Path) -> None:
-    """Refuse a base GGUF that is not the one the plan was made for.
+    """Refuse a base GGUF of another model than the plan's.
+
+    Names, shapes and types are compared; whether the weights are the plan's is not
+    known of a base that `ewq convert` wrote.
 
     Raises:
         InputError: it is no sound GGUF, or a tensor is missing or has another shape
@@ -183,8 +186,9 @@ def check_base(plan: Plan, base: Path) -> None:
 def export_sh(plan: Plan) -> str:
     """A shell script that makes the plan's file by hand.
 
-    It needs llama.cpp's converter and llama-quantize, the checkpoint's folder as $1
-    and the output as $2, and gives the same bytes.
+    It needs llama.cpp's converter (LLAMA_CPP), llama-quantize (LLAMA_BIN) and a Python
+    with the converter's packages (PYTHON), the checkpoint's folder as $1 and the output
+    as $2, and gives the same bytes.
 
     Raises:
         InputError: the plan contradicts itself.
@@ -204,17 +208,19 @@ def export_sh(plan: Plan) -> str:
     title = printable(plan.model.name)
     return f"""#!/bin/sh
 # {title}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
-# usage: sh {title}.sh CHECKPOINT_FOLDER OUT.gguf
+# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh FOLDER OUT.gguf
+# (`ewq toolchain info` names its source_dir and bin_dir)
 set -eu
-: "${{LLAMA_CPP:?set LLAMA_CPP to a llama.cpp checkout with build/bin}}"
-PATH="$LLAMA_CPP/build/bin:$PATH"
+: "${{LLAMA_CPP:?set LLAMA_CPP to the folder of convert_hf_to_gguf.py}}"
+PATH="${{LLAMA_BIN:-$LLAMA_CPP/build/bin}}:$PATH"
+[ ! -e "$2" ] || {{ echo "$2 exists" >&2; exit 2; }}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work"/{name}
 ln -s "$(cd "$1" && pwd)"/* "$work"/{name}/
-python3 "$LLAMA_CPP/convert_hf_to_gguf.py" "$work"/{name} \\
+"${{PYTHON:-python3}}" "$LLAMA_CPP/convert_hf_to_gguf.py" "$work"/{name} \\
   --outfile "$work/base.gguf" --outtype {outtype} \\
-  --model-name {name}
+  --model-name={name}
 cat > "$work/tensor-types.txt" <<'TYPES'
 {types}TYPES
 {" ".join(quoted)}

@@ -116,7 +116,7 @@ def _answer(path: Path) -> str:
         raise VerificationError(
             "verify", path, f"does not load: {error.problem}", f"its log is {log_path}"
         ) from error
-    log_path.unlink()
+    log_path.unlink(missing_ok=True)
     result = json.loads(text.splitlines()[-1])
     if not result["is_finite"]:
         raise VerificationError(

@@ -33,7 +33,6 @@ _F16_MAX = 65504.0
 
 #: Base types of llama-quantize that are not named like their main ggml type.
 _FTYPES = {
-    "Q2_K": "Q2_K",
     "Q3_K": "Q3_K_M",
     "Q4_K": "Q4_K_M",
     "Q5_K": "Q5_K_M",
@@ -57,6 +56,13 @@ def make_plan(
         InputError: a type needs an importance matrix, or the scan has other measures.
     """
     check_policy(policy)
+    if scan.part is not None:
+        raise InputError(
+            "plan",
+            scan.model.name,
+            f"the scan is part {scan.part} only",
+            "join the parts first: `ewq scan merge PART...`",
+        )
     raw = _raw_type(scan, raw_type)
     layers, limits = _decide_layers(scan, policy, raw)
     asked = _asked_types(policy, layers, raw)
@@ -72,7 +78,9 @@ def make_plan(
         thresholds=limits,
         tensors=tensors,
         layers=layers,
-        totals=_totals(tensors, scan, layout),
+        totals=totals_of(
+            tensors, _header_bytes(tensors, scan, layout) if layout else None
+        ),
     )
 
 
@@ -106,13 +114,15 @@ def check_policy(policy: Policy) -> None:
             f"{','.join(policy.ladder)} does not rise from low to high",
             "sort it, such as Q4_K,Q8_0,raw",
         )
-    for flag, value, positive in (
-        ("--factor", policy.factor, False),
-        ("--epsilon", policy.epsilon, False),
-        ("--bins", policy.n_bins, True),
+    for flag, value, least in (
+        ("--factor", policy.factor, 0),
+        ("--epsilon", policy.epsilon, 0),
+        ("--bins", policy.n_bins, 2),
     ):
-        if value < (2 if positive else 0):
-            raise UsageError("plan", flag, f"{value} is too small", "give a larger one")
+        if not value >= least:  # NaN is not
+            raise UsageError(
+                "plan", flag, f"{value} is not {least} or more", "give a larger number"
+            )
 
 
 def provenance(
@@ -285,14 +295,16 @@ def ftype_of(tensors: Iterable[PlanTensor]) -> str:
     return _FTYPES.get(most, most)
 
 
-def _totals(tensors: Sequence[PlanTensor], scan: Scan, layout: Layout | None) -> Totals:
+def _header_bytes(tensors: Sequence[PlanTensor], scan: Scan, layout: Layout) -> int:
+    pairs = provenance(scan.model, __version__)
+    kv_bytes = layout.kv_bytes + layout.added_kv_bytes + string_kv_bytes(pairs)
+    return header_bytes(kv_bytes, ((t.name, t.shape) for t in tensors))
+
+
+def totals_of(tensors: Sequence[PlanTensor], header: int | None) -> Totals:
+    """The sums of a plan, with its header's bytes where they are known."""
     data = sum(padded(tensor.size_bytes) for tensor in tensors)
     n_weights = sum(prod(tensor.shape) for tensor in tensors)
-    header = None
-    if layout is not None:
-        pairs = provenance(scan.model, __version__)
-        kv_bytes = layout.kv_bytes + layout.added_kv_bytes + string_kv_bytes(pairs)
-        header = header_bytes(kv_bytes, ((t.name, t.shape) for t in tensors))
     size = data + (header or 0)
     return Totals(
         n_weights=n_weights,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
-from ewq_gguf.plan.build import ftype_of, plan_tensor
-from ewq_gguf.plan.sizes import padded
-from ewq_gguf.records import LayoutTensor, Plan, PlanTensor
+from ewq_gguf.plan.build import ftype_of, plan_tensor, totals_of
+from ewq_gguf.records import LayoutTensor, Plan, PlanTensor, Totals
 
 
 def check_sound(plan: Plan) -> None:
@@ -25,12 +24,9 @@ def check_sound(plan: Plan) -> None:
     ftype = ftype_of(plan.tensors)
     if plan.ftype != ftype:
         raise _wrong(plan, "/ftype", plan.ftype, f"must be {ftype}")
-    data = sum(padded(tensor.size_bytes) for tensor in plan.tensors)
-    size = data + (plan.totals.header_bytes or 0)
-    for key, found, needed in (
-        ("tensor_bytes", plan.totals.tensor_bytes, data),
-        ("file_size_bytes", plan.totals.file_size_bytes, size),
-    ):
+    made = totals_of(plan.tensors, plan.totals.header_bytes)
+    for key in Totals.model_fields:
+        found, needed = getattr(plan.totals, key), getattr(made, key)
         if found != needed:
             raise _wrong(plan, f"/totals/{key}", found, f"must be {needed}")
 

@@ -41,7 +41,6 @@ class Layout(Record):
     Attributes:
         converter_commit: of the llama.cpp it came from.
         model_fingerprint: of the checkpoint.
-        n_kv: key-value pairs.
         kv_bytes: of all key-value pairs in the base GGUF.
         added_kv_bytes: of those that llama-quantize adds because they are missing.
         tensors: as the converter orders them.
@@ -49,11 +48,10 @@ class Layout(Record):
     """
 
     schema_name: Literal["ewq.layout"] = "ewq.layout"
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
 
     converter_commit: str
     model_fingerprint: str
-    n_kv: int
     kv_bytes: int
     added_kv_bytes: int
     tensors: tuple[LayoutTensor, ...]

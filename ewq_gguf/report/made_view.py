@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -42,8 +43,9 @@ def made_view(
     table.add_row("file", Text(f"{path}{reused}"))
     if plan_path is not None:
         table.add_row("plan", Text(f"{plan_path}  (`ewq plan show` draws it)"))
+    predicted = "" if plan.totals.is_estimate else ", as predicted"
     table.add_row(
-        "size", f"{size:,} bytes, as predicted; {plan.totals.bpw:.2f} bits per weight"
+        "size", f"{size:,} bytes{predicted}; {plan.totals.bpw:.2f} bits per weight"
     )
     table.add_row("layers", layer_counts(plan))
     table.add_row("others", _others(plan))
@@ -67,7 +69,9 @@ def _others(plan: Plan) -> str:
 
 def _presets(size: int, preset_bytes: Mapping[str, int]) -> Table:
     """The standard files nearest in size, and Q8_0 and Q4_K_M whatever theirs."""
-    by_distance = sorted(preset_bytes, key=lambda name: abs(preset_bytes[name] - size))
+    by_distance = sorted(
+        preset_bytes, key=lambda name: abs(log(preset_bytes[name] / size))
+    )
     names = {*by_distance[:_N_NEAREST], "Q8_0", "Q4_K_M"} & set(preset_bytes)
     table = Table.grid(padding=(0, 2))
     for name in sorted(names, key=lambda name: -preset_bytes[name]):
