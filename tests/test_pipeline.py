@@ -468,3 +468,23 @@ def test_the_built_in_model_end_to_end(empty, own_cache, tmp_path):
     assert values["found_size_bytes"] == plan.totals.file_size_bytes
     assert {layer.ggml_type for layer in plan.layers} == {"Q4_K", "Q8_0", "BF16"}
     assert [path.name for path in empty.iterdir()] == ["plans"]
+
+
+def test_a_flipped_bit_among_the_weights_is_not_reused(tiny, empty):
+    """Header, size and types are right; only the hash tells."""
+    out = empty / "out.gguf"
+    make_gguf(str(tiny.folder), out, UniformPolicy(ggml_type="Q8_0"), options=QUICK)
+    data = bytearray(out.read_bytes())
+    data[-1000] ^= 1
+    out.write_bytes(data)
+    with pytest.raises(UsageError, match="made from another plan, or is damaged"):
+        make_gguf(str(tiny.folder), out, UniformPolicy(ggml_type="Q8_0"), options=QUICK)
+    assert out.read_bytes() == data
+
+
+def test_a_file_that_was_not_loaded_yet_is_loaded_when_it_is_asked_for(tiny, empty):
+    out, policy = empty / "out.gguf", UniformPolicy(ggml_type="Q6_K")
+    first = make_gguf(str(tiny.folder), out, policy, options=Options(load=False))
+    again = make_gguf(str(tiny.folder), out, policy)
+    assert (first.verification.answer, again.is_reused) == (None, True)
+    assert again.verification.answer is not None

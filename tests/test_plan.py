@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from math import inf, prod, sqrt
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from ewq_gguf._version import __version__
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.plan.build import check_policy, make_plan, provenance
+from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.ewq import decide, thresholds
 from ewq_gguf.plan.sizes import header_bytes, padded, tensor_info_bytes
 from ewq_gguf.records import (
@@ -727,3 +729,10 @@ def test_a_plan_file_of_gigabytes_is_refused_without_reading_it(tmp_path):
 def test_a_plan_that_cannot_be_read_is_an_input_error(tmp_path, name):
     with pytest.raises(InputError, match="cannot be read"):
         load_record(Plan, tmp_path / name, "plan")
+
+
+def test_the_checked_in_examples_are_sound_plans():
+    examples = sorted((Path(__file__).parent.parent / "plans/examples").glob("*.json"))
+    assert len(examples) >= 2
+    for path in examples:
+        check_sound(load_record(Plan, path, "test"))

@@ -731,7 +731,7 @@ def test_the_script_says_what_it_needs(tiny, tmp_path):
     script = tmp_path / "make.sh"
     script.write_text(export_sh(tiny.plan()))
 
-    with pytest.raises(ChildError, match="set LLAMA_CPP to a llama.cpp checkout"):
+    with pytest.raises(ChildError, match="set LLAMA_CPP to the folder of convert_hf"):
         run(
             ["sh", script], stage="test", log_path=tmp_path / "l", env={"LLAMA_CPP": ""}
         )
