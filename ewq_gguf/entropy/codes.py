@@ -29,6 +29,14 @@ from ewq_gguf.entropy.summary import (
 
 N_CODES = 1 << 16
 
+#: Where a dtype's exponent field lies: (shift, mask).
+_EXPONENT = {
+    "BF16": (7, 255),
+    "F16": (10, 31),
+    "F8_E4M3": (3, 15),
+    "F8_E5M2": (2, 31),
+}
+
 #: Largest |weight| for which exp() of the plain weight stays well inside float64.
 _MAX_PLAIN = 600.0
 
@@ -138,7 +146,7 @@ def summarise_codes(
     bins = _histogram(counts, values, edges, histogram_scale(edges))
     entropy = _softmax_entropy(counts, values, weights, shift, epsilon)
     mean, std, kurtosis, n_outliers = _moments(counts, values, n_finite)
-    exponents = np.bincount(_exponents(dtype)[codes], counts).astype(np.int64)
+    exponents = _count_exponents(codes, counts, *_EXPONENT[dtype])
     return Summary(
         n_weights=n_weights,
         n_nonfinite=n_weights - n_finite,
@@ -168,16 +176,14 @@ def _plain_exponentials(dtype: str) -> NDArray[np.float64]:
     return result
 
 
-@cache
-def _exponents(dtype: str) -> NDArray[np.int64]:
-    """The exponent field of each code."""
-    shift, mask = {
-        "BF16": (7, 255),
-        "F16": (10, 31),
-        "F8_E4M3": (3, 15),
-        "F8_E5M2": (2, 31),
-    }[dtype]
-    return (np.arange(code_values(dtype).size) >> shift) & mask
+@njit(nogil=True, cache=True)
+def _count_exponents(
+    codes: NDArray[np.int64], counts: NDArray[np.int64], shift: int, mask: int
+) -> NDArray[np.int64]:
+    exponents = np.zeros(mask + 1, np.int64)
+    for i in range(codes.size):
+        exponents[(codes[i] >> shift) & mask] += counts[i]
+    return exponents
 
 
 @njit(nogil=True, cache=True)

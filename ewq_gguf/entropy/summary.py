@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log1p
+from math import log1p, log2
 from typing import Self
 
 import numpy as np
@@ -92,9 +92,12 @@ def histogram_index(value: float, edges: NDArray[np.float64], scale: float) -> i
     return max(index, 0)
 
 
+@njit(nogil=True, cache=True)
 def histogram_bits(bins: NDArray[np.int64]) -> float:
     """-sum q log2 q of counts, in bits; 0 where one thing is counted, or nothing."""
-    if not bins.any():
-        return 0.0
-    q = bins[bins > 0] / bins.sum()
-    return float(-(q * np.log2(q)).sum()) + 0.0
+    total = bins.sum()
+    bits = 0.0
+    for n in bins:
+        if 0 < n < total:
+            bits -= n / total * log2(n / total)
+    return bits
