@@ -112,8 +112,11 @@ def scan_checkpoint(
                 work.on_tensor(entry)
 
         _run(jobs, work.n_threads, work.on_bytes, on_job)
-        for name in (tensor.name for tensor in tensors if tensor.name in bad):
-            raise _nonfinite_error(bad[name], entries[name])
+        first_bad = next(
+            (tensor.name for tensor in tensors if tensor.name in bad), None
+        )
+        if first_bad is not None:
+            raise _nonfinite_error(bad[first_bad], entries[first_bad])
     checkpoint.check_unchanged("scan")
     ordered = tuple(entries[tensor.name] for tensor in tensors)
     return Scan(

@@ -75,9 +75,8 @@ def histogram_edges(low: float, high: float, n_bins: int) -> NDArray[np.float64]
 
 
 def histogram_scale(edges: NDArray[np.float64]) -> float:
-    """Bins per unit; 0 for one value so large that numpy's widening does not show."""
-    width = float(edges[-1] - edges[0])
-    return (edges.size - 1) / width if width else 0.0
+    """Bins per unit; the edges of `histogram_edges` always have a width."""
+    return (edges.size - 1) / float(edges[-1] - edges[0])
 
 
 @njit(nogil=True, cache=True, inline="always")

@@ -20,7 +20,7 @@ from ewq_gguf import ggml_types, store
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
-from ewq_gguf.llamacpp.logs import log_file
+from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Source
@@ -97,7 +97,10 @@ def convert(
         if on_progress and (match := _PERCENT.search(text)):
             on_progress(int(match[1]) / 100)
 
-    with store.work_dir(out, stage="convert") as folder:
+    with (
+        store.work_dir(out, stage="convert") as folder,
+        child_log("convert", out) as log_path,
+    ):
         staged = stage_checkpoint(checkpoint, folder)
         temporary = folder / "base.gguf"
         argv = convert_argv(
@@ -106,7 +109,7 @@ def convert(
         run(
             [_python(), *argv],
             stage="convert",
-            log_path=log_file("convert", out),
+            log_path=log_path,
             env=_CHILD_ENV | toolchain.converter_env(),
             on_line=line,
         )
@@ -151,7 +154,10 @@ def header_of(
     _check_packages()
     check_tokenizer(checkpoint)
     out = store.cache_dir("layouts") / f"{checkpoint.identity.fingerprint}.gguf"
-    with store.work_dir(out, stage="convert") as folder:
+    with (
+        store.work_dir(out, stage="convert") as folder,
+        child_log("convert", out) as log_path,
+    ):
         staged = stage_checkpoint(checkpoint, folder)
         path = folder / "header.gguf"
         run(
@@ -164,7 +170,7 @@ def header_of(
                 folder / "sources.json",
             ),
             stage="convert",
-            log_path=log_file("convert", out),
+            log_path=log_path,
             env=_CHILD_ENV | toolchain.converter_env(),
         )
         header = read_gguf(path, header_only=True)

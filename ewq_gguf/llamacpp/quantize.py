@@ -22,7 +22,7 @@ from ewq_gguf.errors import (
     printable,
 )
 from ewq_gguf.llamacpp.gguf_file import read_gguf
-from ewq_gguf.llamacpp.logs import log_file
+from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.plan.build import provenance
@@ -134,13 +134,8 @@ def quantize(
             plan, tool, base=_BASE, types=_TYPES, out=_OUT, n_threads=n_threads
         )
         try:
-            run(
-                argv,
-                stage="quantize",
-                log_path=log_file("quantize", out),
-                cwd=work,
-                on_line=line,
-            )
+            with child_log("quantize", out) as log_path:
+                run(argv, stage="quantize", log_path=log_path, cwd=work, on_line=line)
         except ChildError as error:
             # All that llama-quantize says of a full disk; its folder is there.
             if any("iostream error" in text for text in error.log_tail):

@@ -11,7 +11,7 @@ from ewq_gguf import store
 from ewq_gguf.errors import ChildError, VerificationError
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
-from ewq_gguf.llamacpp.logs import log_file
+from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Plan, Verification, VerifiedTensor
 
@@ -102,21 +102,21 @@ def _answer(path: Path) -> str:
     Raises:
         VerificationError: it does not load, or its numbers are broken.
     """
-    log_path = log_file("load", path)
+    argv = python_argv(
+        "ewq_gguf.llamacpp.speak_child", path.absolute(), PROMPT, str(_N_TOKENS)
+    )
     try:
-        text = run(
-            python_argv(
-                "ewq_gguf.llamacpp.speak_child", path.absolute(), PROMPT, str(_N_TOKENS)
-            ),
-            stage="verify",
-            log_path=log_path,
-            env={"PYTHONSAFEPATH": "1"},  # the working folder may hold anybody's code
-        )
+        with child_log("load", path) as log_path:
+            text = run(
+                argv,
+                stage="verify",
+                log_path=log_path,
+                env={"PYTHONSAFEPATH": "1"},  # the working folder may hold any code
+            )
     except ChildError as error:
         raise VerificationError(
-            "verify", path, f"does not load: {error.problem}", f"its log is {log_path}"
+            "verify", path, f"does not load: {error.problem}", error.remedy
         ) from error
-    log_path.unlink(missing_ok=True)
     result = json.loads(text.splitlines()[-1])
     if not result["is_finite"]:
         raise VerificationError(
