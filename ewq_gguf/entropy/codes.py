@@ -82,9 +82,32 @@ def _e4m3_values() -> NDArray[np.float32]:
     return np.where(codes < 128, size, -size).astype(np.float32)
 
 
-@njit(nogil=True, cache=True)
-def count_codes(data: NDArray[np.uint16], counts: NDArray[np.uint32]) -> None:
+def count_codes(
+    data: NDArray[np.uint8] | NDArray[np.uint16], counts: NDArray[np.uint32]
+) -> None:
     """Add each code's occurrences in `data`, (n,) uint8 or uint16, to `counts`."""
+    n_fours = data.size // 4 * 4
+    if data.dtype == np.uint16:
+        _count_fours(data[:n_fours].view(np.uint64), counts)
+        data = data[n_fours:]
+    _count_each(data, counts)
+
+
+@njit(nogil=True, cache=True)
+def _count_fours(data: NDArray[np.uint64], counts: NDArray[np.uint32]) -> None:
+    """Four 16-bit codes at a time: one load fewer for each."""
+    for i in range(data.size):
+        four = data[i]
+        counts[four & 0xFFFF] += 1
+        counts[(four >> 16) & 0xFFFF] += 1
+        counts[(four >> 32) & 0xFFFF] += 1
+        counts[four >> 48] += 1
+
+
+@njit(nogil=True, cache=True)
+def _count_each(
+    data: NDArray[np.uint8] | NDArray[np.uint16], counts: NDArray[np.uint32]
+) -> None:
     for i in range(data.size):
         counts[data[i]] += 1
 
