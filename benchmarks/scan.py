@@ -1,10 +1,15 @@
-"""How fast a scan is, beside plain reading of the same bytes.
+"""How fast a scan is, what memory it takes, and what a killed one costs.
 
-    python benchmarks/scan.py [MODEL] [--threads 1,2] [--repeats 7] [--json FILE]
+    python benchmarks/scan.py [MODEL...] [--threads 1,2] [--repeats 7] [--json FILE]
 
 Plain reading is preadv into a reused 8 MiB buffer per thread, over the same files, with
 the same number of threads, in the same run; both alternate, so that a slow minute hits
-both. The page cache is warm. Peak memory is that of a fresh process that scans once.
+both. The page cache is warm.
+
+Without MODEL: the built-in model and two made ones with matrices of a 1B model's size
+(2.1 GB of BF16, 1.7 GB of F32); then the proof of concept's way on the BF16 one
+(transformers loads it, np.histogram takes every module), the peak memory of a process
+that scans a sparse 100 GB checkpoint, and a scan that is killed half way.
 """
 
 from __future__ import annotations
@@ -13,16 +18,20 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
+from made import SHAPE_1B, SHAPE_100GB, write_checkpoint
 
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
@@ -30,6 +39,22 @@ from ewq_gguf.checkpoint.source import open_checkpoint
 
 BUFFER_BYTES = 8 << 20
 _PEAK_FLAG = "--peak-of"
+
+#: The public proof of concept measures like this: the whole model in memory as
+#: float32, each linear module's weights into 256 bins.
+_POC = """
+import sys, time, numpy as np, torch
+from transformers import AutoModelForCausalLM
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+for name, module in model.named_modules():
+    if isinstance(module, torch.nn.Linear):
+        weights = module.weight.detach().numpy().flatten()
+        counts, _ = np.histogram(weights, bins=256)
+        p = counts[counts > 0] / counts.sum()
+        print(name, -(p * np.log2(p)).sum(), file=sys.stderr)
+print(time.perf_counter() - start)
+"""
 
 
 def read_plainly(checkpoint: Checkpoint, n_threads: int) -> None:
@@ -60,22 +85,30 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak_rss_bytes(model: str) -> int:
-    """Peak resident memory of a process that opens and scans the model."""
+def peak_of_scan(model: str) -> tuple[int, float]:
+    """Peak resident bytes, and seconds, of a fresh process that scans the model."""
     out = subprocess.run(
-        [sys.executable, __file__, model, _PEAK_FLAG, "1"],
+        [sys.executable, __file__, model, _PEAK_FLAG],
         check=True,
         capture_output=True,
         text=True,
     )
-    return int(out.stdout)
+    peak, took = out.stdout.split()
+    return int(peak), float(took)
 
 
-def measure(
-    checkpoint: Checkpoint, n_threads: int, repeats: int
-) -> dict[str, float | int]:
-    """Best and median of alternating runs, in seconds and GB/s."""
+def print_peak(model: str) -> None:
+    """What `peak_of_scan` runs."""
+    took = seconds(lambda: scan_checkpoint(open_checkpoint(model), work=Work(2)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak * (1 if sys.platform == "darwin" else 1024), took)
+
+
+def measure(model: str, n_threads: int, repeats: int) -> dict[str, float | int | str]:
+    """Medians of alternating runs, in seconds and GB/s."""
+    checkpoint = open_checkpoint(model)
     n_bytes = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
+    scan_checkpoint(checkpoint)  # compiles, and warms the page cache
     plain, scanned = [], []
     for _ in range(repeats):
         plain.append(seconds(lambda: read_plainly(checkpoint, n_threads)))
@@ -83,48 +116,154 @@ def measure(
             seconds(lambda: scan_checkpoint(checkpoint, work=Work(n_threads)))
         )
     return {
+        "model": checkpoint.identity.name,
         "threads": n_threads,
         "bytes": n_bytes,
         "plain_gb_per_s": n_bytes / statistics.median(plain) / 1e9,
         "scan_gb_per_s": n_bytes / statistics.median(scanned) / 1e9,
         "scan_best_gb_per_s": n_bytes / min(scanned) / 1e9,
-        "scan_over_plain": statistics.median(plain) / statistics.median(scanned),
+        "scan_over_plain": statistics.median(
+            a / b for a, b in zip(plain, scanned, strict=True)
+        ),
         "scan_seconds": statistics.median(scanned),
     }
 
 
+def print_speeds(rows: list[dict[str, float | int | str]]) -> None:
+    """The table of `measure`."""
+    print("model             GB  threads  plain GB/s  scan GB/s  scan/plain  seconds")
+    for row in rows:
+        print(
+            f"{row['model']:14}  {int(row['bytes']) / 1e9:4.2f}  {row['threads']:7}  "
+            f"{row['plain_gb_per_s']:10.2f}  {row['scan_gb_per_s']:9.2f}  "
+            f"{row['scan_over_plain']:10.2f}  {row['scan_seconds']:7.3f}"
+        )
+
+
+def measure_poc(model: Path) -> dict[str, float]:
+    """The proof of concept's way beside a scan, imports left out of both."""
+    out = subprocess.run(
+        [sys.executable, "-c", _POC, str(model)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    scanned = min(peak_of_scan(str(model))[1] for _ in range(3))
+    poc = float(out.stdout)
+    return {"poc_seconds": poc, "scan_seconds": scanned, "ratio": poc / scanned}
+
+
+def caches(n: int) -> list[Path]:
+    """Empty cache folders, so that nothing is taken from an earlier run."""
+    return [Path(tempfile.mkdtemp(prefix="ewq-bench-")) for _ in range(n)]
+
+
+def scan_process(model: Path, cache: Path) -> subprocess.Popen[bytes]:
+    """`ewq scan` of a model, begun."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ewq_gguf", "scan", str(model), "-q", "--force",
+         "-o", str(cache / "out.scan.json")],
+        env=os.environ | {"EWQ_CACHE": str(cache)},
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def run_scan(model: Path, cache: Path) -> bytes:
+    """`ewq scan` of a model, and the record it writes."""
+    if scan_process(model, cache).wait() != 0:
+        raise SystemExit("ewq scan failed")
+    return (cache / "out.scan.json").read_bytes()
+
+
+def measure_resume(model: Path, n_tensors: int) -> dict[str, float | int | bool]:
+    """Kill a scan once half its tensors are known, and let it go on."""
+    whole, killed = caches(2)
+    from_nothing = seconds(lambda: run_scan(model, whole))
+    process = scan_process(model, killed)
+    n_known = 0
+    while n_known < n_tensors // 2 and process.poll() is None:
+        n_known = sum(
+            path.read_bytes().count(b"\n") for path in killed.glob("scans/*.journal")
+        )
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    went_on = seconds(lambda: run_scan(model, killed))
+    results = [(cache / "out.scan.json").read_bytes() for cache in (whole, killed)]
+    return {
+        "tensors": n_tensors,
+        "known_when_killed": n_known,
+        "whole_seconds": from_nothing,
+        "rest_seconds": went_on,
+        "same_bytes": results[0] == results[1],
+    }
+
+
+def print_more(result: Mapping[str, Mapping[str, float]]) -> None:
+    """The lines below the table."""
+    poc, memory, resume = result["poc"], result["sparse"], result["resume"]
+    print(
+        f"\nproof of concept's way {poc['poc_seconds']:.1f} s, a scan "
+        f"{poc['scan_seconds']:.2f} s: {poc['ratio']:.0f} times (imports left out)\n"
+        f"sparse checkpoint of {memory['bytes'] / 1e9:.1f} GB: peak "
+        f"{memory['peak_rss_bytes'] / 1e6:.0f} MB, {memory['seconds']:.0f} s\n"
+        f"killed with {resume['known_when_killed']} of {resume['tensors']} tensors "
+        f"known: the rest took {resume['rest_seconds']:.2f} s, a whole scan "
+        f"{resume['whole_seconds']:.2f} s; same bytes: {resume['same_bytes']}"
+    )
+
+
+def measure_more(folder: Path, made: Path) -> dict[str, dict[str, float]]:
+    """The proof of concept, memory and resume."""
+    sparse = folder / "sparse"
+    write_checkpoint(sparse, SHAPE_100GB, "BF16", n_shards=20, sparse=True)
+    n_bytes = sum(path.stat().st_size for path in sparse.glob("*.safetensors"))
+    peak, took = peak_of_scan(str(sparse))
+    return {
+        "poc": measure_poc(made),
+        "sparse": {"bytes": n_bytes, "peak_rss_bytes": peak, "seconds": took},
+        "resume": measure_resume(sparse, len(open_checkpoint(str(sparse)).tensors)),
+    }
+
+
 @click.command()
-@click.argument("model", default="demo")
+@click.argument("models", nargs=-1)
 @click.option("--threads", default="1,2", show_default=True)
 @click.option("--repeats", default=7, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-@click.option(_PEAK_FLAG, "only_peak", type=int, hidden=True)
+@click.option(_PEAK_FLAG, "only_peak", is_flag=True, hidden=True)
 def main(
-    model: str, threads: str, repeats: int, json_path: Path | None, only_peak: int
+    models: tuple[str, ...],
+    threads: str,
+    repeats: int,
+    json_path: Path | None,
+    only_peak: bool,
 ) -> None:
     """Print the table."""
-    checkpoint = open_checkpoint(model)
     if only_peak:
-        scan_checkpoint(checkpoint, work=Work(only_peak))
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(peak_kib * (1 if sys.platform == "darwin" else 1024))
+        print_peak(models[0])
         return
-    scan_checkpoint(checkpoint)  # compiles, and warms the page cache
-    rows = [measure(checkpoint, int(n), repeats) for n in threads.split(",")]
-    peak = peak_rss_bytes(model)
-    print(f"{checkpoint.identity.name}, {rows[0]['bytes']:,} bytes of weights")
-    print(f"{platform.machine()}, numpy {np.__version__}, median of {repeats} runs\n")
-    print("threads  plain GB/s  scan GB/s  (best)  scan/plain  seconds")
-    for row in rows:
-        print(
-            f"{row['threads']:7}  {row['plain_gb_per_s']:10.2f}  "
-            f"{row['scan_gb_per_s']:9.2f}  {row['scan_best_gb_per_s']:6.2f}  "
-            f"{row['scan_over_plain']:10.2f}  {row['scan_seconds']:7.3f}"
-        )
-    print(f"\npeak memory of a scanning process: {peak / 1e6:.0f} MB")
+    with tempfile.TemporaryDirectory(prefix="ewq-bench-") as made:
+        folder = Path(made)
+        chosen = list(models) or ["demo"]
+        if not models:
+            one_b, f32 = folder / "1B-BF16", folder / "1B-F32"
+            write_checkpoint(one_b, SHAPE_1B, "BF16")
+            write_checkpoint(f32, replace(SHAPE_1B, n_layers=6), "F32")
+            chosen += [str(one_b), str(f32)]
+        rows = [
+            measure(model, int(n), repeats)
+            for model in chosen
+            for n in threads.split(",")
+        ]
+        print(f"{platform.machine()}, numpy {np.__version__}, median of {repeats}\n")
+        print_speeds(rows)
+        result = {} if models else measure_more(folder, one_b)
+    if result:
+        print_more(result)
     if json_path:
-        result = {"rows": rows, "peak_rss_bytes": peak}
-        json_path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+        text = json.dumps({"speeds": rows, **result}, indent=1, sort_keys=True)
+        json_path.write_text(text + "\n")
 
 
 if __name__ == "__main__":
