@@ -441,7 +441,7 @@ def _layout(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) ->
     known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known
-    with progress.stage("ask the converter for the file's header"):
+    with progress.stage("ask llama.cpp for the file's header"):
         return layout_of(checkpoint, toolchain)
 
 

@@ -74,7 +74,7 @@ def _open(
 
 def _check_whole(gguf: GgufFile, path: Path) -> None:
     n_files = gguf.kv.get("split.count", 1)
-    if n_files != 1:
+    if n_files not in (0, 1):  # 0 is what a merged file has
         raise InputError(
             "scan",
             path,

@@ -18,6 +18,7 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.convert import BaseHeader, base_type, header_of
+from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.plan.sizes import ALIGNMENT, header_bytes, padded
 from ewq_gguf.process import run
@@ -172,8 +173,8 @@ def preset_bytes(
     Raises:
         ToolError: llama-quantize prints its plan in another form than the pinned one.
     """
-    types = dry_run_types(
-        run(
+    with child_log("plan", header_path) as log_path:
+        text = run(
             [
                 toolchain.tool("llama-quantize"),
                 "--dry-run",
@@ -181,10 +182,10 @@ def preset_bytes(
                 preset,
             ],
             stage="plan",
-            log_path=header_path.parent / f"{preset}.log",
+            log_path=log_path,
             cwd=header_path.parent,
         )
-    )
+    types = dry_run_types(text)
     if set(types) != {tensor.name for tensor in header.tensors}:
         raise ToolError(
             "plan",

@@ -198,11 +198,13 @@ def export_sh(plan: Plan) -> str:
         n_threads=0,
     )
     quoted = [arg if arg.startswith('"$') else shlex.quote(arg) for arg in argv]
-    source = "BASE.gguf" if plan.model.is_gguf else "FOLDER"
+    source, conversion = (
+        ("GGUF", "") if plan.model.is_gguf else ("FOLDER", _convert_sh(plan))
+    )
     title = printable(plan.model.name)
     return f"""#!/bin/sh
 # {title}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
-# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh {source} OUT.gguf
+# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh {source} OUT
 # (`ewq toolchain info` names its source_dir and bin_dir)
 set -eu
 : "${{LLAMA_CPP:?set LLAMA_CPP to the folder of convert_hf_to_gguf.py}}"
@@ -210,7 +212,7 @@ PATH="${{LLAMA_BIN:-$LLAMA_CPP/build/bin}}:$PATH"
 [ ! -e "$2" ] || {{ echo "$2 exists" >&2; exit 2; }}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-{"" if plan.model.is_gguf else _convert_sh(plan)}cat > "$work/tensor-types.txt" <<'TYPES'
+{conversion}cat > "$work/tensor-types.txt" <<'TYPES'
 {types}TYPES
 {" ".join(quoted)}
 """
