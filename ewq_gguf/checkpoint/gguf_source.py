@@ -48,7 +48,7 @@ def open_remote_gguf(remote: RemoteFile) -> Checkpoint:
         NetworkError: the server refused or failed too often.
     """
     with io.BufferedReader(_RemoteRaw(remote), _REMOTE_BUFFER_BYTES) as file:
-        path = Path(remote.url.rsplit("/", 1)[1])
+        path = Path(remote.url.partition("?")[0].rsplit("/", 1)[1])
         return _open(file, path, remote.size_bytes, remote)
 
 

@@ -128,7 +128,7 @@ def _check_local(model: str, opening: Opening) -> None:
 
 def _open_url(url: str, opening: Opening) -> Checkpoint:
     """A folder or a GGUF on a web server: small files are kept, weights stay there."""
-    if url.endswith(".gguf"):
+    if url.partition("?")[0].endswith(".gguf"):
         return open_remote_gguf(RemoteFile(url))
     folder = store.cache_dir("remote", store.sha256_text(url)[:32])
     for name in _URL_FILES:
