@@ -18,6 +18,7 @@ from typing import Protocol
 from ewq_gguf import store
 from ewq_gguf._version import __version__
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.errors import (
@@ -34,7 +35,6 @@ from ewq_gguf.llamacpp.convert import (
     convert,
     converter_architectures,
 )
-from ewq_gguf.llamacpp.gguf_file import read_gguf
 from ewq_gguf.llamacpp.layout import cached_layout, layout_of
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, Toolchain, find_toolchain
@@ -284,7 +284,10 @@ def base_file(
     *,
     progress: Progress = SILENT,
 ) -> Path:
-    """The base GGUF of a checkpoint in the cache, made on first use."""
+    """The base GGUF of a checkpoint in the cache, made on first use; or itself."""
+    if checkpoint.identity.is_gguf:
+        checkpoint.check_unchanged("quantize")
+        return checkpoint.shards[0].path
     outtype = base_type(checkpoint)
     key = store.sha256_text(f"{checkpoint.signature} {outtype} {toolchain.key}")
     name = f"{checkpoint.identity.name}-{outtype}-{key[:16]}.gguf"
@@ -308,7 +311,7 @@ def make_gguf(
     """Everything: scan, plan, convert, quantise, verify; reusing what is there.
 
     Args:
-        model: a folder, a .safetensors file, a Hub id, or `demo`.
+        model: a folder, a .safetensors or .gguf file, a Hub id, or `demo`.
         out: of the GGUF; None for `NAME-EWQ-<nearest preset>.gguf` here.
         policy: how to plan, or a finished plan; None for the paper's.
         raw_type: what `raw` means: `F16`, `BF16` or `auto`.
@@ -348,6 +351,7 @@ def make_gguf(
         f"{made_plan.model.name}-EWQ-"
         f"{nearest_preset(made_plan.totals.file_size_bytes, presets)}.gguf"
     )
+    store.check_distinct(out, inputs, "gguf")
     with store.locked(out, stage="gguf"):
         reused = _existing(made_plan, out, options)
         if plan_path is not None:
@@ -437,7 +441,7 @@ def _layout(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) ->
     known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known
-    with progress.stage("ask the converter for the file's header"):
+    with progress.stage("ask llama.cpp for the file's header"):
         return layout_of(checkpoint, toolchain)
 
 

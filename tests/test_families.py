@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
@@ -23,7 +24,6 @@ from ewq_gguf.llamacpp.convert import (
     read_sources,
     stage_checkpoint,
 )
-from ewq_gguf.llamacpp.gguf_file import read_gguf
 from ewq_gguf.llamacpp.layout import layout_from
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import find_toolchain

@@ -339,7 +339,7 @@ def test_a_folder_as_shard_is_refused(folder):
 
 
 def test_a_device_as_model_is_refused():
-    with refused("/dev/zero: is neither a folder nor a .safetensors file"):
+    with refused("/dev/zero: is neither a folder nor a .safetensors or .gguf file"):
         open_checkpoint("/dev/zero")
 
 

@@ -12,8 +12,8 @@ import gguf
 import numpy as np
 import pytest
 
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import VerificationError
-from ewq_gguf.llamacpp.gguf_file import read_gguf
 from tests.gguf_files import write_gguf
 
 pytest_plugins = ["tests.toolchain_fixtures"]

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from ewq_gguf import pipeline, store
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.llamacpp.gguf_file import read_gguf
 from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.pipeline import Made, Options, make_gguf
 from ewq_gguf.process import run

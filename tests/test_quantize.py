@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from ewq_gguf import ggml_types, pipeline, store
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.errors import (
     ChildError,
@@ -25,7 +26,6 @@ from ewq_gguf.errors import (
     UsageError,
     VerificationError,
 )
-from ewq_gguf.llamacpp.gguf_file import read_gguf
 from ewq_gguf.llamacpp.logs import log_file
 from ewq_gguf.llamacpp.quantize import (
     export_sh,

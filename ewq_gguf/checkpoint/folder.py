@@ -56,7 +56,7 @@ class Checkpoint:
     """A checkpoint whose headers are sound.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies; of a GGUF source the file.
         config: config.json.
         small_files: what a conversion needs beside the weights, by name.
         shards: the weight files, by name.
@@ -99,8 +99,9 @@ class Checkpoint:
     @property
     def is_mapped_by_name(self) -> bool:
         """Whether names alone say which tensor becomes which, without the converter."""
-        return self.identity.hf_architecture in ARCHITECTURES and not self.config.get(
-            "quantization_config"
+        return self.identity.is_gguf or (
+            self.identity.hf_architecture in ARCHITECTURES
+            and not self.config.get("quantization_config")
         )
 
     @property

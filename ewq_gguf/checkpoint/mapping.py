@@ -2,7 +2,7 @@
 
 Two ways lead here. For the families in `tensor_names.ARCHITECTURES` the names alone say
 it. For every other one the converter is asked (`llamacpp/layout.py`), and its answer is
-checked against the names where both are known.
+checked against the names where both are known. A GGUF source's tensors feed themselves.
 """
 
 from __future__ import annotations
@@ -86,7 +86,12 @@ def map_tensors(checkpoint: Checkpoint, layout: Layout | None = None) -> Mapping
     Raises:
         InputError: a tensor has no place in the GGUF.
     """
-    mapped = _map_by_layout(checkpoint, layout) if layout else _map_by_name(checkpoint)
+    if checkpoint.identity.is_gguf:
+        mapped = _map_to_themselves(checkpoint)
+    elif layout:
+        mapped = _map_by_layout(checkpoint, layout)
+    else:
+        mapped = _map_by_name(checkpoint)
     mapped = {n: t for n, t in mapped.items() if t.dtype in WEIGHT_DTYPES}
     if not mapped:
         raise InputError(
@@ -109,6 +114,13 @@ def gguf_order(name: str) -> tuple[int, int, str]:
     if layer is not None:
         return (1, layer, name)
     return (0 if name.startswith("token_embd") else 2, 0, name)
+
+
+def _map_to_themselves(checkpoint: Checkpoint) -> dict[str, MappedTensor]:
+    return {
+        tensor.name: MappedTensor(tensor.name, tensor.shape, (Region(shard, tensor),))
+        for shard, tensor in checkpoint.tensors
+    }
 
 
 def _map_by_name(checkpoint: Checkpoint) -> dict[str, MappedTensor]:

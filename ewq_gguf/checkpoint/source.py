@@ -11,6 +11,7 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.checkpoint.demo import DEMO_NAME, demo_checkpoint
 from ewq_gguf.checkpoint.folder import Checkpoint, open_folder, read_config
+from ewq_gguf.checkpoint.gguf_source import is_gguf, open_gguf, open_remote_gguf
 from ewq_gguf.checkpoint.remote import RemoteFile, fetch_small
 from ewq_gguf.errors import InputError, NetworkError, ResourceError, UsageError
 
@@ -36,7 +37,8 @@ class Opening:
     """How to open a model.
 
     Attributes:
-        architectures: the supported ones; None does not check.
+        architectures: the converter's, which a GGUF file has no need of; None does
+            not check.
         is_streamed: leave the weights on their server.
         say: told about downloads; None for nobody.
     """
@@ -50,8 +52,9 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
     """Find a model and read its config and headers, and no weight.
 
     Args:
-        model: a folder, a .safetensors file, a Hub id (`org/name[@revision]`), an
-            http(s) URL of a folder, or `demo`.
+        model: a folder, a .safetensors or an unquantised .gguf file, a Hub id
+            (`org/name[@revision]`), an http(s) URL of a folder or of a .gguf file, or
+            `demo`.
         opening: how to.
 
     Raises:
@@ -97,11 +100,14 @@ def _open(model: str, opening: Opening) -> Checkpoint:
 
 def _open_file(path: Path, opening: Opening) -> Checkpoint:
     _check_local(str(path), opening)
-    if not stat.S_ISREG(path.stat().st_mode) or path.suffix != ".safetensors":
+    is_regular = stat.S_ISREG(path.stat().st_mode)
+    if is_regular and is_gguf(path):
+        return open_gguf(path)
+    if not is_regular or path.suffix != ".safetensors":
         raise InputError(
             "scan",
             path,
-            "is neither a folder nor a .safetensors file",
+            "is neither a folder nor a .safetensors or .gguf file",
             "give the checkpoint's folder",
         )
     folder = path.parent
@@ -121,7 +127,9 @@ def _check_local(model: str, opening: Opening) -> None:
 
 
 def _open_url(url: str, opening: Opening) -> Checkpoint:
-    """A folder on a web server: small files are kept, weights stay there."""
+    """A folder or a GGUF on a web server: small files are kept, weights stay there."""
+    if url.partition("?")[0].endswith(".gguf"):
+        return open_remote_gguf(RemoteFile(url))
     folder = store.cache_dir("remote", store.sha256_text(url)[:32])
     for name in _URL_FILES:
         data = fetch_small(f"{url}/{name}")

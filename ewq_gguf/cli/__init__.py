@@ -61,7 +61,8 @@ class _Commands(click.Group):
 def ewq(debug: bool) -> None:
     """Mixed-precision GGUF files by weight entropy: planned, exact, verified.
 
-    MODEL is a folder, a .safetensors file, a Hub id (org/name), or `demo`.
+    MODEL is a folder, a .safetensors or unquantised .gguf file, a Hub id (org/name),
+    or `demo`.
     """
     if debug:
         os.environ["EWQ_DEBUG"] = "1"

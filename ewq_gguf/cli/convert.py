@@ -17,7 +17,7 @@ from ewq_gguf.cli.common import (
     out_option,
     quiet_option,
 )
-from ewq_gguf.llamacpp.convert import base_type, convert_argv
+from ewq_gguf.llamacpp.convert import base_type, check_is_no_gguf, convert_argv
 from ewq_gguf.llamacpp.convert import convert as convert_checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 
@@ -45,6 +45,7 @@ def convert(
     checkpoint = pipeline.open_model(
         model, options=options_of(values), progress=progress
     )
+    check_is_no_gguf(checkpoint)
     kind = base_type(checkpoint) if outtype == "auto" else outtype.upper()
     name = checkpoint.identity.name
     out = out or Path(f"{name}-{kind}.gguf")

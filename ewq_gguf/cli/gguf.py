@@ -120,7 +120,7 @@ def _dry_run(
     argv = quantize_argv(
         plan,
         find_toolchain(options.llama_cpp).tool("llama-quantize"),
-        base="base.gguf",
+        base=model if plan.model.is_gguf else "base.gguf",
         types="tensor-types.txt",
         out=str(out or "out.gguf"),
         n_threads=options.n_threads,
@@ -136,4 +136,6 @@ def _dry_run(
     ]
     if isinstance(policy, Plan):
         del lines[2]
+    if plan.model.is_gguf:
+        del lines[1]
     return "\n".join(lines)

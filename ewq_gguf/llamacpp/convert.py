@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ewq_gguf import ggml_types, store
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
+from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import python_argv, run
@@ -81,10 +81,11 @@ def convert(
 
     Raises:
         ToolError: the converter's own packages are missing.
-        InputError: the checkpoint has no tokenizer.
+        InputError: the checkpoint has no tokenizer, or is a GGUF file already.
         ChildError: the converter failed.
         ResourceError: the disk is full.
     """
+    check_is_no_gguf(checkpoint)
     _check_packages()
     check_tokenizer(checkpoint)
     check_is_local(checkpoint)
@@ -218,6 +219,21 @@ def check_is_local(checkpoint: Checkpoint) -> None:
                 "its weights are not on this machine",
                 "download the checkpoint, or leave --stream away",
             )
+
+
+def check_is_no_gguf(checkpoint: Checkpoint) -> None:
+    """Refuse to convert what is a base GGUF already.
+
+    Raises:
+        InputError: it is.
+    """
+    if checkpoint.identity.is_gguf:
+        raise InputError(
+            "convert",
+            checkpoint.folder,
+            "is a base GGUF already",
+            "give it to `ewq gguf` or `ewq quantize` as it is",
+        )
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -1,23 +1,28 @@
 """The layout of a base GGUF: asked of the real converter once, then cached.
 
-The same header also tells the size of every standard preset: llama-quantize plans on
-it without a weight (`--dry-run`), so no rule of its mixtures is repeated here.
+A GGUF source's layout is in its own header. The same header also tells the size of
+every standard preset: llama-quantize plans on it without a weight (`--dry-run`), so no
+rule of its mixtures is repeated here.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ewq_gguf import ggml_types, store
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.errors import ToolError
+from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
+from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.convert import BaseHeader, base_type, header_of
-from ewq_gguf.llamacpp.gguf_file import GgufFile
+from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
-from ewq_gguf.plan.sizes import header_bytes, padded
+from ewq_gguf.plan.sizes import ALIGNMENT, header_bytes, padded
 from ewq_gguf.process import run
-from ewq_gguf.records import Layout, LayoutTensor, load_cached
+from ewq_gguf.records import Layout, LayoutTensor, Source, load_cached
 
 #: Presets a user would otherwise take, large to small; none needs an imatrix.
 PRESETS = (
@@ -25,7 +30,13 @@ PRESETS = (
     "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K",
 )  # fmt: skip
 
+#: Keys that llama-quantize sets, to uint32 values.
 _QUANTIZER_KEYS = ("general.file_type", "general.quantization_version")
+#: Keys of the source that it drops, or that the plan's own replace.
+_REPLACED_KEYS = (
+    *_QUANTIZER_KEYS, "split.no", "split.count", "split.tensors.count",
+    "ewq.version", "ewq.plan.sha256",
+)  # fmt: skip
 
 # [   1/ 290]   token_embd.weight - [ 576, 49152, 1, 1], type = bf16, size = ... (q8_0)
 _DRY_LINE = re.compile(
@@ -35,20 +46,24 @@ _DRY_TYPE = re.compile(r"\((\w+)\)\s*$")
 
 
 def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
-    """The header the converter would write for a checkpoint.
+    """The header the converter would write for a checkpoint, or a GGUF's own.
 
     Cached by everything it depends on: files, headers, name and converter.
 
     Raises:
         ToolError: the converter's packages or the tools are missing.
-        InputError: the checkpoint has no tokenizer.
-        ChildError: the converter refuses the checkpoint.
+        InputError: the checkpoint has no tokenizer, or the GGUF cannot be planned.
+        ChildError: the converter refuses the checkpoint, or llama-quantize the GGUF.
     """
     known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known
-    outtype = base_type(checkpoint)
-    with header_of(checkpoint, toolchain, outtype=outtype) as base:
+    asked = (
+        own_header(checkpoint)
+        if checkpoint.identity.is_gguf
+        else header_of(checkpoint, toolchain, outtype=base_type(checkpoint))
+    )
+    with asked as base:
         presets = {
             preset: preset_bytes(base.path, base.gguf, preset, toolchain)
             for preset in PRESETS
@@ -62,6 +77,46 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
     path = layout_path(checkpoint.identity.fingerprint, toolchain.key)
     store.write_text(path, layout.to_json(), stage="plan", force=True)
     return layout
+
+
+@contextmanager
+def own_header(checkpoint: Checkpoint) -> Iterator[BaseHeader]:
+    """A GGUF source's own header, with a hole for its data.
+
+    Yields:
+        The header; its file is removed afterwards.
+
+    Raises:
+        InputError: what llama-quantize would make of the file cannot be predicted.
+    """
+    (shard,) = checkpoint.shards
+    out = store.cache_dir("layouts") / f"{checkpoint.identity.fingerprint}.gguf"
+    with store.work_dir(out, stage="plan") as folder:
+        path = folder / "header.gguf"
+        path.write_bytes(shard.header.raw)
+        os.truncate(path, shard.header.file_bytes)
+        gguf = read_gguf(path)
+        _check_plannable(gguf, shard.path)
+        sources = {t.name: (Source(hf_name=t.name),) for t in gguf.tensors}
+        yield BaseHeader(path, gguf, sources)
+
+
+def _check_plannable(gguf: GgufFile, path: Path) -> None:
+    if gguf.alignment != ALIGNMENT:
+        raise InputError(
+            "plan",
+            path,
+            f"is aligned to {gguf.alignment} bytes, llama-quantize writes {ALIGNMENT}",
+            "convert the checkpoint again",
+        )
+    for tensor in gguf.tensors:
+        if tensor.ggml_type not in ggml_types.FLOAT_TYPES:
+            raise InputError(
+                "plan",
+                path,
+                f"{tensor.name} is {tensor.ggml_type}: llama-quantize cannot read it",
+                "convert the checkpoint to F32, F16 or BF16",
+            )
 
 
 def layout_from(
@@ -91,9 +146,12 @@ def layout_from(
 
 
 def added_kv_bytes(gguf: GgufFile) -> int:
-    """Bytes of the uint32 keys that llama-quantize sets and the converter left out."""
-    missing = [key for key in _QUANTIZER_KEYS if key not in gguf.kv]
-    return sum(8 + len(key) + 4 + 4 for key in missing)
+    """How many more bytes of keys llama-quantize writes than it read.
+
+    The plan's own are not among them. Fewer than 0 where it drops more than it adds.
+    """
+    added = sum(8 + len(key) + 4 + 4 for key in _QUANTIZER_KEYS)
+    return added - sum(gguf.kv_sizes.get(key, 0) for key in _REPLACED_KEYS)
 
 
 def cached_layout(model_fingerprint: str, toolchain_key: str) -> Layout | None:
@@ -115,8 +173,8 @@ def preset_bytes(
     Raises:
         ToolError: llama-quantize prints its plan in another form than the pinned one.
     """
-    types = dry_run_types(
-        run(
+    with child_log("plan", header_path) as log_path:
+        text = run(
             [
                 toolchain.tool("llama-quantize"),
                 "--dry-run",
@@ -124,10 +182,10 @@ def preset_bytes(
                 preset,
             ],
             stage="plan",
-            log_path=header_path.parent / f"{preset}.log",
+            log_path=log_path,
             cwd=header_path.parent,
         )
-    )
+    types = dry_run_types(text)
     if set(types) != {tensor.name for tensor in header.tensors}:
         raise ToolError(
             "plan",

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import (
     ChildError,
     InputError,
@@ -21,7 +22,6 @@ from ewq_gguf.errors import (
     VerificationError,
     printable,
 )
-from ewq_gguf.llamacpp.gguf_file import read_gguf
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.verify import verify_file
@@ -183,7 +183,7 @@ def export_sh(plan: Plan) -> str:
 
     It needs llama.cpp's converter (LLAMA_CPP), llama-quantize (LLAMA_BIN) and a Python
     with the converter's packages (PYTHON), the checkpoint's folder as $1 and the output
-    as $2, and gives the same bytes.
+    as $2, and gives the same bytes. With a GGUF source as $1, nothing is converted.
 
     Raises:
         InputError: the plan contradicts itself.
@@ -192,18 +192,19 @@ def export_sh(plan: Plan) -> str:
     argv = quantize_argv(
         plan,
         "llama-quantize",
-        base='"$work/base.gguf"',
+        base='"$1"' if plan.model.is_gguf else '"$work/base.gguf"',
         types='"$work/tensor-types.txt"',
         out='"$2"',
         n_threads=0,
     )
     quoted = [arg if arg.startswith('"$') else shlex.quote(arg) for arg in argv]
-    outtype = plan_outtype(plan).lower()
-    name = shlex.quote(plan.model.name)
+    source, conversion = (
+        ("GGUF", "") if plan.model.is_gguf else ("FOLDER", _convert_sh(plan))
+    )
     title = printable(plan.model.name)
     return f"""#!/bin/sh
 # {title}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
-# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh FOLDER OUT.gguf
+# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh {source} OUT
 # (`ewq toolchain info` names its source_dir and bin_dir)
 set -eu
 : "${{LLAMA_CPP:?set LLAMA_CPP to the folder of convert_hf_to_gguf.py}}"
@@ -211,14 +212,21 @@ PATH="${{LLAMA_BIN:-$LLAMA_CPP/build/bin}}:$PATH"
 [ ! -e "$2" ] || {{ echo "$2 exists" >&2; exit 2; }}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work"/{name}
+{conversion}cat > "$work/tensor-types.txt" <<'TYPES'
+{types}TYPES
+{" ".join(quoted)}
+"""
+
+
+def _convert_sh(plan: Plan) -> str:
+    """The lines of the script that make the base GGUF."""
+    outtype = plan_outtype(plan).lower()
+    name = shlex.quote(plan.model.name)
+    return f"""mkdir "$work"/{name}
 ln -s "$(cd "$1" && pwd)"/* "$work"/{name}/
 "${{PYTHON:-python3}}" "$LLAMA_CPP/convert_hf_to_gguf.py" "$work"/{name} \\
   --outfile "$work/base.gguf" --outtype {outtype} \\
   --model-name={name}
-cat > "$work/tensor-types.txt" <<'TYPES'
-{types}TYPES
-{" ".join(quoted)}
 """
 
 

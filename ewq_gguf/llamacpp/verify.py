@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import ChildError, VerificationError
 from ewq_gguf.ggml_types import n_dims
-from ewq_gguf.llamacpp.gguf_file import GgufFile, read_gguf
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Plan, Verification, VerifiedTensor

@@ -39,10 +39,11 @@ class Layout(Record):
     """The header of a base GGUF.
 
     Attributes:
-        converter_commit: of the llama.cpp it came from.
+        converter_commit: of the llama.cpp that was asked.
         model_fingerprint: of the checkpoint.
         kv_bytes: of all key-value pairs in the base GGUF.
-        added_kv_bytes: of those that llama-quantize adds because they are missing.
+        added_kv_bytes: how many more bytes of them llama-quantize writes, without the
+            plan's own.
         tensors: as the converter orders them.
         preset_bytes: file size of each standard preset, by its name.
     """

@@ -13,7 +13,8 @@ class Shard(Part):
     Attributes:
         name: of the file, without its folder.
         size_bytes: of the whole file.
-        header_sha256: of the safetensors header's bytes.
+        header_sha256: of the safetensors header's bytes; of a GGUF file of all bytes
+            before the data.
     """
 
     name: str
@@ -25,10 +26,12 @@ class ModelIdentity(Part):
     """What a checkpoint is, wherever it lies.
 
     Attributes:
-        name: the Hub repository's or the folder's name; becomes `general.name`.
+        name: the Hub repository's or the folder's name; becomes `general.name`. Of a
+            GGUF file its `general.name`, or the file's own.
         hub_id: `org/name` of a Hub checkpoint, else None.
         revision: its commit, else None.
-        hf_architecture: `architectures[0]` of config.json.
+        hf_architecture: `architectures[0]` of config.json; of a GGUF file its
+            `general.architecture`.
         n_layers: transformer layers.
         files_sha256: of every small file that goes into a conversion, by name.
         shards: the weight files, by name.
@@ -41,6 +44,11 @@ class ModelIdentity(Part):
     n_layers: int
     files_sha256: dict[str, str]
     shards: tuple[Shard, ...]
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file: the one source without a config.json."""
+        return not self.files_sha256
 
     @property
     def fingerprint(self) -> str:

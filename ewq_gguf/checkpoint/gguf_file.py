@@ -58,17 +58,27 @@ class GgufFile:
 
     Attributes:
         kv: scalars and strings by key; an array stands as its length.
-        kv_bytes: of all key-value pairs.
+        kv_sizes: bytes of each key-value pair, by key.
         tensors: in the order of the table.
         data_offset: where the tensors' data begin.
         file_bytes: of the whole file.
     """
 
     kv: Mapping[str, Scalar]
-    kv_bytes: int
+    kv_sizes: Mapping[str, int]
     tensors: tuple[GgufTensor, ...]
     data_offset: int
     file_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all key-value pairs."""
+        return sum(self.kv_sizes.values())
+
+    @property
+    def alignment(self) -> int:
+        """What the header and every tensor are padded to."""
+        return int(self.kv.get("general.alignment", 32))
 
 
 def read_gguf(path: Path, *, header_only: bool = False) -> GgufFile:
@@ -87,18 +97,37 @@ def read_gguf(path: Path, *, header_only: bool = False) -> GgufFile:
                 "verify", path, "is not a regular file", "check the path"
             )
         with path.open("rb") as file:
-            return _Reader(file, path, header_only).read()
+            return read_header(file, path, path.stat().st_size, header_only=header_only)
     except OSError as error:
         raise VerificationError(
             "verify", path, f"cannot be read ({error.strerror})", "check the path"
         ) from error
 
 
+def read_header(
+    file: BinaryIO, path: Path, file_bytes: int, *, header_only: bool = False
+) -> GgufFile:
+    """Read and check the header of an open GGUF file.
+
+    Args:
+        file: at its begin.
+        path: for messages.
+        file_bytes: size of the whole file.
+        header_only: do not require the tensors' data to be there.
+
+    Raises:
+        VerificationError: it is not a sound GGUF file; the message has the byte.
+    """
+    return _Reader(file, path, file_bytes, header_only).read()
+
+
 class _Reader:
-    def __init__(self, file: BinaryIO, path: Path, header_only: bool) -> None:
+    def __init__(
+        self, file: BinaryIO, path: Path, file_bytes: int, header_only: bool
+    ) -> None:
         self.file, self.path, self.header_only = file, path, header_only
         self.position = 0
-        self.size = path.stat().st_size
+        self.size = file_bytes
 
     def read(self) -> GgufFile:
         magic = self.take(4)
@@ -112,9 +141,10 @@ class _Reader:
         n_tensors, n_kv = self.number("<Q"), self.number("<Q")
         self.check_count("tensors", n_tensors, 24, _MAX_TENSORS)
         self.check_count("key-value pairs", n_kv, 13, _MAX_KV)
-        begin = self.position
         kv: dict[str, Scalar] = {}
+        kv_sizes: dict[str, int] = {}
         for _ in range(n_kv):
+            begin = self.position
             key = self.string(_MAX_NAME_BYTES)
             if key in kv:
                 raise self.bad(f"key {key} appears twice")
@@ -122,14 +152,14 @@ class _Reader:
             if key == "general.alignment" and kind != _U32:
                 raise self.bad(f"alignment has value type {kind}, not {_U32} (u32)")
             kv[key] = self.value(kind)
-        kv_bytes = self.position - begin
+            kv_sizes[key] = self.position - begin
         alignment = int(kv.get("general.alignment", 32))
         if not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self.bad(f"alignment {alignment} is not a power of two up to 1 MiB")
         table = [self.tensor_info() for _ in range(n_tensors)]
         data_offset = -(-self.position // alignment) * alignment
         tensors = self.place(table, data_offset, alignment)
-        return GgufFile(kv, kv_bytes, tensors, data_offset, self.size)
+        return GgufFile(kv, kv_sizes, tensors, data_offset, self.size)
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], str, int]:
         name = self.string(_MAX_NAME_BYTES)
