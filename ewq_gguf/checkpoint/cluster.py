@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -42,6 +43,7 @@ _CONNECT_SECONDS = 10
 _WORKER_SECONDS = 30
 _PARTS_PER_THREAD = 4
 _ADDRESS = re.compile(r"(tcp|tls)://.+:\d+")
+_VERSION_NAME = "ewq_gguf._version:__version__"
 _VERSION = f"ewq {__version__} on Python {platform.python_version()}"
 
 
@@ -132,6 +134,7 @@ def scan_on_cluster(
     known = dict(work.known)
     if left:
         with _connected(scheduler) as client:
+            _check_versions(client)
             parts = deal(left, min(len(left), _PARTS_PER_THREAD * _n_threads(client)))
             request = _Request(
                 run=client.id,
@@ -170,13 +173,7 @@ def measure_part(version: str, text: str) -> str:
         InputError: this worker sees another model, or a damaged one.
     """
     if version != _VERSION:
-        raise ToolError(
-            "scan",
-            None,
-            f"the worker on {socket.gethostname()} runs {_VERSION}, the client "
-            f"{version}",
-            "install the same versions on all machines of the cluster",
-        )
+        raise _other_version(socket.gethostname(), _VERSION, version)
     request = _Request.model_validate_json(text)
     checkpoint = _opened(request.run, request.origin, request.is_streamed)
     found = checkpoint.identity.fingerprint
@@ -275,21 +272,53 @@ def _connected(scheduler: str) -> Iterator[Client]:
 
 
 def _n_threads(client: Client) -> int:
-    """Threads of all workers that are there, as soon as one is.
-
-    Raises:
-        ResourceError: none comes.
-    """
-    _wait_for_worker(client)
+    """Threads of all workers that are there."""
     counts: dict[str, int] = client.nthreads()
     return max(1, sum(counts.values()))
+
+
+def _address(client: Client) -> str:
+    """The scheduler's."""
+    address: str = client.scheduler.address
+    return address
+
+
+def _check_versions(client: Client) -> None:
+    """Refuse machines without ewq, or with another one, before they are asked anything.
+
+    Python's own function is what they run: a worker that cannot load ours goes down.
+
+    Raises:
+        ToolError: the scheduler or a worker has another version, or none.
+        ResourceError: there is no worker.
+    """
+    _wait_for_worker(client)
+    found = client.run(resolve_name, _VERSION_NAME, on_error="return")
+    try:
+        found[_address(client)] = client.run_on_scheduler(resolve_name, _VERSION_NAME)
+    except ImportError as error:
+        found[_address(client)] = error
+    for address, version in found.items():
+        if isinstance(version, ImportError):
+            raise _other_version(address, "no ewq", f"ewq {__version__}")
+        if isinstance(version, str) and version != __version__:
+            raise _other_version(address, f"ewq {version}", f"ewq {__version__}")
+
+
+def _other_version(machine: str, theirs: str, ours: str) -> ToolError:
+    return ToolError(
+        "scan",
+        machine,
+        f"has {theirs}, the client {ours}",
+        "install the same versions on all machines of the cluster",
+    )
 
 
 def _wait_for_worker(client: Client) -> None:
     try:
         client.wait_for_workers(1, timeout=_WORKER_SECONDS)
     except TimeoutError as error:
-        address = client.scheduler.address
+        address = _address(client)
         raise ResourceError(
             "scan",
             address,
@@ -310,7 +339,7 @@ def _answers(
 
     from distributed import KilledWorker
 
-    address = client.scheduler.address
+    address = _address(client)
     futures = client.map(measure_part, [_VERSION] * len(requests), requests, pure=False)
     index = {future.key: i for i, future in enumerate(futures)}
     try:
@@ -330,13 +359,6 @@ def _answers(
             address,
             "the connection to the scheduler was lost",
             "run again when it is back: what was measured is kept",
-        ) from error
-    except ImportError as error:
-        raise ToolError(
-            "scan",
-            address,
-            f"the cluster cannot run ewq ({error})",
-            "install the same versions on all machines of the cluster",
         ) from error
     finally:
         client.cancel(futures)

@@ -76,9 +76,9 @@ def scan() -> None:
 )
 @click.option(
     "--scheduler",
-    metavar="tcp://HOST:PORT|tls://HOST:PORT",
-    help="Scan on this Dask cluster. Plain tcp:// is neither encrypted nor "
-    "authenticated: trusted networks only.",
+    metavar="ADDRESS",
+    help="Scan on the Dask cluster at tcp://HOST:PORT or tls://HOST:PORT. Plain tcp is "
+    "neither encrypted nor authenticated: for trusted networks only.",
 )
 @stream_option
 @threads_option
