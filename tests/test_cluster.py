@@ -429,12 +429,23 @@ def test_without_its_package_the_extra_is_named(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_cluster_without_workers_or_scheduler_says_so(tiny, tmp_path, monkeypatch):
+def test_a_cluster_that_has_or_keeps_no_worker(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "_LOOK_SECONDS", 0.3)
     monkeypatch.setattr(ours, "_WORKER_SECONDS", 1)
     with running(tmp_path / "c", prefixes=[[]]) as cluster:
         wanted = f"no worker for 1 s; start some with `dask worker {cluster.address}`"
         with pytest.raises(ResourceError, match=wanted):
             on_cluster(cluster.address, tiny)
+    with (
+        holding(tiny.parent, n_free=20) as held,
+        running(tmp_path / "d", prefixes=[[], []]) as cluster,
+        pytest.raises(ResourceError, match="no worker for 1 s"),
+    ):
+        on_cluster(
+            cluster.address,
+            f"{held.url}/tiny",
+            on_tensor=lambda tensor: cluster.workers[0].kill(),
+        )
 
 
 @pytest.mark.slow

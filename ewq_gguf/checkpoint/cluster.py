@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = 10
 _WORKER_SECONDS = 30
+_LOOK_SECONDS = 5  # between looks whether a worker is left
 _PARTS_PER_THREAD = 4
 _ADDRESS = re.compile(r"(tcp|tls)://.+:\d+")
 _VERSION_NAME = "ewq_gguf._version:__version__"
@@ -375,13 +376,15 @@ def _results(client: Client, futures: Sequence[Future]) -> Iterator[tuple[str, s
     waiting = set(futures)
     while waiting:
         try:
-            done, waiting = wait(waiting, timeout=5, return_when="FIRST_COMPLETED")
+            done, waiting = wait(
+                waiting, timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED"
+            )
         except TimeoutError:
             _wait_for_worker(client)
             continue
         for future in done:
             try:
-                result = future.result(timeout=5)
+                result = future.result(timeout=_LOOK_SECONDS)
             except TimeoutError:  # its worker died with the answer
                 waiting.add(future)
             else:
