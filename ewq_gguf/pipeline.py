@@ -17,6 +17,7 @@ from typing import Protocol
 
 from ewq_gguf import store
 from ewq_gguf._version import __version__
+from ewq_gguf.checkpoint.cluster import scan_on_cluster
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
@@ -99,6 +100,7 @@ class Options:
         force: replace outputs made from other inputs.
         load: load the finished file and let it answer.
         is_streamed: leave the weights on their server; only scans and plans can.
+        scheduler: the Dask scheduler whose workers scan, or None for this machine.
     """
 
     n_threads: int = N_CPUS
@@ -107,6 +109,7 @@ class Options:
     force: bool = False
     load: bool = True
     is_streamed: bool = False
+    scheduler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,11 @@ def scan(
                 on_bytes=on_bytes,
                 on_tensor=on_tensor,
             )
-            result = scan_checkpoint(checkpoint, measures, layout=layout, work=work)
+            result = (
+                scan_on_cluster(options.scheduler, checkpoint, measures, layout, work)
+                if options.scheduler
+                else scan_checkpoint(checkpoint, measures, layout=layout, work=work)
+            )
         store.write_text(path, result.to_json(), stage="scan", force=True)
         journal.unlink(missing_ok=True)
     return result

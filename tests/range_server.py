@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +14,8 @@ class Faults:
     """What the server does wrong, and what it saw.
 
     `statuses` are answered to the next requests for weights, one each; `drop_after`
-    cuts every answer after so many bytes, `drops` times.
+    cuts every answer after so many bytes, `drops` times; `before_weights` is called
+    before weights are sent, headers left out.
     """
 
     statuses: list[int] = field(default_factory=list)
@@ -24,6 +25,7 @@ class Faults:
     ignore_range: bool = False
     etag: str = '"one"'
     requests: list[str] = field(default_factory=list)
+    before_weights: Callable[[], object] = lambda: None
 
 
 @contextmanager
@@ -67,6 +69,8 @@ def serve(folder: Path, faults: Faults) -> Iterator[str]:
                 return
             begin, end = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
             part = data[begin:end]
+            if begin >= 8 + int.from_bytes(data[:8], "little"):
+                faults.before_weights()
             content_range = f"bytes {begin}-{end - 1}/{len(data)}"
             if faults.drops and len(part) > faults.drop_after:
                 faults.drops -= 1

@@ -46,13 +46,16 @@ RESERVED = {
     "multiprocessing": {"process"},
     "ctypes": {"llamacpp", "bench"},
     "huggingface_hub": {"checkpoint"},
+    "distributed": {"checkpoint"},
     "urllib": {"checkpoint", "llamacpp"},
     "http": {"checkpoint"},
     "click": {"cli"},
     "rich": {"cli", "report"},
     "llama_cpp": {"llamacpp", "bench"},
 }
-HEAVY = ("torch", "numba", "llama_cpp", "transformers", "scipy", "sklearn")
+HEAVY = (
+    "torch", "numba", "llama_cpp", "transformers", "scipy", "sklearn", "distributed",
+)  # fmt: skip
 
 
 def module_name(path: Path) -> str:

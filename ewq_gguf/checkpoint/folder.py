@@ -62,6 +62,7 @@ class Checkpoint:
         shards: the weight files, by name.
         identity: what it is, wherever it lies.
         opened: the signature when the headers were read.
+        origin: the MODEL that opens it again, also on another machine.
     """
 
     folder: Path
@@ -70,10 +71,11 @@ class Checkpoint:
     shards: tuple[ShardFile, ...]
     identity: ModelIdentity
     opened: str = field(default="", compare=False, repr=False)
+    origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         """Remember the files as they are now."""
-        object.__setattr__(self, "opened", self.signature)
+        object.__setattr__(self, "opened", self.opened or self.signature)
 
     def check_unchanged(self, stage: str) -> None:
         """Refuse to go on with files that changed since their headers were read.
@@ -374,8 +376,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _check_present(
     folder: Path, names: Iterable[str], weight_map: Mapping[str, str]
 ) -> None:
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
+    if missing := [name for name in names if not (folder / name).exists()]:
         tensors = [t for t, name in weight_map.items() if name in missing]
         raise InputError(
             "scan",

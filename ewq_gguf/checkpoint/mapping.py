@@ -68,6 +68,16 @@ class MappedTensor:
         """The dtype of its weights in the checkpoint."""
         return self.regions[0].tensor.dtype
 
+    @property
+    def n_bytes(self) -> int:
+        """How many bytes its regions' tensors have in the checkpoint."""
+        return sum(r.tensor.end - r.tensor.begin for r in self.regions)
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that feed it."""
+        return tuple(region.tensor.name for region in self.regions)
+
 
 Mapping = tuple[tuple[MappedTensor, ...], tuple[str, ...]]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from heapq import heappop, heappush
 from zlib import crc32
 
 import numpy as np
@@ -93,31 +94,8 @@ def scan_checkpoint(
     if work.part is not None:
         tensors = part_of(tensors, *work.part)
     entries = {t.name: work.known[t.name] for t in tensors if t.name in work.known}
-    with RangeReader() as reader:
-        for shard in checkpoint.shards:
-            reader.open(shard)
-        jobs = [
-            _job(tensor, reader, measures)
-            for tensor in _in_file_order(tensors)
-            if tensor.name not in entries
-        ]
-
-        bad: dict[str, _Job] = {}
-
-        def on_job(job: _Job) -> None:
-            entry = entries[job.tensor.name] = _entry(job)
-            if entry.n_nonfinite and not work.allow_nonfinite:
-                bad[entry.name] = job
-            else:
-                work.on_tensor(entry)
-
-        _run(jobs, work.n_threads, work.on_bytes, on_job)
-        first_bad = next(
-            (tensor.name for tensor in tensors if tensor.name in bad), None
-        )
-        if first_bad is not None:
-            raise _nonfinite_error(bad[first_bad], entries[first_bad])
-    checkpoint.check_unchanged("scan")
+    left = [tensor for tensor in tensors if tensor.name not in entries]
+    entries |= measure(checkpoint, left, measures, work)
     ordered = tuple(entries[tensor.name] for tensor in tensors)
     return Scan(
         model=checkpoint.identity,
@@ -129,30 +107,74 @@ def scan_checkpoint(
     )
 
 
+def measure(
+    checkpoint: Checkpoint,
+    tensors: Sequence[MappedTensor],
+    measures: Measures,
+    work: Work,
+) -> dict[str, TensorScan]:
+    """Measure some tensors of a checkpoint.
+
+    Args:
+        checkpoint: opened by `open_checkpoint`.
+        tensors: of its, in the order of the GGUF.
+        measures: parameters of the measures.
+        work: how to go about it; its part and what it knows do not matter here.
+
+    Raises:
+        InputError: a file is not what its header says, or holds NaN or infinity.
+    """
+    entries: dict[str, TensorScan] = {}
+    bad: dict[str, _Job] = {}
+
+    def on_job(job: _Job) -> None:
+        entry = entries[job.tensor.name] = _entry(job)
+        if entry.n_nonfinite and not work.allow_nonfinite:
+            bad[entry.name] = job
+        else:
+            work.on_tensor(entry)
+
+    with RangeReader() as reader:
+        for shard in checkpoint.shards:
+            reader.open(shard)
+        jobs = [_job(tensor, reader, measures) for tensor in _in_file_order(tensors)]
+        _run(jobs, work.n_threads, work.on_bytes, on_job)
+        for tensor in tensors:
+            if tensor.name in bad:
+                raise _nonfinite_error(bad[tensor.name], entries[tensor.name])
+    checkpoint.check_unchanged("scan")
+    return entries
+
+
 def part_of(
     tensors: Sequence[MappedTensor], index: int, count: int
 ) -> tuple[MappedTensor, ...]:
     """The tensors of one of `count` parts of about the same bytes.
-
-    The largest tensors are dealt first, each to the part that has the fewest bytes, so
-    the parts follow from the headers alone, whoever computes them.
 
     Args:
         tensors: all of them, in the order of the GGUF.
         index: of the part, from 1.
         count: of parts.
     """
-    sizes = {
-        t.name: sum(r.tensor.end - r.tensor.begin for r in t.regions) for t in tensors
-    }
-    totals = [0] * count
-    mine = set()
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        part = totals.index(min(totals))
-        totals[part] += sizes[name]
-        if part == index - 1:
-            mine.add(name)
-    return tuple(tensor for tensor in tensors if tensor.name in mine)
+    return deal(tensors, count)[index - 1]
+
+
+def deal(tensors: Sequence[MappedTensor], count: int) -> list[tuple[MappedTensor, ...]]:
+    """Tensors in `count` parts of about the same bytes, each in the order given.
+
+    The largest tensors are dealt first, each to the part that has the fewest bytes, so
+    the parts follow from the headers alone, whoever computes them.
+    """
+    totals = [(0, part) for part in range(count)]
+    place = {}
+    for tensor in sorted(tensors, key=lambda t: (-t.n_bytes, t.name)):
+        n_bytes, part = heappop(totals)
+        place[tensor.name] = part
+        heappush(totals, (n_bytes + tensor.n_bytes, part))
+    parts: list[list[MappedTensor]] = [[] for _ in range(count)]
+    for tensor in tensors:
+        parts[place[tensor.name]].append(tensor)
+    return [tuple(part) for part in parts]
 
 
 def merge_scans(scans: Sequence[Scan]) -> Scan:
@@ -371,7 +393,7 @@ def _entry(job: _Job) -> TensorScan:
     tensor = job.tensor
     return TensorScan(
         name=tensor.name,
-        hf_names=tuple(region.tensor.name for region in tensor.regions),
+        hf_names=tensor.hf_names,
         role=role(tensor.name),
         layer_idx=layer_idx(tensor.name),
         shape=tensor.shape,

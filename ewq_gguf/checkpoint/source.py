@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ewq_gguf import store
@@ -14,6 +14,7 @@ from ewq_gguf.checkpoint.folder import Checkpoint, open_folder, read_config
 from ewq_gguf.checkpoint.gguf_source import is_gguf, open_gguf, open_remote_gguf
 from ewq_gguf.checkpoint.remote import RemoteFile, fetch_small
 from ewq_gguf.errors import InputError, NetworkError, ResourceError, UsageError
+from ewq_gguf.records import ModelIdentity
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _URL = re.compile(r"https?://[^/]+/")
@@ -65,7 +66,8 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
     """
     opening = opening or Opening()
     try:
-        return _open(model, opening)
+        checkpoint = _open(model, opening)
+        return replace(checkpoint, origin=_origin(model, checkpoint.identity))
     except OSError as error:
         raise InputError(
             "scan",
@@ -73,6 +75,15 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
             f"cannot be read ({error.strerror})",
             "check its name and permissions",
         ) from error
+
+
+def _origin(model: str, identity: ModelIdentity) -> str:
+    """The MODEL that names the same checkpoint in every folder and on other days."""
+    if identity.hub_id is not None:
+        return f"{identity.hub_id}@{identity.revision}"
+    if model == "demo" or _URL.match(model):
+        return model
+    return str(Path(model).absolute())
 
 
 def _open(model: str, opening: Opening) -> Checkpoint:
@@ -133,15 +144,25 @@ def _open_url(url: str, opening: Opening) -> Checkpoint:
     folder = store.cache_dir("remote", store.sha256_text(url)[:32])
     for name in _URL_FILES:
         data = fetch_small(f"{url}/{name}")
-        (folder / name).unlink(missing_ok=True)
-        if data is not None:
-            (folder / name).write_bytes(data)
+        _keep(folder / name, data)
     return open_folder(
         folder,
         name=url.rsplit("/", 1)[1],
         architectures=opening.architectures,
         remote=lambda file: RemoteFile(f"{url}/{file}"),
     )
+
+
+def _keep(path: Path, data: bytes | None) -> None:
+    """A small file as its server has it; left alone where it is the same already.
+
+    Others may have the folder open: threads, processes, machines that share the cache.
+    """
+    if data is None:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_bytes() != data:
+        with store.replacing(path, stage="scan") as temporary:
+            temporary.write_bytes(data)
 
 
 def _open_hub(hub_id: str, revision: str | None, opening: Opening) -> Checkpoint:

@@ -255,6 +255,7 @@ def options_of(values: dict[str, Any]) -> Options:
         force=values.get("force", False),
         load=not values.get("no_load", False),
         is_streamed=values.get("stream", False),
+        scheduler=values.get("scheduler"),
     )
 
 

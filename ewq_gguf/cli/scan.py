@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from ewq_gguf import pipeline, store
+from ewq_gguf.checkpoint.cluster import check_scheduler
 from ewq_gguf.checkpoint.scan import merge_scans
 from ewq_gguf.cli.common import (
     PATH,
@@ -73,6 +74,12 @@ def scan() -> None:
     metavar="I/N",
     help="Only the I-th of N parts of about the same bytes; `merge` joins them.",
 )
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Scan on the Dask cluster at tcp://HOST:PORT or tls://HOST:PORT. Plain tcp is "
+    "neither encrypted nor authenticated: for trusted networks only.",
+)
 @stream_option
 @threads_option
 @nonfinite_option
@@ -94,6 +101,8 @@ def make(
     progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "scan")
+    if values["scheduler"]:
+        check_scheduler(values["scheduler"])
     checkpoint = pipeline.open_model(
         model, options=options_of(values), progress=progress
     )
