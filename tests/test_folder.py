@@ -135,6 +135,57 @@ def test_of_two_sets_the_indexed_one_is_taken(shards):
     assert len(open_checkpoint(str(shards)).shards) == 3
 
 
+def notes_of(folder: Path) -> list[str]:
+    """What is said while a checkpoint is opened."""
+    notes: list[str] = []
+    open_checkpoint(str(folder), Opening(say=notes.append))
+    return notes
+
+
+@pytest.mark.fault(30)
+def test_the_choice_of_two_sets_is_said(folder):
+    assert notes_of(folder) == []
+    (folder / "consolidated-\x1b.safetensors").write_bytes(b"not read")
+    shutil.copy(folder / "model.safetensors", folder / shard_name(1, 1))
+    assert notes_of(folder) == [
+        f"{folder}: reads model.safetensors, and leaves "
+        rf"consolidated-\x1b.safetensors, {shard_name(1, 1)}"
+    ]
+
+
+@pytest.mark.fault(30)
+def test_files_that_the_index_leaves_out_are_said(shards):
+    (shards / "model.safetensors").write_bytes(b"not read")
+    assert notes_of(shards) == [
+        f"{shards}: reads the index's files, and leaves model.safetensors"
+    ]
+
+
+def test_a_file_that_was_named_is_no_choice(folder):
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    assert notes_of(folder / "other.safetensors") == []
+
+
+@pytest.mark.fault(29)
+@pytest.mark.parametrize("wrong", [1, -1, 2.5, "many", [], 10**400])
+def test_a_wrong_total_in_the_index_is_said_with_both_numbers(shards, wrong):
+    tensors = open_checkpoint(str(shards)).tensors
+    total = sum(tensor.end - tensor.begin for _, tensor in tensors)
+    edit_json(shards / INDEX, metadata={"total_size": total})
+    assert notes_of(shards) == []
+    edit_json(shards / INDEX, metadata={"total_size": wrong})
+    (note,) = notes_of(shards)
+    assert f"index.json: total_size is {repr(wrong)[:59]}" in note
+    assert note.endswith(f"its tensors have {total} bytes")
+    assert note.isprintable()
+
+
+@pytest.mark.parametrize("metadata", [{}, [], "x", {"total_size": None}])
+def test_an_index_without_a_total_is_sound(shards, metadata):
+    edit_json(shards / INDEX, metadata=metadata)
+    assert notes_of(shards) == []
+
+
 def test_an_only_file_may_have_any_name(folder):
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     assert len(open_checkpoint(str(folder)).shards) == 1

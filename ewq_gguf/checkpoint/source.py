@@ -38,7 +38,7 @@ class Opening:
     Attributes:
         architectures: the supported ones; None does not check.
         is_streamed: leave the weights on their server.
-        say: told about downloads; None for nobody.
+        say: told about downloads and odd files; None for nobody.
     """
 
     architectures: Collection[str] | None = None
@@ -62,7 +62,7 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
     """
     opening = opening or Opening()
     try:
-        return _open(model, opening)
+        checkpoint = _open(model, opening)
     except OSError as error:
         raise InputError(
             "scan",
@@ -70,6 +70,10 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
             f"cannot be read ({error.strerror})",
             "check its name and permissions",
         ) from error
+    if opening.say is not None:
+        for note in checkpoint.notes:
+            opening.say(note)
+    return checkpoint
 
 
 def _open(model: str, opening: Opening) -> Checkpoint:
