@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum, log, sqrt
+from math import frexp, fsum, log, sqrt
 
 import numpy as np
 from numba import njit
@@ -28,6 +28,11 @@ from ewq_gguf.entropy.summary import (
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
+#: No GGUF type holds a larger weight: beyond it a 64-bit one is as good as infinite.
+MAX_WEIGHT = float(np.finfo(np.float32).max)
+
+#: Below this range of weights, bins per unit would leave float64.
+_TINY = 1e-300
 
 #: Where the exponent field lies: (shift, mask), by the bytes of a float.
 _EXPONENT = {4: (23, 255), 8: (52, 2047)}
@@ -68,6 +73,11 @@ class Norms:
     exp_sum: float
     exp_moment: float
     exp_powers: Powers
+
+    @property
+    def unit(self) -> float:
+        """A power of two that takes `std` to [0.5, 1), where powers of it are exact."""
+        return 2.0 ** -frexp(self.std)[1]
 
     def has_series(self, epsilon: float) -> bool:
         """Whether p / epsilon is small enough for the entropy's series everywhere."""
@@ -132,11 +142,13 @@ def second_pass(
     data: Floats, norms: Norms, *, epsilon: float, n_bins: int
 ) -> SecondPass:
     """What needs the whole tensor's norms, of one part, (n,) floats."""
-    edges = histogram_edges(norms.min, norms.max, n_bins)
+    # A power of two takes nothing away, and keeps tiny weights apart.
+    unit = 2.0**600 if 0 < norms.max - norms.min < _TINY else 1.0
+    edges = histogram_edges(norms.min * unit, norms.max * unit, n_bins)
     bins = np.zeros(n_bins, np.int64)
     exponents = np.zeros(_N_EXPONENTS, np.int64)
-    fourth, n_outliers = _deviations(data, norms.mean, norms.std)
-    _count(data, edges, histogram_scale(edges), bins)
+    fourth, n_outliers = _deviations(data, norms.mean, norms.std, norms.unit)
+    _count(data, unit, edges, histogram_scale(edges), bins)
     _count_exponents(
         data.view(f"u{data.itemsize}"), *_EXPONENT[data.itemsize], exponents
     )
@@ -170,7 +182,9 @@ def summarise_floats(
         std=norms.std,
         min=norms.min,
         max=norms.max,
-        excess_kurtosis=fourth / norms.std**4 - 3 if norms.std else 0.0,
+        excess_kurtosis=fourth / (norms.std * norms.unit) ** 4 - 3
+        if norms.std
+        else 0.0,
         outlier_share=sum(part.n_outliers for part in parts) / norms.n_finite,
         zero_share=norms.n_zero / norms.n_weights,
         exponent_entropy_bits=histogram_bits(exponents),
@@ -198,7 +212,7 @@ def _first(
     low, high, mean, n_finite, n_zero = np.inf, -np.inf, 0.0, 0, 0
     for i in range(data.size):
         value = np.float64(data[i])
-        if np.isfinite(value):
+        if abs(value) <= MAX_WEIGHT:
             low = min(low, value)
             high = max(high, value)
             mean += value
@@ -209,7 +223,7 @@ def _first(
     e2, e3, e4, e5, e6, e7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(data.size):
         value = np.float64(data[i])
-        if np.isfinite(value):
+        if abs(value) <= MAX_WEIGHT:
             square += (value - mean) ** 2
             weight = np.exp(value - high)
             exp_sum += weight
@@ -227,29 +241,32 @@ def _first(
 
 
 @njit(nogil=True, cache=True)
-def _deviations(data: Floats, mean: float, std: float) -> tuple[float, int]:
-    """The sum of fourth powers of deviations, and how many are outliers."""
+def _deviations(
+    data: Floats, mean: float, std: float, unit: float
+) -> tuple[float, int]:
+    """The sum of fourth powers of deviations x unit, and how many are outliers."""
     fourth, n_outliers = 0.0, 0
     for i in range(data.size):
         value = np.float64(data[i])
-        if np.isfinite(value):
-            square = (value - mean) ** 2
+        if abs(value) <= MAX_WEIGHT:
+            square = ((value - mean) * unit) ** 2
             fourth += square * square
-            n_outliers += int(square > (OUTLIER_SIGMAS * std) ** 2)
+            n_outliers += int(square > (OUTLIER_SIGMAS * (std * unit)) ** 2)
     return fourth, n_outliers
 
 
 @njit(nogil=True, cache=True)
 def _count(
     data: Floats,
+    unit: float,
     edges: NDArray[np.float64],
     scale: float,
     bins: NDArray[np.int64],
 ) -> None:
     for i in range(data.size):
         value = np.float64(data[i])
-        if np.isfinite(value):
-            bins[histogram_index(value, edges, scale)] += 1
+        if abs(value) <= MAX_WEIGHT:
+            bins[histogram_index(value * unit, edges, scale)] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -271,6 +288,6 @@ def _tail(data: Floats, high: float, exp_sum: float, epsilon: float) -> float:
     tail = 0.0
     for i in range(data.size):
         value = np.float64(data[i])
-        if np.isfinite(value):
+        if abs(value) <= MAX_WEIGHT:
             tail += p_log1p(np.exp(value - high) / exp_sum, epsilon)
     return tail
