@@ -199,6 +199,7 @@ def test_codes_are_the_values_of_their_formats():
     ],
 )
 @pytest.mark.parametrize("epsilon", [0.0, 0.01])
+@pytest.mark.fault(16)
 def test_a_constant_matrix_has_most_softmax_and_no_histogram_entropy(
     tmp_path, dtype, value, epsilon
 ):
@@ -221,6 +222,7 @@ def test_a_single_weight_has_entropy_0(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.fault(15)
 def test_a_nonfinite_weight_is_refused_by_name_and_first_index(tmp_path, dtype, bad):
     values = random_values(3, 10, 10)
     values[4, 2] = values[9, 9] = bad
@@ -244,6 +246,7 @@ def test_the_first_nonfinite_index_counts_beyond_the_first_buffer(tmp_path, dtyp
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("epsilon", [0.0, 0.01])
+@pytest.mark.fault(15)
 def test_allowed_nonfinite_weights_are_counted_and_change_nothing(
     tmp_path, dtype, epsilon
 ):
@@ -370,6 +373,7 @@ def test_a_scan_reads_back_as_itself(models):
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.fault(20)
 def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_signal(
     tmp_path, dtype, n_threads
 ):

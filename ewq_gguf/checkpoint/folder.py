@@ -18,7 +18,7 @@ from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.checkpoint.shards import ShardFile as ShardFile
 from ewq_gguf.checkpoint.shards import open_shards
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, printable
 from ewq_gguf.records import ModelIdentity, Shard
 from ewq_gguf.tensor_names import ARCHITECTURES
 
@@ -146,7 +146,15 @@ def open_folder(
             for shard in shards
         ),
     )
+    notes += _notes_on_code(folder, config)
     return Checkpoint(folder, config, small_files, shards, identity, notes)
+
+
+def _notes_on_code(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    if "auto_map" not in config:
+        return ()
+    path = printable(folder / "config.json")
+    return (f"{path}: its auto_map names code of the repository, which never runs",)
 
 
 def read_config(

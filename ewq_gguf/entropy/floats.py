@@ -173,6 +173,7 @@ def summarise_floats(
     bins: NDArray[np.int64] = np.stack([part.bins for part in parts]).sum(axis=0)
     exponents: NDArray[np.int64] = np.stack([p.exponents for p in parts]).sum(axis=0)
     fourth = fsum(part.fourth for part in parts) / norms.n_finite
+    square = (norms.std * norms.unit) ** 2
     return Summary(
         n_weights=norms.n_weights,
         n_nonfinite=norms.n_weights - norms.n_finite,
@@ -182,9 +183,7 @@ def summarise_floats(
         std=norms.std,
         min=norms.min,
         max=norms.max,
-        excess_kurtosis=fourth / (norms.std * norms.unit) ** 4 - 3
-        if norms.std
-        else 0.0,
+        excess_kurtosis=fourth / square**2 - 3 if square else 0.0,
         outlier_share=sum(part.n_outliers for part in parts) / norms.n_finite,
         zero_share=norms.n_zero / norms.n_weights,
         exponent_entropy_bits=histogram_bits(exponents),
