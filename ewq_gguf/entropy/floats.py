@@ -31,8 +31,8 @@ Floats = NDArray[np.float32] | NDArray[np.float64]
 #: No GGUF type holds a larger weight: beyond it a 64-bit one is as good as infinite.
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
-#: Below this range of weights, bins per unit would leave float64.
-_TINY = 1e-300
+#: Below these, which only 64-bit weights reach, numbers would leave float64.
+_TINY_RANGE, _TINY_STD = 1e-300, 1e-70
 
 #: Where the exponent field lies: (shift, mask), by the bytes of a float.
 _EXPONENT = {4: (23, 255), 8: (52, 2047)}
@@ -76,8 +76,8 @@ class Norms:
 
     @property
     def unit(self) -> float:
-        """A power of two that takes `std` to [0.5, 1), where powers of it are exact."""
-        return 2.0 ** -frexp(self.std)[1]
+        """A power of two that keeps fourth powers of tiny deviations from being 0."""
+        return 2.0 ** -frexp(self.std)[1] if self.std < _TINY_STD else 1.0
 
     def has_series(self, epsilon: float) -> bool:
         """Whether p / epsilon is small enough for the entropy's series everywhere."""
@@ -97,7 +97,20 @@ class SecondPass:
 
 def first_pass(data: Floats) -> FirstPass:
     """Range and sums of one part, (n,) float32 or float64."""
-    return FirstPass(data.size, *_first(data))
+    return FirstPass(data.size, *_first(_usable(data)))
+
+
+def _usable(data: Floats) -> Floats:
+    """Weights with infinities for those that no GGUF type holds."""
+    if data.itemsize == 4:
+        return data
+    beyond = np.abs(data) > MAX_WEIGHT
+    return np.where(beyond, np.inf, data) if beyond.any() else data
+
+
+def _scaled(data: Floats, unit: float) -> Floats:
+    """Times a power of two, which takes nothing away; mostly 1."""
+    return data if unit == 1 else data * unit
 
 
 def combine_first(parts: Sequence[FirstPass]) -> Norms:
@@ -142,13 +155,16 @@ def second_pass(
     data: Floats, norms: Norms, *, epsilon: float, n_bins: int
 ) -> SecondPass:
     """What needs the whole tensor's norms, of one part, (n,) floats."""
-    # A power of two takes nothing away, and keeps tiny weights apart.
-    unit = 2.0**600 if 0 < norms.max - norms.min < _TINY else 1.0
-    edges = histogram_edges(norms.min * unit, norms.max * unit, n_bins)
+    data = _usable(data)
     bins = np.zeros(n_bins, np.int64)
     exponents = np.zeros(_N_EXPONENTS, np.int64)
-    fourth, n_outliers = _deviations(data, norms.mean, norms.std, norms.unit)
-    _count(data, unit, edges, histogram_scale(edges), bins)
+    unit = norms.unit
+    fourth, n_outliers = _deviations(
+        _scaled(data, unit), norms.mean * unit, norms.std * unit
+    )
+    unit = 2.0**600 if 0 < norms.max - norms.min < _TINY_RANGE else 1.0
+    edges = histogram_edges(norms.min * unit, norms.max * unit, n_bins)
+    _count(_scaled(data, unit), edges, histogram_scale(edges), bins)
     _count_exponents(
         data.view(f"u{data.itemsize}"), *_EXPONENT[data.itemsize], exponents
     )
@@ -211,7 +227,7 @@ def _first(
     low, high, mean, n_finite, n_zero = np.inf, -np.inf, 0.0, 0, 0
     for i in range(data.size):
         value = np.float64(data[i])
-        if abs(value) <= MAX_WEIGHT:
+        if np.isfinite(value):
             low = min(low, value)
             high = max(high, value)
             mean += value
@@ -222,7 +238,7 @@ def _first(
     e2, e3, e4, e5, e6, e7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(data.size):
         value = np.float64(data[i])
-        if abs(value) <= MAX_WEIGHT:
+        if np.isfinite(value):
             square += (value - mean) ** 2
             weight = np.exp(value - high)
             exp_sum += weight
@@ -240,32 +256,29 @@ def _first(
 
 
 @njit(nogil=True, cache=True)
-def _deviations(
-    data: Floats, mean: float, std: float, unit: float
-) -> tuple[float, int]:
-    """The sum of fourth powers of deviations x unit, and how many are outliers."""
+def _deviations(data: Floats, mean: float, std: float) -> tuple[float, int]:
+    """The sum of fourth powers of deviations, and how many are outliers."""
     fourth, n_outliers = 0.0, 0
     for i in range(data.size):
         value = np.float64(data[i])
-        if abs(value) <= MAX_WEIGHT:
-            square = ((value - mean) * unit) ** 2
+        if np.isfinite(value):
+            square = (value - mean) ** 2
             fourth += square * square
-            n_outliers += int(square > (OUTLIER_SIGMAS * (std * unit)) ** 2)
+            n_outliers += int(square > (OUTLIER_SIGMAS * std) ** 2)
     return fourth, n_outliers
 
 
 @njit(nogil=True, cache=True)
 def _count(
     data: Floats,
-    unit: float,
     edges: NDArray[np.float64],
     scale: float,
     bins: NDArray[np.int64],
 ) -> None:
     for i in range(data.size):
         value = np.float64(data[i])
-        if abs(value) <= MAX_WEIGHT:
-            bins[histogram_index(value * unit, edges, scale)] += 1
+        if np.isfinite(value):
+            bins[histogram_index(value, edges, scale)] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -287,6 +300,6 @@ def _tail(data: Floats, high: float, exp_sum: float, epsilon: float) -> float:
     tail = 0.0
     for i in range(data.size):
         value = np.float64(data[i])
-        if abs(value) <= MAX_WEIGHT:
+        if np.isfinite(value):
             tail += p_log1p(np.exp(value - high) / exp_sum, epsilon)
     return tail
