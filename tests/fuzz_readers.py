@@ -154,7 +154,7 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
     """The header changed, its length and its offsets put right or not."""
     length = int.from_bytes(data[:8], "little")
     header, body = data[8 : 8 + length], data[8 + length :]
-    match rng.randrange(8):
+    match rng.randrange(12):
         case 0:
             return change_bytes(data, rng)
         case 1:
@@ -165,9 +165,36 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
             header = change_bytes(header, rng)
         case 3 | 4:
             header = change_json(header, rng)
+        case 5 | 6 | 7 | 8:
+            header = change_tensors(header, rng)
         case _:
             header, body = _with_right_offsets(change_json(header, rng), body)
     return len(header).to_bytes(8, "little") + header + body
+
+
+def change_tensors(header: bytes, rng: random.Random) -> bytes:
+    """Sizes, offsets and entries exchanged; it stays the JSON of a header."""
+    try:
+        tree = parse(header)
+        name, entry = rng.choice(tree)
+        shape, offsets = (dict(entry)[key] for key in ("shape", "data_offsets"))
+        numbers = rng.choice((shape, offsets)) or offsets
+        at = rng.randrange(len(numbers))
+        step = rng.choice((-4, -1, 1, 2, 4, 8))
+        match rng.randrange(5):
+            case 0:
+                numbers[at] += step
+            case 1:
+                numbers[at] = Raw(rng.choice(TOKENS))
+            case 2:
+                offsets[:] = [offset + step for offset in offsets]
+            case 3:
+                tree.remove([name, entry])
+            case _:
+                tree.append([rng.choice(KEYS), entry])
+        return render(tree).encode("utf-8", "surrogatepass")
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return change_json(header, rng)
 
 
 def _with_right_offsets(header: bytes, body: bytes) -> tuple[bytes, bytes]:
