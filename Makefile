@@ -3,6 +3,7 @@
 PYTHON ?= python3
 MODEL  ?= demo
 POLICY ?= ewq
+SECONDS ?= 600
 VENV   := .venv
 EWQ    := $(VENV)/bin/ewq
 # The backend that was set up last stays the default.
@@ -11,7 +12,7 @@ PACKAGES := $(VENV)/.packages
 STAMP    := $(VENV)/.setup-$(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gguf test check bench clean
+.PHONY: help setup gguf test check fuzz bench clean
 
 help:
 	@echo "make setup [BACKEND=cpu|cuda|metal|vulkan]   set up .venv and build llama.cpp"
@@ -19,6 +20,7 @@ help:
 	@echo "                                             plan, make and verify a GGUF file"
 	@echo "make test  [ARGS=...]                        run all tests (ARGS go to pytest)"
 	@echo "make check                                   ruff, mypy and the direction of imports"
+	@echo "make fuzz  [SECONDS=600]                     hostile headers, indexes and configs"
 	@echo "make bench                                   measure the scan's speed"
 	@echo "make clean                                   remove .venv and build products"
 
@@ -59,8 +61,11 @@ check: setup
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/python -m pytest -q tests/test_imports.py
 
+fuzz: setup
+	@$(VENV)/bin/python tests/fuzz_readers.py --seconds $(SECONDS)
+
 bench: setup
-	@$(VENV)/bin/python benchmarks/scan.py
+	@$(VENV)/bin/python -m benchmarks.scan
 
 # The user's cache stays: it may be shared, and can be deleted by hand (docs/exactness.md).
 clean:

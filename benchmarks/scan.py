@@ -1,6 +1,6 @@
 """How fast a scan is, what memory it takes, and what a killed one costs.
 
-    python benchmarks/scan.py [MODEL...] [--threads 1,2] [--repeats 7] [--json FILE]
+    python -m benchmarks.scan [MODEL...] [--threads 1,2] [--repeats 7] [--json FILE]
 
 Plain reading is preadv into a reused 8 MiB buffer per thread, over the same files, with
 the same number of threads, in the same run; both alternate, so that a slow minute hits
@@ -31,8 +31,8 @@ from pathlib import Path
 
 import click
 import numpy as np
-from made import SHAPE_1B, SHAPE_100GB, write_checkpoint
 
+from benchmarks.made import SHAPE_1B, SHAPE_100GB, write_checkpoint
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
@@ -88,7 +88,7 @@ def seconds(function: Callable[[], object]) -> float:
 def peak_of_scan(model: str) -> tuple[int, float]:
     """Peak resident bytes, and seconds, of a fresh process that scans the model."""
     out = subprocess.run(
-        [sys.executable, __file__, model, _PEAK_FLAG],
+        [sys.executable, "-m", "benchmarks.scan", model, _PEAK_FLAG],
         check=True,
         capture_output=True,
         text=True,

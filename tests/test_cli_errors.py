@@ -464,6 +464,7 @@ def run_here(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("one", [pytest.param(c, id=c.name) for c in CASES])
+@pytest.mark.fault(2, 15, 19, 22, 25, 35, 41)
 def test_wrong_input_is_one_line_the_right_code_and_no_trace(
     one, world, run_here, own_cache, tmp_path
 ):

@@ -135,6 +135,57 @@ def test_of_two_sets_the_indexed_one_is_taken(shards):
     assert len(open_checkpoint(str(shards)).shards) == 3
 
 
+def notes_of(folder: Path) -> list[str]:
+    """What is said while a checkpoint is opened."""
+    notes: list[str] = []
+    open_checkpoint(str(folder), Opening(say=notes.append))
+    return notes
+
+
+@pytest.mark.fault(30)
+def test_the_choice_of_two_sets_is_said(folder):
+    assert notes_of(folder) == []
+    (folder / "consolidated-\x1b.safetensors").write_bytes(b"not read")
+    shutil.copy(folder / "model.safetensors", folder / shard_name(1, 1))
+    assert notes_of(folder) == [
+        f"{folder}: reads model.safetensors, and leaves "
+        rf"consolidated-\x1b.safetensors, {shard_name(1, 1)}"
+    ]
+
+
+@pytest.mark.fault(30)
+def test_files_that_the_index_leaves_out_are_said(shards):
+    (shards / "model.safetensors").write_bytes(b"not read")
+    assert notes_of(shards) == [
+        f"{shards}: reads the index's files, and leaves model.safetensors"
+    ]
+
+
+def test_a_file_that_was_named_is_no_choice(folder):
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    assert notes_of(folder / "other.safetensors") == []
+
+
+@pytest.mark.fault(29)
+@pytest.mark.parametrize("wrong", [1, -1, 2.5, "many", [], 10**400])
+def test_a_wrong_total_in_the_index_is_said_with_both_numbers(shards, wrong):
+    tensors = open_checkpoint(str(shards)).tensors
+    total = sum(tensor.end - tensor.begin for _, tensor in tensors)
+    edit_json(shards / INDEX, metadata={"total_size": total})
+    assert notes_of(shards) == []
+    edit_json(shards / INDEX, metadata={"total_size": wrong})
+    (note,) = notes_of(shards)
+    assert f"index.json: total_size is {repr(wrong)[:59]}" in note
+    assert note.endswith(f"its tensors have {total} bytes")
+    assert note.isprintable()
+
+
+@pytest.mark.parametrize("metadata", [{}, [], "x", {"total_size": None}])
+def test_an_index_without_a_total_is_sound(shards, metadata):
+    edit_json(shards / INDEX, metadata=metadata)
+    assert notes_of(shards) == []
+
+
 def test_an_only_file_may_have_any_name(folder):
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     assert len(open_checkpoint(str(folder)).shards) == 1
@@ -167,6 +218,7 @@ def test_an_only_file_may_have_any_name(folder):
         "pytorch_model.bin",
     ],
 )
+@pytest.mark.fault(22)
 def test_a_shard_name_that_is_no_plain_name_is_refused_unopened(
     shards, name, monkeypatch
 ):
@@ -184,18 +236,21 @@ def test_a_shard_name_that_is_no_plain_name_is_refused_unopened(
     assert not [path for path in opened if path.endswith("safetensors")]
 
 
+@pytest.mark.fault(25)
 def test_a_missing_shard_is_named_with_its_tensors(shards):
     (shards / shard_name(2)).unlink()
     with refused(f"missing shards: {shard_name(2)} with 4 tensors"):
         open_checkpoint(str(shards))
 
 
+@pytest.mark.fault(26)
 def test_a_tensor_only_in_the_index_is_named(shards):
     edit_index(shards, ghost=shard_name(1))
     with refused(f"only in the index ghost .{shard_name(1)}., only in the shards not"):
         open_checkpoint(str(shards))
 
 
+@pytest.mark.fault(26)
 def test_a_tensor_only_in_a_shard_is_named(shards):
     edit_index(shards, **{EMBEDDING: None})
     with refused(f"only in the index nothing, only in the shards {EMBEDDING}"):
@@ -208,6 +263,7 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_named(shards):
         open_checkpoint(str(shards))
 
 
+@pytest.mark.fault(27)
 def test_a_tensor_in_two_shards_is_refused(shards):
     write_shard(
         shards / shard_name(1), {"model.norm.weight": ("F32", np.ones(2, np.float32))}
@@ -232,12 +288,14 @@ def test_a_tensor_in_two_shards_is_refused(shards):
         ("\xff", "is not JSON"),
     ],
 )
+@pytest.mark.fault(28)
 def test_a_broken_index_is_refused(shards, text, message):
     (shards / INDEX).write_text(text)
     with refused(f"index.json: .*{message}"):
         open_checkpoint(str(shards))
 
 
+@pytest.mark.fault(28)
 def test_an_index_that_is_not_utf8_is_refused(shards):
     (shards / INDEX).write_bytes(b'{"weight_map": "\xff"}')
     with refused("utf-8"):
@@ -259,6 +317,7 @@ def as_hub_cache(folder: Path, root: Path) -> Path:
     return snapshot
 
 
+@pytest.mark.fault(23)
 def test_links_into_the_hub_cache_are_followed(folder, tmp_path):
     assert open_checkpoint(str(as_hub_cache(folder, tmp_path))).tensors
 
@@ -278,6 +337,7 @@ def test_a_linked_folder_is_followed(folder, tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.model"]
 )
+@pytest.mark.fault(23)
 def test_a_link_that_leaves_the_folder_is_refused(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "outside")
     (folder / name).symlink_to(tmp_path / "outside")
@@ -312,6 +372,7 @@ def test_a_link_to_itself_or_to_nothing_is_refused(folder, target):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", INDEX])
+@pytest.mark.fault(24)
 def test_a_pipe_does_not_hang(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -338,6 +399,7 @@ def test_a_folder_as_shard_is_refused(folder):
         open_checkpoint(str(folder))
 
 
+@pytest.mark.fault(24)
 def test_a_device_as_model_is_refused():
     with refused("/dev/zero: is neither a folder nor a .safetensors or .gguf file"):
         open_checkpoint("/dev/zero")
@@ -401,6 +463,7 @@ def test_a_name_that_the_hub_does_not_allow_is_refused(model):
         ({"quantization_config": "q"}, r"already \(quantization_config\)"),
     ],
 )
+@pytest.mark.fault(32, 34, 35)
 def test_a_config_that_cannot_be_used_is_refused(folder, changes, message):
     edit_json(folder / "config.json", **changes)
     with refused(f"config.json: .*{message}"):
@@ -418,6 +481,7 @@ def test_a_config_that_cannot_be_used_is_refused(folder, changes, message):
         (b'{"a":' * 100_000, "nested too deep"),
     ],
 )
+@pytest.mark.fault(34)
 def test_a_config_that_is_no_object_is_refused(folder, content, message):
     (folder / "config.json").write_bytes(content)
     with refused(message):
@@ -437,6 +501,7 @@ def test_a_huge_config_is_refused_unread(folder):
         open_checkpoint(str(folder))
 
 
+@pytest.mark.fault(35)
 def test_a_config_is_refused_before_a_weight_file_is_looked_at(folder):
     (folder / "model.safetensors").write_bytes(b"")
     edit_json(folder / "config.json", architectures=["GPT5"])
@@ -456,6 +521,7 @@ def test_a_folder_without_weights_says_so(folder):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.pth"])
+@pytest.mark.fault(31)
 def test_pickles_are_never_opened(folder, name):
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / name)  # whoever opened it would hang
@@ -463,6 +529,7 @@ def test_pickles_are_never_opened(folder, name):
         open_checkpoint(str(folder))
 
 
+@pytest.mark.fault(33)
 def test_an_adapter_names_its_base_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         '{"base_model_name_or_path": "org/base"}'
@@ -484,6 +551,7 @@ def test_a_layer_beyond_the_config_has_no_place(folder):
 
 
 @pytest.mark.parametrize("dtype", ["I8", "U8", "BOOL", "I64"])
+@pytest.mark.fault(18)
 def test_tensors_that_are_no_weights_are_left_out(folder, dtype):
     size = 8 if dtype == "I64" else 1
     ones = np.ones((2, 2), np.float32)
@@ -515,6 +583,7 @@ def test_two_tensors_for_one_place_are_refused(folder):
         map_tensors(open_checkpoint(str(folder)))
 
 
+@pytest.mark.fault(17)
 def test_empty_scalar_and_unused_tensors_are_reported_not_scanned(folder):
     ones = np.ones((2, 2), np.float32)
     write_shard(

@@ -44,7 +44,7 @@ TENSORS = {
 @pytest.fixture
 def source(tiny, tmp_path) -> Path:
     """The base GGUF of the tiny checkpoint, as somebody would download it."""
-    return shutil.copy(tiny.base, tmp_path / "tiny-BF16.gguf")
+    return Path(shutil.copy(tiny.base, tmp_path / "tiny-BF16.gguf"))
 
 
 def write_source(path: Path, kv=(), tensors=TENSORS, *, dtype=np.float16, align=None):

@@ -212,6 +212,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("content", "message"), REFUSED)
+@pytest.mark.fault(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 19)
 def test_a_faulty_header_is_refused_with_its_reason(tmp_path, content, message):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
@@ -224,6 +225,7 @@ def test_a_faulty_header_is_refused_with_its_reason(tmp_path, content, message):
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.fault(19)
 def test_a_hostile_name_cannot_write_to_the_terminal(tmp_path):
     path = tmp_path / "x.safetensors"
     name = "\x1b[31m\nred<script>"
@@ -234,6 +236,7 @@ def test_a_hostile_name_cannot_write_to_the_terminal(tmp_path):
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.fault(3)
 def test_a_huge_header_length_allocates_nothing(tmp_path):
     """The length is refused before a buffer of that size is asked for."""
     path = tmp_path / "x.safetensors"

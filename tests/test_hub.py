@@ -213,6 +213,7 @@ def test_weights_of_another_name_are_fetched_where_none_is_called_model(
         ({"architectures": []}, "architectures is []"),
     ],
 )
+@pytest.mark.fault(32, 34, 35)
 def test_a_config_that_cannot_be_used_is_refused_before_the_weights(
     hub, ewq, changes, message
 ):

@@ -666,6 +666,7 @@ def test_no_path_of_the_machine_is_in_a_plan(plan, tmp_path):
         pytest.param(lambda v: v.update(tensors={}), "/tensors", id="wrong-kind"),
     ],
 )
+@pytest.mark.fault(41)
 def test_what_is_no_plan_is_refused_with_a_json_pointer(
     plan, tmp_path, change, pointer
 ):

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from decimal import Decimal, localcontext
 from itertools import product
-from math import exp, fsum, isclose, log, sqrt
+from math import exp, fsum, isclose, log
 from pathlib import Path
 
 import numpy as np
@@ -43,57 +43,15 @@ from ewq_gguf.entropy.summary import (
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import Measures, Scan
 from tests.checkpoints import encode, write_llama, write_shards
+from tests.references import (
+    Floats,
+    assert_agrees,
+    decode,
+    histogram_entropy,
+    reference,
+)
 
 EMBEDDING = "model.embed_tokens.weight"
-Floats = NDArray[np.float64]
-
-
-def decode(data: bytes, dtype: str) -> Floats:
-    """The weights a file's bytes stand for, in float64."""
-    if dtype == "BF16":
-        bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
-        return bits.view(np.float32).astype(np.float64)
-    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float64)
-
-
-def softmax_entropy(weights: Floats, epsilon: float) -> float:
-    """-sum p ln(p + epsilon), straight from the definition, every term by fsum."""
-    high = float(weights.max())
-    exponentials = np.exp(weights - high)
-    total = fsum(exponentials)
-    if epsilon:
-        p = exponentials / total
-        return -fsum(p * np.log(p + epsilon))
-    # ln p = (w - high) - ln total, exact where p underflows
-    return log(total) - fsum(exponentials * (weights - high)) / total
-
-
-def histogram_entropy(weights: Floats, n_bins: int) -> float:
-    counts, _ = np.histogram(weights, n_bins)
-    q = counts[counts > 0] / weights.size
-    return -fsum(q * np.log2(q))
-
-
-def reference(weights: Floats, epsilon: float = 0.01, n_bins: int = 256):
-    """What a TensorScan must say of finite weights."""
-    mean = fsum(weights) / weights.size
-    return {
-        "softmax_entropy_nats": softmax_entropy(weights, epsilon),
-        "histogram_entropy_bits": histogram_entropy(weights, n_bins),
-        "mean": mean,
-        "std": sqrt(fsum((weights - mean) ** 2) / weights.size),
-        "min": float(weights.min()),
-        "max": float(weights.max()),
-    }
-
-
-def assert_agrees(entry, expected, rel: float = 1e-12) -> None:
-    """An entry's numbers; the mean, which may cancel, relative to the spread."""
-    for name, value in expected.items():
-        scale = max(-expected["min"], expected["max"]) if name == "mean" else 0.0
-        assert isclose(getattr(entry, name), value, rel_tol=rel, abs_tol=rel * scale), (
-            name
-        )
 
 
 def scan_one(
@@ -120,17 +78,6 @@ def random_values(seed: int, *shape: int, scale: float = 0.05) -> NDArray[np.flo
 
 
 # The references.
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("epsilon", [0.0, 0.01, 1e-6])
-@pytest.mark.parametrize("scale", [0.02, 3.0])
-def test_every_number_agrees_with_the_definition(tmp_path, dtype, epsilon, scale):
-    values = random_values(1, 301, 307, scale=scale)
-    (entry,) = scan_one(tmp_path, values, dtype, Measures(epsilon=epsilon)).tensors
-    assert_agrees(entry, reference(decode(encode(values, dtype), dtype), epsilon))
-    assert (entry.n_weights, entry.n_nonfinite) == (values.size, 0)
-    assert (entry.shape, entry.dtype) == (values.shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -252,6 +199,7 @@ def test_codes_are_the_values_of_their_formats():
     ],
 )
 @pytest.mark.parametrize("epsilon", [0.0, 0.01])
+@pytest.mark.fault(16)
 def test_a_constant_matrix_has_most_softmax_and_no_histogram_entropy(
     tmp_path, dtype, value, epsilon
 ):
@@ -274,6 +222,7 @@ def test_a_single_weight_has_entropy_0(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.fault(15)
 def test_a_nonfinite_weight_is_refused_by_name_and_first_index(tmp_path, dtype, bad):
     values = random_values(3, 10, 10)
     values[4, 2] = values[9, 9] = bad
@@ -297,6 +246,7 @@ def test_the_first_nonfinite_index_counts_beyond_the_first_buffer(tmp_path, dtyp
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("epsilon", [0.0, 0.01])
+@pytest.mark.fault(15)
 def test_allowed_nonfinite_weights_are_counted_and_change_nothing(
     tmp_path, dtype, epsilon
 ):
@@ -423,6 +373,7 @@ def test_a_scan_reads_back_as_itself(models):
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.fault(20)
 def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_signal(
     tmp_path, dtype, n_threads
 ):

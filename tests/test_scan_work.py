@@ -127,6 +127,7 @@ def test_a_kept_scan_is_taken_until_a_file_changes(tiny, cache, monkeypatch):
     )
 
 
+@pytest.mark.fault(21)
 def test_a_shard_rewritten_while_it_is_scanned_is_an_error(tiny):
     shard = next(tiny.glob("*.safetensors"))
     data = shard.read_bytes()
@@ -210,6 +211,7 @@ def test_fp8_codes_are_torchs(dtype):
 
 
 @pytest.mark.parametrize("scale_shape", [(2, 3), (1, 1), (130, 1)])
+@pytest.mark.fault(14)
 def test_a_scaled_fp8_weight_is_code_times_scale(tmp_path, scale_shape):
     write_llama(tmp_path, n_layers=1)
     rng = np.random.default_rng(1)

@@ -35,6 +35,7 @@ from ewq_gguf.entropy.codes import (
     summarise_codes,
 )
 from ewq_gguf.entropy.floats import (
+    MAX_WEIGHT,
     FirstPass,
     Norms,
     SecondPass,
@@ -422,7 +423,7 @@ def _first_nonfinite(job: _Job) -> tuple[Region, int]:
             region, position = part.region, 0
         for data in job.pieces(index):
             if data.dtype.kind == "f":
-                bad = ~np.isfinite(data)
+                bad = ~(np.abs(data) <= MAX_WEIGHT)
             else:
                 bad = ~np.isfinite(code_values(job.tensor.dtype))[data]
             if bad.any():

@@ -41,7 +41,7 @@ class Opening:
         architectures: the converter's, which a GGUF file has no need of; None does
             not check.
         is_streamed: leave the weights on their server.
-        say: told about downloads; None for nobody.
+        say: told about downloads and odd files; None for nobody.
     """
 
     architectures: Collection[str] | None = None
@@ -67,7 +67,6 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
     opening = opening or Opening()
     try:
         checkpoint = _open(model, opening)
-        return replace(checkpoint, origin=_origin(model, checkpoint.identity))
     except OSError as error:
         raise InputError(
             "scan",
@@ -75,6 +74,10 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
             f"cannot be read ({error.strerror})",
             "check its name and permissions",
         ) from error
+    if opening.say is not None:
+        for note in checkpoint.notes:
+            opening.say(note)
+    return replace(checkpoint, origin=_origin(model, checkpoint.identity))
 
 
 def _origin(model: str, identity: ModelIdentity) -> str:

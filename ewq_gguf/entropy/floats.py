@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum, log, sqrt
+from math import frexp, fsum, log, sqrt
 
 import numpy as np
 from numba import njit
@@ -28,6 +28,11 @@ from ewq_gguf.entropy.summary import (
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
+#: No GGUF type holds a larger weight: beyond it a 64-bit one is as good as infinite.
+MAX_WEIGHT = float(np.finfo(np.float32).max)
+
+#: Below these, which only 64-bit weights reach, numbers would leave float64.
+_TINY_RANGE, _TINY_STD = 1e-300, 1e-70
 
 #: Where the exponent field lies: (shift, mask), by the bytes of a float.
 _EXPONENT = {4: (23, 255), 8: (52, 2047)}
@@ -76,6 +81,11 @@ class Norms:
     exp_moment: float
     exp_powers: Powers
 
+    @property
+    def unit(self) -> float:
+        """A power of two that keeps fourth powers of tiny deviations from being 0."""
+        return 2.0 ** -frexp(self.std)[1] if self.std < _TINY_STD else 1.0
+
     def has_series(self, epsilon: float) -> bool:
         """Whether p / epsilon is small enough for the entropy's series everywhere."""
         return bool(self.exp_sum) and 1 / self.exp_sum <= SERIES_LIMIT * epsilon
@@ -103,9 +113,14 @@ def first_pass(data: Floats) -> FirstPass:
 
 
 def _finite(data: Floats) -> Floats:
-    """The finite ones; no copy where all are."""
-    is_finite = np.isfinite(data)
+    """The weights that a GGUF type can hold; no copy where all are."""
+    is_finite = np.abs(data) <= MAX_WEIGHT
     return data if is_finite.all() else data[is_finite]
+
+
+def _scaled(data: Floats, unit: float) -> Floats:
+    """Times a power of two, which takes nothing away; mostly 1."""
+    return data if unit == 1 else data * unit
 
 
 def combine_first(parts: Sequence[FirstPass]) -> Norms:
@@ -150,13 +165,15 @@ def second_pass(
     data: Floats, norms: Norms, *, epsilon: float, n_bins: int
 ) -> SecondPass:
     """What needs the whole tensor's norms, of one part, (n,) floats."""
-    edges = histogram_edges(norms.min, norms.max, n_bins)
+    data = _finite(data)
     bins = np.zeros(n_bins, np.int64)
     exponents = np.zeros(_N_EXPONENTS, np.int64)
-    data = _finite(data)
-    limit = (OUTLIER_SIGMAS * norms.std) ** 2
-    fourth, n_outliers = _deviations(data, norms.mean, limit)
-    _count(data, edges, histogram_scale(edges), bins)
+    unit = norms.unit
+    limit = (OUTLIER_SIGMAS * norms.std * unit) ** 2
+    fourth, n_outliers = _deviations(_scaled(data, unit), norms.mean * unit, limit)
+    unit = 2.0**600 if 0 < norms.max - norms.min < _TINY_RANGE else 1.0
+    edges = histogram_edges(norms.min * unit, norms.max * unit, n_bins)
+    _count(_scaled(data, unit), edges, histogram_scale(edges), bins)
     _count_exponents(
         data.view(f"u{data.itemsize}"), *_EXPONENT[data.itemsize], exponents
     )
@@ -181,6 +198,7 @@ def summarise_floats(
     bins: NDArray[np.int64] = np.stack([part.bins for part in parts]).sum(axis=0)
     exponents: NDArray[np.int64] = np.stack([p.exponents for p in parts]).sum(axis=0)
     fourth = fsum(part.fourth for part in parts) / norms.n_finite
+    square = (norms.std * norms.unit) ** 2
     return Summary(
         n_weights=norms.n_weights,
         n_nonfinite=norms.n_weights - norms.n_finite,
@@ -190,7 +208,7 @@ def summarise_floats(
         std=norms.std,
         min=norms.min,
         max=norms.max,
-        excess_kurtosis=fourth / norms.std**4 - 3 if norms.std else 0.0,
+        excess_kurtosis=fourth / square**2 - 3 if square else 0.0,
         outlier_share=sum(part.n_outliers for part in parts) / norms.n_finite,
         zero_share=norms.n_zero / norms.n_weights,
         exponent_entropy_bits=histogram_bits(exponents),

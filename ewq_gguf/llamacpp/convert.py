@@ -35,6 +35,7 @@ _CHILD_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
+_EMBEDDING = "model.embed_tokens.weight"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _PERCENT = re.compile(r"Writing:\s+(\d+)%")
 
@@ -240,7 +241,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that no GGUF can be made of, before the converter starts.
 
     Raises:
-        InputError: there is no tokenizer file.
+        InputError: there is no tokenizer file, one is not JSON, or its tokens are not
+            the rows of the embedding.
     """
     names = checkpoint.small_files
     if not any(n in _TOKENIZERS or n.endswith(".tiktoken") for n in names):
@@ -250,6 +252,38 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
             f"has no tokenizer ({', '.join(_TOKENIZERS)})",
             "download the checkpoint's tokenizer files too",
         )
+    for name in ("tokenizer_config.json", *_TOKENIZERS):
+        if name in names and name.endswith(".json"):
+            _check_json(names[name])
+    _check_vocab(checkpoint)
+
+
+def _check_json(path: Path) -> None:
+    """Its first mistake by line; the converter's own words would be a traceback."""
+    try:
+        json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        problem = f"is not JSON at line {error.lineno}: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        problem = f"is not JSON ({error})"
+    else:
+        return
+    raise InputError("convert", path, problem, "download it again")
+
+
+def _check_vocab(checkpoint: Checkpoint) -> None:
+    """Where the names are known, the embedding has a row for each token."""
+    vocab = checkpoint.config.get("vocab_size")
+    if not checkpoint.is_mapped_by_name or type(vocab) is not int:
+        return
+    for _, tensor in checkpoint.tensors:
+        if tensor.name == _EMBEDDING and tensor.shape[:1] != (vocab,):
+            raise InputError(
+                "convert",
+                checkpoint.folder / "config.json",
+                f"vocab_size is {vocab}, {_EMBEDDING} has shape {tensor.shape}",
+                "download config.json and the weights of one revision",
+            )
 
 
 def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
