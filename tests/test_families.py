@@ -1,7 +1,8 @@
 """Every family the converter takes: predicted, scanned, quantised, as it really is.
 
 One tiny random checkpoint per family goes through the real converter and the real
-llama-quantize. docs/architectures.md is made from the list that is tested here.
+llama-quantize. docs/architectures.md and the README's table are made from the list that
+is tested here.
 """
 
 import os
@@ -37,6 +38,7 @@ from tests.families import FAMILIES, write_family
 pytestmark = [pytest.mark.llamacpp, pytest.mark.slow]
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+README = Path(__file__).parent.parent / "README.md"
 TAKEN = [label for label, family in FAMILIES.items() if not family.refused]
 #: The converter rounds these weights itself, so a GGUF's values are not the source's.
 ROUNDED = {"BitNet"}
@@ -179,6 +181,28 @@ themselves, with the reason given.
 |---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def readme_table() -> str:
+    """The README with its table of families as it should be."""
+    ways: dict[str, list[str]] = {}
+    for label, family in FAMILIES.items():
+        by_name = family.architecture in ARCHITECTURES
+        way = "names" if by_name else "the converter's graph"
+        ways.setdefault("refused" if family.refused else way, []).append(label)
+    rows = "".join(f"| {way} | {', '.join(ways[way])} |\n" for way in sorted(ways))
+    before, _, rest = README.read_text().partition("<!-- families -->\n")
+    after = rest.partition("<!-- /families -->")[2]
+    return (
+        f"{before}<!-- families -->\n| mapped by | families |\n|---|---|\n{rows}"
+        f"<!-- /families -->{after}"
+    )
+
+
+def test_the_readme_page_of_architectures_is_the_list_that_is_tested():
+    if os.environ.get("EWQ_UPDATE_DOCS"):
+        README.write_text(readme_table())
+    assert README.read_text() == readme_table()
 
 
 def test_the_page_of_architectures_is_the_list_that_is_tested():
