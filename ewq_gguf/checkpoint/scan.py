@@ -8,6 +8,7 @@ sums are combined in part order, so threads and shards cannot be seen in the res
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -242,7 +243,7 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-class _Job:
+class _Job(ABC):
     """One tensor: its parts, its passes, at the end its summary."""
 
     n_passes = 1
@@ -261,9 +262,9 @@ class _Job:
         ]
         self.n_left = len(self.parts)
 
+    @abstractmethod
     def run(self, index: int) -> _State:
         """Do one part, and say how far the tensor is with it."""
-        raise NotImplementedError
 
     def pieces(self, index: int) -> Pieces:
         return self.parts[index].pieces(self.reader, _scratch.buffer)

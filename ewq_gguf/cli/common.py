@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -26,9 +26,10 @@ from rich.progress import (
 )
 
 from ewq_gguf.pipeline import Options
-from ewq_gguf.records import EwqPolicy, Policy, UniformPolicy
+from ewq_gguf.records import EwqPolicy, Policy, Record, UniformPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R", bound=Record)
 
 PATH = click.Path(path_type=Path)
 
@@ -257,6 +258,16 @@ def options_of(values: dict[str, Any]) -> Options:
         is_streamed=values.get("stream", False),
         scheduler=values.get("scheduler"),
     )
+
+
+def show_record(
+    record: R, view: Callable[[R], RenderableType], *, as_json: bool
+) -> None:
+    """Print a record on stdout: for people, or as it is."""
+    if as_json:
+        click.echo(record.to_json(), nl=False)
+    else:
+        Console(highlight=False).print(view(record))
 
 
 def console() -> Console:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from ewq_gguf import pipeline, store
 from ewq_gguf.cli.common import (
@@ -23,6 +22,7 @@ from ewq_gguf.cli.common import (
     policy_options,
     quiet_option,
     raw_type_of,
+    show_record,
     stream_option,
     threads_option,
 )
@@ -77,10 +77,7 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
 def show(plan_path: Path, as_json: bool) -> None:
     """Print a plan as a table and a layer x role map."""
     record = load_record(Plan, plan_path, "plan")
-    if as_json:
-        click.echo(record.to_json(), nl=False)
-        return
-    Console(highlight=False).print(plan_view(record))
+    show_record(record, plan_view, as_json=as_json)
 
 
 @plan.command()

@@ -24,6 +24,7 @@ from ewq_gguf.cli.common import (
     options_of,
     out_option,
     quiet_option,
+    show_record,
     stream_option,
     threads_option,
 )
@@ -137,10 +138,7 @@ def merge(paths: tuple[Path, ...], out: Path | None, force: bool) -> None:
 def show(path: Path, as_json: bool) -> None:
     """Print a scan's layers with small bars."""
     record = load_record(Scan, path, "scan")
-    if as_json:
-        click.echo(record.to_json(), nl=False)
-        return
-    Console(highlight=False).print(scan_view(record))
+    show_record(record, scan_view, as_json=as_json)
 
 
 @scan.command()
