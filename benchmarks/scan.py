@@ -3,17 +3,19 @@
     python -m benchmarks.scan [MODEL...] [--threads 1,2] [--repeats 7] [--json FILE]
 
 Plain reading is preadv into a reused 8 MiB buffer per thread, over the same files, with
-the same number of threads, in the same run; both alternate, so that a slow minute hits
-both. The page cache is warm.
+the same number of threads, in the same run; all alternate, so that a slow minute hits
+each. The page cache is warm. `limit` reads and counts 16-bit codes and does nothing
+else: no scan of 16-bit weights can be faster on this machine.
 
 Without MODEL: the built-in model and two made ones with matrices of a 1B model's size
-(2.1 GB of BF16, 1.7 GB of F32); then the proof of concept's way on the BF16 one
+(2.1 GB of BF16, 1.7 GB of F32); then the proof of concept's way on 4 GB of BF16
 (transformers loads it, np.histogram takes every module), the peak memory of a process
 that scans a sparse 100 GB checkpoint, and a scan that is killed half way.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -34,17 +36,18 @@ import numpy as np
 
 from benchmarks.made import SHAPE_1B, SHAPE_100GB, write_checkpoint
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.reader import BUFFER_BYTES
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.entropy.codes import N_CODES, count_codes
 
-BUFFER_BYTES = 8 << 20
 _PEAK_FLAG = "--peak-of"
 
 #: The public proof of concept measures like this: the whole model in memory as
 #: float32, each linear module's weights into 256 bins.
 _POC = """
 import sys, time, numpy as np, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM  # imports, all of them
 start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 for name, module in model.named_modules():
@@ -57,8 +60,18 @@ print(time.perf_counter() - start)
 """
 
 
-def read_plainly(checkpoint: Checkpoint, n_threads: int) -> None:
-    """Read every weight byte with preadv, each thread into its own buffer."""
+def read_plainly(
+    checkpoint: Checkpoint,
+    n_threads: int,
+    *,
+    n_bytes: int = 8 << 20,
+    count: bool = False,
+) -> None:
+    """Read every weight byte with preadv, each thread into its own buffer.
+
+    With `count` each buffer's 16-bit codes are counted and nothing more is done: what
+    this machine could do at most.
+    """
     parts = [
         (shard.path, begin, min(begin + (64 << 20), shard.header.file_bytes))
         for shard in checkpoint.shards
@@ -66,12 +79,16 @@ def read_plainly(checkpoint: Checkpoint, n_threads: int) -> None:
     ]
 
     def read(mine: list[tuple[Path, int, int]]) -> None:
-        buffer = memoryview(bytearray(BUFFER_BYTES))
+        array = np.empty(n_bytes, np.uint8)
+        buffer, table = array.data, np.zeros(N_CODES, np.uint32)
         for path, begin, end in mine:
             fd = os.open(path, os.O_RDONLY)
             offset = begin
             while offset < end:
-                offset += os.preadv(fd, [buffer[: end - offset]], offset)
+                n_read = os.preadv(fd, [buffer[: end - offset]], offset)
+                offset += n_read
+                if count:
+                    count_codes(array[: n_read // 2 * 2].view(np.uint16), table)
             os.close(fd)
 
     with ThreadPoolExecutor(n_threads) as pool:
@@ -99,6 +116,7 @@ def peak_of_scan(model: str) -> tuple[int, float]:
 
 def print_peak(model: str) -> None:
     """What `peak_of_scan` runs."""
+    importlib.import_module("numba.np.arraymath")  # otherwise at the first call
     took = seconds(lambda: scan_checkpoint(open_checkpoint(model), work=Work(2)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(peak * (1 if sys.platform == "darwin" else 1024), took)
@@ -109,9 +127,16 @@ def measure(model: str, n_threads: int, repeats: int) -> dict[str, float | int |
     checkpoint = open_checkpoint(model)
     n_bytes = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
     scan_checkpoint(checkpoint)  # compiles, and warms the page cache
-    plain, scanned = [], []
+    plain, limit, scanned = [], [], []
     for _ in range(repeats):
         plain.append(seconds(lambda: read_plainly(checkpoint, n_threads)))
+        limit.append(
+            seconds(
+                lambda: read_plainly(
+                    checkpoint, n_threads, n_bytes=BUFFER_BYTES, count=True
+                )
+            )
+        )
         scanned.append(
             seconds(lambda: scan_checkpoint(checkpoint, work=Work(n_threads)))
         )
@@ -120,6 +145,7 @@ def measure(model: str, n_threads: int, repeats: int) -> dict[str, float | int |
         "threads": n_threads,
         "bytes": n_bytes,
         "plain_gb_per_s": n_bytes / statistics.median(plain) / 1e9,
+        "limit_gb_per_s": n_bytes / statistics.median(limit) / 1e9,
         "scan_gb_per_s": n_bytes / statistics.median(scanned) / 1e9,
         "scan_best_gb_per_s": n_bytes / min(scanned) / 1e9,
         "scan_over_plain": statistics.median(
@@ -131,12 +157,16 @@ def measure(model: str, n_threads: int, repeats: int) -> dict[str, float | int |
 
 def print_speeds(rows: list[dict[str, float | int | str]]) -> None:
     """The table of `measure`."""
-    print("model             GB  threads  plain GB/s  scan GB/s  scan/plain  seconds")
+    print(
+        "GB/s                       GB  threads   plain   limit    scan  plain/scan  "
+        "seconds"
+    )
     for row in rows:
         print(
-            f"{row['model']:14}  {int(row['bytes']) / 1e9:4.2f}  {row['threads']:7}  "
-            f"{row['plain_gb_per_s']:10.2f}  {row['scan_gb_per_s']:9.2f}  "
-            f"{row['scan_over_plain']:10.2f}  {row['scan_seconds']:7.3f}"
+            f"{row['model']:23}  {int(row['bytes']) / 1e9:4.2f}  {row['threads']:7}  "
+            f"{row['plain_gb_per_s']:6.2f}  {row['limit_gb_per_s']:6.2f}  "
+            f"{row['scan_gb_per_s']:6.2f}  {1 / float(row['scan_over_plain']):10.2f}  "
+            f"{row['scan_seconds']:7.3f}"
         )
 
 
@@ -209,14 +239,16 @@ def print_more(result: Mapping[str, Mapping[str, float]]) -> None:
     )
 
 
-def measure_more(folder: Path, made: Path) -> dict[str, dict[str, float]]:
+def measure_more(folder: Path) -> dict[str, dict[str, float]]:
     """The proof of concept, memory and resume."""
+    two_b = folder / "2B-BF16"
+    write_checkpoint(two_b, replace(SHAPE_1B, n_layers=32), "BF16")
     sparse = folder / "sparse"
     write_checkpoint(sparse, SHAPE_100GB, "BF16", n_shards=20, sparse=True)
     n_bytes = sum(path.stat().st_size for path in sparse.glob("*.safetensors"))
     peak, took = peak_of_scan(str(sparse))
     return {
-        "poc": measure_poc(made),
+        "poc": measure_poc(two_b),
         "sparse": {"bytes": n_bytes, "peak_rss_bytes": peak, "seconds": took},
         "resume": measure_resume(sparse, len(open_checkpoint(str(sparse)).tensors)),
     }
@@ -254,7 +286,7 @@ def main(
         ]
         print(f"{platform.machine()}, numpy {np.__version__}, median of {repeats}\n")
         print_speeds(rows)
-        result = {} if models else measure_more(folder, one_b)
+        result = {} if models else measure_more(folder)
     if result:
         print_more(result)
     if json_path:
