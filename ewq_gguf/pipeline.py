@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
 from typing import Protocol
 
@@ -40,8 +39,11 @@ from ewq_gguf.llamacpp.layout import cached_layout, layout_of
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
-from ewq_gguf.plan.build import check_policy, make_plan
+from ewq_gguf.plan.ask import Ask
+from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
+from ewq_gguf.plan.naming import nearest_preset, plan_name
+from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
 from ewq_gguf.process import N_CPUS
 from ewq_gguf.records import (
@@ -50,9 +52,9 @@ from ewq_gguf.records import (
     Measures,
     Plan,
     Policy,
+    RulePolicy,
     Scan,
     TensorScan,
-    UniformPolicy,
     Verification,
     load_cached,
     read_journal,
@@ -220,9 +222,10 @@ def scan(
 
 def plan(
     source: Checkpoint | Scan,
-    policy: Policy,
+    policy: RulePolicy,
     *,
     raw_type: str = "auto",
+    budget: Ask | None = None,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
@@ -232,10 +235,10 @@ def plan(
     where this machine has laid the same checkpoint out before; else an estimate.
     """
     options = options or Options()
-    check_policy(policy)
+    check_policy(policy, has_budget=budget is not None)
     if isinstance(source, Scan):
         layout = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
-        return make_plan(source, policy, layout, raw_type=raw_type)
+        return make_plan(source, policy, layout, raw_type=raw_type, budget=budget)
     try:
         layout = _layout(source, find_toolchain(options.llama_cpp), progress)
     except (ToolError, ChildError, InputError) as error:
@@ -244,7 +247,7 @@ def plan(
     measured = scan(source, policy_measures(policy), options=options, progress=progress)
     if layout is not None:
         check_layout(measured, layout)
-    return make_plan(measured, policy, layout, raw_type=raw_type)
+    return make_plan(measured, policy, layout, raw_type=raw_type, budget=budget)
 
 
 def policy_measures(policy: Policy) -> Measures:
@@ -254,35 +257,9 @@ def policy_measures(policy: Policy) -> Measures:
     return Measures()
 
 
-def policy_label(policy: Policy, raw_type: str = "") -> str:
-    """A short name for file names: what differs from the policy's defaults."""
-    raw = [f"raw-{raw_type}"] if raw_type else []
-    if isinstance(policy, UniformPolicy):
-        return "-".join([f"uniform-{policy.ggml_type}", *raw])
-    parts = ["ewq"]
-    standard = EwqPolicy()
-    if policy.measure != standard.measure:
-        parts.append(policy.measure)
-    if policy.epsilon != standard.epsilon and policy.measure == "softmax":
-        parts.append(f"eps{policy.epsilon:g}")
-    if policy.n_bins != standard.n_bins and policy.measure == "histogram":
-        parts.append(f"bins{policy.n_bins}")
-    if policy.factor != standard.factor:
-        parts.append(f"x{policy.factor:g}")
-    if policy.ladder != standard.ladder:
-        parts.append("-".join(policy.ladder))
-    if policy.embedding_type != "raw":
-        parts.append(f"embd-{policy.embedding_type}")
-    if policy.output_type != "raw":
-        parts.append(f"out-{policy.output_type}")
-    return "-".join([*parts, *raw])
-
-
 def plan_file(plan: Plan) -> Path:
     """Where a plan is written by default: `plans/NAME.POLICY.json`."""
-    bases = {t.base_type for t in plan.tensors if t.is_quantizable}
-    raw = "" if plan.raw_type in bases or "F32" in bases else plan.raw_type
-    return Path("plans") / f"{plan.model.name}.{policy_label(plan.policy, raw)}.json"
+    return Path("plans") / f"{plan_name(plan)}.json"
 
 
 def base_file(
@@ -309,9 +286,10 @@ def base_file(
 def make_gguf(
     model: str,
     out: Path | None = None,
-    policy: Policy | Plan | None = None,
+    policy: RulePolicy | Plan | None = None,
     *,
     raw_type: str = "auto",
+    budget: Ask | None = None,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Made:
@@ -322,6 +300,7 @@ def make_gguf(
         out: of the GGUF; None for `NAME-EWQ-<nearest preset>.gguf` here.
         policy: how to plan, or a finished plan; None for the paper's.
         raw_type: what `raw` means: `F16`, `BF16` or `auto`.
+        budget: what the file may take.
         options: for the whole run.
         progress: who is told.
 
@@ -335,7 +314,7 @@ def make_gguf(
     if isinstance(policy, Plan):
         check_sound(policy)
     else:
-        check_policy(policy)
+        check_policy(policy, has_budget=budget is not None)
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)
@@ -351,7 +330,9 @@ def make_gguf(
         check_plan(made_plan, measured, force=options.force)
     else:
         check_layout(measured, layout)
-        made_plan = make_plan(measured, policy, layout, raw_type=raw_type)
+        made_plan = make_plan(
+            measured, policy, layout, raw_type=raw_type, budget=budget
+        )
         plan_path = plan_file(made_plan)
     presets = {**layout.preset_bytes, base_type(checkpoint): layout_bytes(layout)}
     out = out or Path(
@@ -397,7 +378,7 @@ def check_plan(plan: Plan, scan: Scan, *, force: bool = False) -> None:
     planned = (plan.model.fingerprint, plan.weights_sha256)
     found = (scan.model.fingerprint, scan.weights_sha256)
     for what, a, b in zip(("checkpoint", "weights"), planned, found, strict=True):
-        if a != b and not force:
+        if a is not None and a != b and not force:
             raise InputError(
                 "plan",
                 plan.model.name,
@@ -437,11 +418,6 @@ def layout_bytes(layout: Layout) -> int:
         padded(tensor_bytes(tensor.ggml_type, tensor.shape))
         for tensor in layout.tensors
     )
-
-
-def nearest_preset(size_bytes: int, presets: dict[str, int]) -> str:
-    """The preset whose size is nearest, by ratio."""
-    return min(presets, key=lambda name: abs(log(presets[name] / size_bytes)))
 
 
 def _layout(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) -> Layout:

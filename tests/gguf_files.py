@@ -17,7 +17,8 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.llamacpp.layout import layout_of
 from ewq_gguf.llamacpp.toolchain import Toolchain
-from ewq_gguf.plan.build import make_plan, provenance
+from ewq_gguf.plan.assemble import provenance
+from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.sizes import header_bytes, padded, string_kv_bytes
 from ewq_gguf.process import run
 from ewq_gguf.records import Layout, Plan, Scan, UniformPolicy

@@ -36,7 +36,7 @@ FOUNDATION = {("tensor_names", "errors"), ("ggml_types", "errors")}
 #: What arrays and records can be computed with: no file, no process, no network.
 PURE = {"entropy", "plan"}
 PURE_LIBRARIES = {
-    "__future__", "collections", "dataclasses", "enum", "functools", "itertools",
+    "__future__", "collections", "dataclasses", "enum", "fractions", "functools", "itertools",
     "math", "re", "statistics", "typing", "zlib",
     "numpy", "numba",
 }  # fmt: skip

@@ -14,9 +14,11 @@ from ewq_gguf import ggml_types
 from ewq_gguf._version import __version__
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.ggml_types import n_dims
-from ewq_gguf.plan.build import check_policy, make_plan, provenance
+from ewq_gguf.plan.assemble import provenance
+from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.ewq import decide, thresholds
+from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.sizes import header_bytes, padded, tensor_info_bytes
 from ewq_gguf.records import (
     EwqPolicy,
@@ -179,7 +181,9 @@ def test_entropy_at_the_mean_is_raw_and_at_the_threshold_is_middle():
         "BF16",
         "BF16",
     ]
-    assert thresholds([1.0, 3.0], 1.0) == Thresholds(mean=2.0, std=1.0, low=1.0)
+    assert thresholds([1.0, 3.0], 1.0) == Thresholds(
+        mean=2.0, std=1.0, low=1.0, high=2.0
+    )
     assert decisions(make_plan(make_scan([1.0, 3.0]), EwqPolicy())) == ["Q8_0", "BF16"]
 
 
@@ -188,7 +192,7 @@ def test_equal_entropies_are_all_raw(entropy, n_layers, factor):
     limits = thresholds([entropy] * n_layers, factor)
 
     assert limits.std == 0.0
-    assert decide(entropy, limits, LADDER) == "raw"
+    assert LADDER[decide(entropy, limits, 3)] == "raw"
 
 
 def test_a_single_layer_is_raw():
@@ -218,7 +222,9 @@ def test_the_measure_named_decides():
     assert decisions(softmax) == ["Q8_0", "BF16"]
     assert decisions(histogram) == ["BF16", "Q8_0"]
     assert [layer.entropy for layer in histogram.layers] == [8.0, 5.0]
-    assert histogram.thresholds == Thresholds(mean=6.5, std=1.5, low=5.0)
+    assert histogram.thresholds == {
+        "layer": Thresholds(mean=6.5, std=1.5, low=5.0, high=6.5)
+    }
 
 
 @given(ENTROPIES, st.floats(0, 5), st.floats(0, 5))
@@ -226,16 +232,16 @@ def test_a_larger_factor_never_lowers_a_layers_precision(entropies, one, other):
     small, large = sorted((one, other))
 
     for entropy in entropies:
-        before = decide(entropy, thresholds(entropies, small), LADDER)
-        after = decide(entropy, thresholds(entropies, large), LADDER)
-        assert LADDER.index(before) <= LADDER.index(after)
+        before = decide(entropy, thresholds(entropies, small), 3)
+        after = decide(entropy, thresholds(entropies, large), 3)
+        assert before <= after
 
 
 @given(ENTROPIES, st.floats(0, 5))
 def test_more_entropy_never_means_less_precision(entropies, factor):
     limits = thresholds(entropies, factor)
 
-    ranks = [LADDER.index(decide(h, limits, LADDER)) for h in sorted(entropies)]
+    ranks = [decide(h, limits, 3) for h in sorted(entropies)]
 
     assert ranks == sorted(ranks)
     assert ranks[-1] == 2  # the largest is never below the mean
@@ -292,7 +298,7 @@ def test_uniform_gives_every_quantizable_tensor_one_type():
 
     assert {t.ggml_type for t in plan.tensors if t.is_quantizable} == {"Q5_0"}
     assert {t.ggml_type for t in plan.tensors if not t.is_quantizable} == {"F32"}
-    assert plan.thresholds is None
+    assert plan.thresholds == {}
     assert [layer.entropy for layer in plan.layers] == [None, None]
     assert plan.ftype == "Q5_0"
 
@@ -517,7 +523,6 @@ def test_a_matrix_of_one_row_is_a_vector_to_llama_quantize():
         pytest.param(EwqPolicy(output_type="RAW"), id="output"),
         pytest.param(EwqPolicy(ladder=("Q4_K",)), id="one-step"),
         pytest.param(EwqPolicy(ladder=()), id="no-step"),
-        pytest.param(EwqPolicy(ladder=("Q2_K", "Q4_K", "Q8_0", "raw")), id="four"),
         pytest.param(EwqPolicy(ladder=("raw", "Q8_0", "Q4_K")), id="falling"),
         pytest.param(EwqPolicy(ladder=("Q4_K", "Q4_K", "raw")), id="twice"),
         pytest.param(EwqPolicy(ladder=("Q4_K", "Q8_0", "Q9_9")), id="unknown"),
@@ -552,7 +557,7 @@ def test_a_scan_with_another_epsilon_is_refused():
 
     with pytest.raises(InputError, match=r"epsilon 0.0, the policy 0.01"):
         make_plan(scan, EwqPolicy())
-    assert make_plan(scan, EwqPolicy(epsilon=0.0)).thresholds is not None
+    assert make_plan(scan, EwqPolicy(epsilon=0.0)).thresholds
 
 
 def test_only_the_parameters_of_the_deciding_measure_must_agree():
@@ -577,7 +582,7 @@ def test_plan_json_has_the_names_of_the_command_line_reference(plan):
     values = json.loads(plan.to_json())
 
     assert values["schema_name"] == "ewq.plan"
-    assert values["schema_version"] == 2
+    assert values["schema_version"] == 3
     assert {"name", "ggml_type", "written_type", "size_bytes"} <= values["tensors"][
         0
     ].keys()
@@ -588,9 +593,11 @@ def test_plan_json_has_the_names_of_the_command_line_reference(plan):
         "epsilon": 0.01,
         "n_bins": 256,
         "factor": 0.5,
+        "rule": "mean",
+        "granularity": "layer",
         "ladder": ["Q4_K", "Q8_0", "raw"],
-        "embedding_type": "raw",
-        "output_type": "raw",
+        "embedding_type": "auto",
+        "output_type": "auto",
     }
 
 
@@ -643,7 +650,7 @@ def test_no_path_of_the_machine_is_in_a_plan(plan, tmp_path):
             id="missing-deep",
         ),
         pytest.param(
-            lambda v: v.update(schema_version=3), "/schema_version", id="newer"
+            lambda v: v.update(schema_version=4), "/schema_version", id="newer"
         ),
         pytest.param(
             lambda v: v["totals"].update(file_size_bytes="9"),

@@ -26,7 +26,7 @@ from rich.progress import (
 )
 
 from ewq_gguf.pipeline import Options
-from ewq_gguf.records import EwqPolicy, Policy, Record, UniformPolicy
+from ewq_gguf.records import EwqPolicy, Record, RulePolicy, UniformPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=Record)
@@ -165,15 +165,16 @@ def policy_options(function: F) -> F:
             ),
             click.option(
                 "--embedding-type",
-                default="raw",
+                default="auto",
                 show_default=True,
-                help="Of the token embedding.",
+                help="Of the embedding: raw, a type, or auto: raw, with a budget "
+                "the ladder's.",
             ),
             click.option(
                 "--output-type",
-                default="raw",
+                default="auto",
                 show_default=True,
-                help="Of the output head.",
+                help="Of the output head, likewise.",
             ),
             raw_type_option,
         ]
@@ -199,7 +200,7 @@ def explicit(names: Iterable[str]) -> list[str]:
     ]
 
 
-def policy_of(values: dict[str, Any]) -> Policy:
+def policy_of(values: dict[str, Any]) -> RulePolicy:
     """The Policy that the command line asks for.
 
     Raises:
@@ -235,9 +236,9 @@ def policy_of(values: dict[str, Any]) -> Policy:
 
 
 def _type_name(text: str) -> str:
-    """`raw`, or a ggml type in its own spelling."""
+    """`raw`, `auto`, or a ggml type in its own spelling."""
     stripped = text.strip()
-    return "raw" if stripped.lower() == "raw" else stripped.upper()
+    return stripped.lower() if stripped.lower() in {"raw", "auto"} else stripped.upper()
 
 
 def raw_type_of(values: dict[str, Any]) -> str:

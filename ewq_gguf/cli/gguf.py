@@ -30,7 +30,7 @@ from ewq_gguf.cli.common import (
 )
 from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.records import Plan, Policy, load_record
+from ewq_gguf.records import Plan, RulePolicy, load_record
 from ewq_gguf.report.made_view import made_view
 
 
@@ -94,7 +94,7 @@ def gguf(
 def _dry_run(
     model: str,
     out: Path | None,
-    policy: Policy | Plan,
+    policy: RulePolicy | Plan,
     plan_path: Path | None,
     options: pipeline.Options,
     progress: BarProgress,

@@ -25,7 +25,7 @@ from ewq_gguf.errors import (
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.verify import verify_file
-from ewq_gguf.plan.build import provenance
+from ewq_gguf.plan.assemble import provenance
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.process import run
 from ewq_gguf.records import Plan, Verification

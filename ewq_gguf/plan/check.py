@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
-from ewq_gguf.plan.build import ftype_of, plan_tensor, totals_of
+from ewq_gguf.plan.assemble import ftype_of, plan_tensor, totals_of
 from ewq_gguf.records import LayoutTensor, Plan, PlanTensor, Totals
 
 
@@ -44,7 +44,8 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, pointer: str) -> None:
         raise _wrong(plan, f"{pointer}/ggml_type", asked, problem)
     made = plan_tensor(
         LayoutTensor(name=tensor.name, shape=tensor.shape, ggml_type=base),
-        lambda name: asked,
+        asked,
+        tensor.entropy,
     )
     for key in PlanTensor.model_fields:
         found, needed = getattr(tensor, key), getattr(made, key)

@@ -4,11 +4,15 @@ from ewq_gguf.records.base import Record, load_cached, load_record, read_journal
 from ewq_gguf.records.layout import Layout, LayoutTensor, Source
 from ewq_gguf.records.model import ModelIdentity, Shard
 from ewq_gguf.records.plan import (
+    Budget,
     EwqPolicy,
+    FastEwqPolicy,
+    ImportedPolicy,
     Plan,
     PlanLayer,
     PlanTensor,
     Policy,
+    RulePolicy,
     Thresholds,
     Totals,
     UniformPolicy,
@@ -17,7 +21,10 @@ from ewq_gguf.records.scan import LayerScan, Measures, Scan, TensorScan
 from ewq_gguf.records.verification import Verification, VerifiedTensor
 
 __all__ = [
+    "Budget",
     "EwqPolicy",
+    "FastEwqPolicy",
+    "ImportedPolicy",
     "LayerScan",
     "Layout",
     "LayoutTensor",
@@ -28,6 +35,7 @@ __all__ = [
     "PlanTensor",
     "Policy",
     "Record",
+    "RulePolicy",
     "Scan",
     "Shard",
     "Source",

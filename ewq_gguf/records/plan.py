@@ -18,9 +18,12 @@ class EwqPolicy(Part):
         epsilon: of the softmax measure.
         n_bins: of the histogram measure.
         factor: X of the threshold mu - X sigma.
+        rule: `mean`, the paper's, or `q75`, the proof of concept's; see plan.ewq.
+        granularity: whether whole layers are decided or single tensors within a role.
         ladder: precisions from low to high; `raw` is the plan's raw type.
-        embedding_type: of the token embedding; `raw` or a ggml type.
-        output_type: of the output head; `raw` or a ggml type.
+        embedding_type: of what is outside the layers, the output head left out: `raw`,
+            a ggml type, or `auto`: raw, but under a budget the ladder's steps.
+        output_type: of the output head, likewise.
     """
 
     name: Literal["ewq"] = "ewq"
@@ -28,9 +31,36 @@ class EwqPolicy(Part):
     epsilon: float = 0.01
     n_bins: int = 256
     factor: float = 1.0
+    rule: Literal["mean", "q75"] = "mean"
+    granularity: Literal["layer", "tensor"] = "layer"
     ladder: tuple[str, ...] = ("Q4_K", "Q8_0", "raw")
-    embedding_type: str = "raw"
-    output_type: str = "raw"
+    embedding_type: str = "auto"
+    output_type: str = "auto"
+
+
+class FastEwqPolicy(Part):
+    """A classifier of layers that never sees a weight (arXiv:2503.04704 section 4).
+
+    Attributes:
+        variant: `full`, fitted on every row, or `train`, on 70 % of them.
+        n_low: how many of the layers it selects, from the last one down, get the
+            precision two below the ladder's highest; 1 in the paper's "fast 4bit/8bit
+            mixed".
+        rows_sha256: of the rows it was fitted on.
+        library: that fitted it, with its version; another one may decide otherwise.
+        ladder: as of EwqPolicy.
+        embedding_type: as of EwqPolicy.
+        output_type: as of EwqPolicy.
+    """
+
+    name: Literal["fastewq"] = "fastewq"
+    variant: Literal["full", "train"] = "full"
+    n_low: int = 0
+    rows_sha256: str = ""
+    library: str = ""
+    ladder: tuple[str, ...] = ("Q4_K", "Q8_0", "raw")
+    embedding_type: str = "auto"
+    output_type: str = "auto"
 
 
 class UniformPolicy(Part):
@@ -44,7 +74,47 @@ class UniformPolicy(Part):
     ggml_type: str
 
 
-Policy = Annotated[EwqPolicy | UniformPolicy, Field(discriminator="name")]
+class ImportedPolicy(Part):
+    """Types that somebody else chose.
+
+    Attributes:
+        source: `poc`, a plan of the public proof of concept, or `gguf`, a file's types.
+        file_name: of what was imported.
+        file_sha256: of its bytes; of a GGUF file of all bytes before the data.
+    """
+
+    name: Literal["imported"] = "imported"
+    source: Literal["poc", "gguf"]
+    file_name: str
+    file_sha256: str
+
+
+#: Policies that decide; an ImportedPolicy only tells where types came from.
+RulePolicy = EwqPolicy | UniformPolicy
+
+Policy = Annotated[
+    RulePolicy | FastEwqPolicy | ImportedPolicy, Field(discriminator="name")
+]
+
+
+class Budget(Part):
+    """How large the file may be, and how that was reached (Algorithm 1 of the paper).
+
+    Attributes:
+        asked: as it was given: `6GiB`, `80%`, `4.5 bpw`, `auto`, or the machines.
+        limit_bytes: of the file.
+        case: 1 everything fits raw; 2 the decision fits and was promoted; 3 it does
+            not: a uniform type was promoted; 4 not even the lowest uniform type fits:
+            demoted below the ladder.
+        start: what promotion or demotion began with: `raw`, `decision` or a type.
+        n_steps: how many steps up or down were taken.
+    """
+
+    asked: str
+    limit_bytes: int
+    case: Literal[1, 2, 3, 4]
+    start: str
+    n_steps: int
 
 
 class PlanTensor(Part):
@@ -60,6 +130,7 @@ class PlanTensor(Part):
         ggml_type: asked for.
         written_type: what is written, after llama-quantize's fallback.
         size_bytes: of its data, without padding.
+        entropy: that decided, where tensors are decided one by one, else None.
     """
 
     name: str
@@ -71,6 +142,7 @@ class PlanTensor(Part):
     ggml_type: str
     written_type: str
     size_bytes: int
+    entropy: float | None = None
 
 
 class PlanLayer(Part):
@@ -79,26 +151,31 @@ class PlanLayer(Part):
     Attributes:
         layer_idx: from 0.
         entropy: in the unit of the policy's measure; None where none decided.
-        ggml_type: the precision decided for its matrices.
+        decision: the policy's type for its matrices, before a budget moved it; None
+            where tensors are decided one by one.
+        ggml_type: the type its matrices are asked to have; None where they differ.
     """
 
     layer_idx: int
     entropy: float | None
-    ggml_type: str
+    decision: str | None
+    ggml_type: str | None
 
 
 class Thresholds(Part):
     """The numbers the rule compared with.
 
     Attributes:
-        mean: mu, of the layer entropies.
+        mean: mu, of the entropies; weighted by parameters in rule `q75`.
         std: sigma, population.
-        low: mu - X sigma; below it the lowest precision of the ladder.
+        low: mu - X sigma; below it the third precision of the ladder from the top.
+        high: from here on the ladder's highest precision: mu, or the 75th percentile.
     """
 
     mean: float
     std: float
     low: float
+    high: float
 
 
 class Totals(Part):
@@ -127,26 +204,30 @@ class Plan(Record):
     Attributes:
         ewq_version: of the package that planned it; the file carries it.
         model: of which checkpoint.
-        weights_sha256: and which weights; see Scan.weights_sha256.
+        weights_sha256: and which weights; see Scan.weights_sha256. None where the
+            policy has not read them.
         policy: with every parameter.
         raw_type: what `raw` means here.
         ftype: llama-quantize's base type, and the file's `general.file_type`.
-        thresholds: of the rule; None where the policy has none.
+        thresholds: of the rule: of `layer`, or of each role where tensors are decided
+            one by one; empty where the policy has none.
+        budget: the limit and how it was reached; None without one.
         tensors: every tensor of the file.
         layers: the decisions.
         totals: the prediction.
     """
 
     schema_name: Literal["ewq.plan"] = "ewq.plan"
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
 
     ewq_version: str
     model: ModelIdentity
-    weights_sha256: str
+    weights_sha256: str | None
     policy: Policy
     raw_type: str
     ftype: str
-    thresholds: Thresholds | None
+    thresholds: dict[str, Thresholds]
+    budget: Budget | None
     tensors: tuple[PlanTensor, ...]
     layers: tuple[PlanLayer, ...]
     totals: Totals

@@ -11,7 +11,16 @@ from rich.text import Text
 
 from ewq_gguf.errors import printable
 from ewq_gguf.ggml_types import bits_per_weight
-from ewq_gguf.records import EwqPolicy, Plan, PlanTensor
+from ewq_gguf.plan.ewq import z_score
+from ewq_gguf.records import (
+    Budget,
+    EwqPolicy,
+    FastEwqPolicy,
+    ImportedPolicy,
+    Plan,
+    PlanTensor,
+    UniformPolicy,
+)
 from ewq_gguf.report.text import size_text, type_style
 
 _SHORT = {
@@ -22,14 +31,18 @@ _SHORT = {
 
 def plan_view(plan: Plan) -> RenderableType:
     """The whole view, for a rich console."""
-    return Group(_head(plan), Text(), _layer_map(plan), Text(), _other(plan))
+    said = [Text(f"note: {line}") for line in notes(plan)]
+    return Group(_head(plan), *said, Text(), _layer_map(plan), Text(), _other(plan))
 
 
 def layer_counts(plan: Plan) -> str:
-    """`27 BF16 · 2 Q8_0 · 1 Q4_K`: layers by decision, most bits first."""
-    counts = Counter(layer.ggml_type for layer in plan.layers)
-    by_bits = sorted(counts, key=lambda name: -bits_per_weight(name))
-    return " · ".join(f"{counts[name]} {name}" for name in by_bits)
+    """`27 BF16 · 2 Q8_0 · 1 Q4_K`: layers by type, most bits first."""
+    counts = Counter(layer.ggml_type or "mixed" for layer in plan.layers)
+    return " · ".join(f"{counts[name]} {name}" for name in sorted(counts, key=_rank))
+
+
+def _rank(name: str) -> tuple[float, str]:
+    return (1.0 if name == "mixed" else -bits_per_weight(name), name)
 
 
 def fallback_lines(plan: Plan) -> list[str]:
@@ -45,20 +58,46 @@ def fallback_lines(plan: Plan) -> list[str]:
     ]
 
 
+def notes(plan: Plan) -> list[str]:
+    """What a user should know of a plan before trusting it."""
+    policy, lines = plan.policy, []
+    types = {t.ggml_type for t in plan.tensors if t.is_quantizable}
+    if ternary := types & {"TQ1_0", "TQ2_0"}:
+        lines.append(
+            f"{' and '.join(sorted(ternary))} is for weights trained to be ternary; "
+            "others lose nearly all of their meaning in it"
+        )
+    if isinstance(policy, EwqPolicy) and policy.granularity == "tensor":
+        lines.append(
+            "tensors are compared within their role only: across roles entropy ranks "
+            "them by size and shape"
+        )
+    if isinstance(policy, FastEwqPolicy):
+        lines.append(
+            "the layers were chosen by a classifier that saw none of these weights; "
+            "`ewq fastewq evaluate` says how well it generalises"
+        )
+    if isinstance(policy, ImportedPolicy):
+        lines.append("the types were imported; ewq has decided nothing here")
+    return lines
+
+
 def _head(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     totals, policy = plan.totals, plan.policy
     table.add_row("model", Text(printable(plan.model.name)))
     table.add_row("policy", Text(_policy_text(plan)))
-    if plan.thresholds is not None and isinstance(policy, EwqPolicy):
-        limits = plan.thresholds
+    if (limits := plan.thresholds.get("layer")) and isinstance(policy, EwqPolicy):
         unit = "nats" if policy.measure == "softmax" else "bits"
+        high = f", 75th percentile {limits.high:.9g}" if policy.rule == "q75" else ""
         table.add_row(
             "decision",
             f"mu {limits.mean:.9g}, sigma {limits.std:.3g}, "
-            f"mu - {policy.factor:g} sigma {limits.low:.9g} {unit}",
+            f"mu - {policy.factor:g} sigma {limits.low:.9g}{high} {unit}",
         )
     table.add_row("layers", layer_counts(plan))
+    if plan.budget is not None:
+        table.add_row("budget", Text(_budget_text(plan, plan.budget)))
     estimate = " (estimate: header not known)" if totals.is_estimate else ""
     table.add_row(
         "file",
@@ -67,18 +106,34 @@ def _head(plan: Plan) -> Table:
     return table
 
 
+def _budget_text(plan: Plan, budget: Budget) -> str:
+    gap = budget.limit_bytes - plan.totals.file_size_bytes
+    how = {
+        1: "everything fits unquantised",
+        2: f"the decision fits, {budget.n_steps} steps up",
+        3: f"begun with {budget.start}, {budget.n_steps} steps",
+        4: f"begun with {budget.start}, {budget.n_steps} steps below the ladder",
+    }[budget.case]
+    return f"{budget.asked}, {budget.limit_bytes:,} bytes, {gap:,} unused: {how}"
+
+
 def _policy_text(plan: Plan) -> str:
     policy = plan.policy
-    if not isinstance(policy, EwqPolicy):
+    if isinstance(policy, UniformPolicy):
         return f"uniform {policy.ggml_type}"
+    if isinstance(policy, ImportedPolicy):
+        return f"imported from {printable(policy.file_name)}"
+    ladder = f"ladder {', '.join(policy.ladder)}"
+    if isinstance(policy, FastEwqPolicy):
+        return f"fastewq, variant {policy.variant}, {ladder}"
     measure = (
         f"softmax, epsilon {policy.epsilon:g}"
         if policy.measure == "softmax"
         else f"histogram, {policy.n_bins} bins"
     )
-    return (
-        f"ewq, {measure}, factor {policy.factor:g}, ladder {', '.join(policy.ladder)}"
-    )
+    by = ", by tensor" if policy.granularity == "tensor" else ""
+    rule = f", rule {policy.rule}" if policy.rule != "mean" else ""
+    return f"ewq, {measure}{rule}, factor {policy.factor:g}{by}, {ladder}"
 
 
 def _layer_map(plan: Plan) -> Table:
@@ -114,10 +169,10 @@ def _role_rank(role: str) -> int:
 
 
 def _z_text(plan: Plan, entropy: float | None) -> str:
-    limits = plan.thresholds
+    limits = plan.thresholds.get("layer")
     if entropy is None or limits is None or limits.std == 0:
         return "-"
-    return f"{(entropy - limits.mean) / limits.std:+.2f}"
+    return f"{z_score(entropy, limits):+.2f}"
 
 
 def _type_text(ggml_type: str | None) -> Text:

@@ -1,0 +1,204 @@
+"""Algorithm 1: the decision fitted to what a file may take (arXiv:2503.04704, 3.4).
+
+1. Everything raw fits: quantise nothing.
+2. The decision fits: promote.
+3. It does not: take the largest uniform type of the ladder that fits, and promote.
+4. None fits: demote below the ladder, lowest priority first, until it does.
+
+To promote is to pass over the units again and again, highest priority first, one step
+each; what does not fit is skipped, and the passes end when one changes nothing. A step
+counts in types as written: where llama-quantize's fallback makes two rungs the same,
+they are one. More budget never means fewer bytes: the smaller budget's first refusal is
+an acceptance of the larger one's, which is then ahead for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ewq_gguf import ggml_types
+from ewq_gguf.errors import InputError
+from ewq_gguf.plan.ask import Limit
+from ewq_gguf.plan.sizes import padded
+from ewq_gguf.plan.units import Unit
+from ewq_gguf.records import LayoutTensor
+
+#: Below every ladder that does not go as low: the paper's 1.58-bit type.
+FLOOR = "TQ1_0"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` reached: the type asked for each unit; see records.plan.Budget."""
+
+    types: tuple[str, ...]
+    case: Literal[1, 2, 3, 4]
+    start: str
+    n_steps: int
+
+
+def unit_bytes(tensors: Sequence[LayoutTensor], ggml_type: str) -> int:
+    """Bytes of some tensors in a file where all are asked to have this type."""
+    return sum(
+        padded(
+            ggml_types.tensor_bytes(
+                ggml_types.written_type(ggml_type, tensor.shape[-1]), tensor.shape
+            )
+        )
+        for tensor in tensors
+    )
+
+
+def fit(
+    units: Sequence[Unit],
+    ladder: Sequence[str],
+    raw: str,
+    limit: Limit,
+    *,
+    other_bytes: int,
+    demote_decision: bool = False,
+) -> Fitted:
+    """Choose a type for every unit so that the file stays within the limit.
+
+    Args:
+        units: with their decisions.
+        ladder: types from low to high, no `raw` among them but by its own name.
+        raw: the source's type.
+        limit: of the file.
+        other_bytes: of the file without the units.
+        demote_decision: before a uniform type is taken, demote what was decided below
+            the highest rung, lowest priority first.
+
+    Raises:
+        InputError: the limit is below what can be reached, or above what raw takes.
+    """
+    floor = [] if _bits(ladder[0]) <= _bits(FLOOR) else [FLOOR]
+    state = _State(units, [*floor, *ladder], limit.n_bytes - other_bytes)
+    top = len(state.types) - 1
+    uniform = sorted(
+        (i for i in range(len(floor), top + 1) if state.types[i] != raw),
+        key=lambda i: -state.bytes_at([i] * len(units)),
+    )
+    raw_types = tuple(unit.fixed or raw for unit in units)
+    most = other_bytes + sum(
+        unit_bytes(unit.tensors, name)
+        for unit, name in zip(units, raw_types, strict=True)
+    )
+    least = other_bytes + sum(min(c.sizes[: uniform[-1] + 1]) for c in state.choices)
+    if limit.n_bytes < least or (limit.n_bytes > most and not limit.may_exceed):
+        raise InputError(
+            "plan",
+            "--budget",
+            f"{limit.asked} is {limit.n_bytes:,} bytes; this ladder reaches {least:,} "
+            f"to {most:,}",
+            "choose a size between them, or another --ladder",
+        )
+    if limit.n_bytes >= most:
+        return Fitted(raw_types, 1, "raw", 0)
+    state.begin([top if u.rung is None else u.rung + len(floor) for u in units])
+    if state.room >= 0:
+        return state.fitted(2, "decision", state.promote())
+    if demote_decision:
+        n_steps = state.demote(lambda rung: len(floor) < rung < top)
+        if state.room >= 0:
+            return state.fitted(3, "decision", n_steps)
+    for rung in uniform:
+        state.begin([rung] * len(units))
+        if state.room >= 0:
+            return state.fitted(3, state.types[rung], state.promote())
+    n_steps = state.demote(lambda rung: True)
+    return state.fitted(4, state.types[uniform[-1]], n_steps)
+
+
+class _State:
+    """The units' rungs, and the room that is left."""
+
+    def __init__(self, units: Sequence[Unit], types: Sequence[str], room: int) -> None:
+        self.types = list(types)
+        self.units = units
+        self.order = sorted(range(len(units)), key=lambda i: units[i].priority)
+        self.choices = [_Choices(unit, types) for unit in units]
+        self.all_room = room
+        self.begin([0] * len(units))
+
+    def bytes_at(self, rungs: Sequence[int]) -> int:
+        return sum(c.sizes[rung] for c, rung in zip(self.choices, rungs, strict=True))
+
+    def begin(self, rungs: Sequence[int]) -> None:
+        self.rungs = list(rungs)
+        self.room = self.all_room - self.bytes_at(rungs)
+
+    def move(self, unit: int, rung: int) -> None:
+        sizes = self.choices[unit].sizes
+        self.room -= sizes[rung] - sizes[self.rungs[unit]]
+        self.rungs[unit] = rung
+
+    def promote(self) -> int:
+        """Step up, highest priority first, until nothing fits; return the steps."""
+        n_steps, is_done = 0, False
+        while not is_done:
+            is_done = True
+            for i in reversed(self.order):
+                rung = self.choices[i].above(self.rungs[i])
+                if rung is None:
+                    continue
+                sizes = self.choices[i].sizes
+                if sizes[rung] - sizes[self.rungs[i]] <= self.room:
+                    self.move(i, rung)
+                    n_steps, is_done = n_steps + 1, False
+        return n_steps
+
+    def demote(self, may: Callable[[int], bool]) -> int:
+        """Step down from rungs that may, lowest priority first, until it fits."""
+        n_steps, is_done = 0, False
+        while not is_done:
+            is_done = True
+            for i in self.order:
+                rung = self.choices[i].below(self.rungs[i])
+                if self.room < 0 and rung is not None and may(self.rungs[i]):
+                    self.move(i, rung)
+                    n_steps, is_done = n_steps + 1, False
+        return n_steps
+
+    def fitted(self, case: Literal[2, 3, 4], start: str, n_steps: int) -> Fitted:
+        types = tuple(
+            unit.fixed or self.types[rung]
+            for unit, rung in zip(self.units, self.rungs, strict=True)
+        )
+        return Fitted(types, case, start, n_steps)
+
+
+class _Choices:
+    """One unit's bytes on each rung, and which rungs are steps."""
+
+    def __init__(self, unit: Unit, types: Sequence[str]) -> None:
+        asked = [unit.fixed] * len(types) if unit.fixed else list(types)
+        columns = [tensor.shape[-1] for tensor in unit.tensors]
+        self.sizes = [unit_bytes(unit.tensors, name) for name in asked]
+        self.written = [
+            [ggml_types.written_type(name, n) for n in columns] for name in asked
+        ]
+
+    def above(self, rung: int) -> int | None:
+        """The next rung that is written in other types and not smaller."""
+        rungs = range(rung + 1, len(self.sizes))
+        return next(
+            (
+                i
+                for i in rungs
+                if self.sizes[i] >= self.sizes[rung]
+                and self.written[i] != self.written[rung]
+            ),
+            None,
+        )
+
+    def below(self, rung: int) -> int | None:
+        """The next lower rung that is smaller."""
+        rungs = range(rung - 1, -1, -1)
+        return next((i for i in rungs if self.sizes[i] < self.sizes[rung]), None)
+
+
+def _bits(ggml_type: str) -> float:
+    return ggml_types.bits_per_weight(ggml_type)

@@ -1,0 +1,98 @@
+"""Is a policy one that can be planned?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ewq_gguf import ggml_types
+from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.records import EwqPolicy, ImportedPolicy, Policy, UniformPolicy
+
+#: Of precisions in a ladder; ggml has no more types that rise in size.
+_MAX_RUNGS = 12
+
+
+def check_policy(policy: Policy, *, has_budget: bool = False) -> None:
+    """Refuse unknown types and impossible parameters before any work.
+
+    Raises:
+        UsageError: naming the parameter.
+        InputError: a type needs an importance matrix.
+    """
+    if has_budget and isinstance(policy, UniformPolicy | ImportedPolicy):
+        raise UsageError(
+            "plan",
+            "--budget",
+            f"policy {policy.name} has no types to choose from",
+            "use it with --policy ewq or fastewq",
+        )
+    if isinstance(policy, ImportedPolicy):
+        return
+    if isinstance(policy, UniformPolicy):
+        _check_type(policy.ggml_type)
+        return
+    for name in policy.ladder:
+        _check_type(name)
+    for name in (policy.embedding_type, policy.output_type):
+        if name != "auto":
+            _check_type(name)
+    _check_ladder(policy.ladder)
+    if isinstance(policy, EwqPolicy):
+        _check_at_least("--factor", policy.factor, 0)
+        _check_at_least("--epsilon", policy.epsilon, 0)
+        _check_at_least("--bins", policy.n_bins, 2)
+    else:
+        _check_at_least("--low-layers", policy.n_low, 0)
+        if policy.n_low and len(policy.ladder) < 3:
+            raise UsageError(
+                "plan",
+                "--low-layers",
+                "needs a ladder of three",
+                "such as --ladder Q4_K,Q8_0,raw",
+            )
+
+
+def _check_ladder(ladder: Sequence[str]) -> None:
+    if not 2 <= len(ladder) <= _MAX_RUNGS:
+        raise UsageError(
+            "plan",
+            "--ladder",
+            f"has {len(ladder)} precisions",
+            f"name 2 to {_MAX_RUNGS}, low to high, such as Q4_K,Q8_0,raw",
+        )
+    bits = [
+        16.0 if name == "raw" else ggml_types.bits_per_weight(name) for name in ladder
+    ]
+    if sorted(set(bits)) != bits:
+        raise UsageError(
+            "plan",
+            "--ladder",
+            f"{','.join(ladder)} does not rise from low to high",
+            "sort it, such as Q4_K,Q8_0,raw",
+        )
+
+
+def _check_at_least(flag: str, value: float, least: int) -> None:
+    if not value >= least:  # NaN is not
+        raise UsageError(
+            "plan", flag, f"{value} is not {least} or more", "give a larger number"
+        )
+
+
+def _check_type(name: str) -> None:
+    if name == "raw":
+        return
+    if name not in ggml_types.PLANNABLE:
+        raise UsageError(
+            "plan",
+            name,
+            "is not a ggml type",
+            f"use raw or one of {', '.join(ggml_types.PLANNABLE)}",
+        )
+    if name in ggml_types.IMATRIX_TYPES:
+        raise InputError(
+            "plan",
+            name,
+            "needs an importance matrix, and none is given",
+            "choose a type that needs none, such as Q2_K or IQ3_S",
+        )

@@ -1,0 +1,87 @@
+"""What a plan is about: a checkpoint's tensors as they would stand in a file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ewq_gguf import ggml_types
+from ewq_gguf.errors import InputError
+from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.records import Layout, LayoutTensor, ModelIdentity, Scan
+from ewq_gguf.tensor_names import is_quantizable
+
+#: Largest magnitude an F16 holds.
+_F16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a plan is about.
+
+    Attributes:
+        model: which checkpoint.
+        tensors: of the file, in the base types.
+        raw_type: what `raw` means.
+        weights_sha256: which weights, or None where none was read.
+        layout: the converter's, or None: then the header's bytes are not known.
+    """
+
+    model: ModelIdentity
+    tensors: tuple[LayoutTensor, ...]
+    raw_type: str
+    weights_sha256: str | None
+    layout: Layout | None
+
+    @classmethod
+    def of_scan(cls, scan: Scan, layout: Layout | None, raw_type: str) -> Subject:
+        """Of a scanned checkpoint; without a layout the file's tensors are the scan's.
+
+        Raises:
+            InputError: it is a part of a scan.
+        """
+        if scan.part is not None:
+            raise InputError(
+                "plan",
+                scan.model.name,
+                f"the scan is part {scan.part} only",
+                "join the parts first: `ewq scan merge PART...`",
+            )
+        return cls(
+            model=scan.model,
+            tensors=layout.tensors if layout else tuple(_layout_tensors(scan)),
+            raw_type=_raw_type(scan) if raw_type == "auto" else raw_type,
+            weights_sha256=scan.weights_sha256,
+            layout=layout,
+        )
+
+    def plain(self, name: str) -> str:
+        """A type of a policy, `raw` by its own name."""
+        return self.raw_type if name == "raw" else name
+
+
+def _raw_type(scan: Scan) -> str:
+    """The 16-bit type of the source.
+
+    For 32-bit weights F16 where they fit it, which is the converter's choice too.
+    """
+    weights: Counter[str] = Counter()
+    for tensor in scan.tensors:
+        weights[ggml_types.base_type(tensor.dtype)] += tensor.n_weights
+    base = weights.most_common(1)[0][0]
+    if base in ("F16", "BF16"):
+        return base
+    largest = max(max(-tensor.min, tensor.max) for tensor in scan.tensors)
+    return "F16" if largest <= _F16_MAX else "BF16"
+
+
+def _layout_tensors(scan: Scan) -> Iterable[LayoutTensor]:
+    """What the converter writes for a dense model, where it could not be asked."""
+    for tensor in scan.tensors:
+        quantizable = is_quantizable(tensor.name, n_dims(tensor.shape))
+        yield LayoutTensor(
+            name=tensor.name,
+            shape=tensor.shape,
+            ggml_type=ggml_types.base_type(tensor.dtype) if quantizable else "F32",
+        )

@@ -1,0 +1,208 @@
+"""What a policy decides: units, each a layer or a single tensor, and their rungs.
+
+A unit takes its steps up and down the ladder as a whole.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.plan.ewq import decide, thresholds, z_score
+from ewq_gguf.records import EwqPolicy, FastEwqPolicy, LayoutTensor, Scan, TensorScan
+from ewq_gguf.records.plan import Thresholds
+from ewq_gguf.tensor_names import is_quantizable, layer_idx, role
+
+#: Of priorities: layers are promoted after what is outside them, the head first of all.
+_LAYERS, _OUTSIDE, _OUTPUT = 0.0, 1.0, 2.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A layer, or one tensor.
+
+    Attributes:
+        key: the layer's index, or the tensor's name.
+        tensors: its quantisable ones.
+        rung: the policy's decision, an index into the ladder; None: raw, whatever the
+            ladder has.
+        priority: greater is promoted earlier and demoted later.
+        entropy: that decided, or None.
+        fixed: the type the user gave it, or None.
+    """
+
+    key: int | str
+    tensors: tuple[LayoutTensor, ...]
+    rung: int | None
+    priority: tuple[float, ...]
+    entropy: float | None = None
+    fixed: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decided, before any budget.
+
+    Attributes:
+        units: every quantisable tensor is in exactly one.
+        thresholds: by `layer` or role; empty where no entropy decided.
+    """
+
+    units: tuple[Unit, ...]
+    thresholds: dict[str, Thresholds]
+
+
+def decide_ewq(
+    policy: EwqPolicy, scan: Scan, tensors: Iterable[LayoutTensor]
+) -> Decision:
+    """By the entropies of a scan.
+
+    A layer without a linear matrix has no unit; a tensor that was not scanned (the
+    converter computed it) stays at the source's type.
+    """
+    layers, outside = _split(tensors, policy)
+    if policy.granularity == "tensor":
+        units, limits = _by_tensor(policy, scan, layers)
+    else:
+        units, limits = _by_layer(policy, scan, layers)
+    return Decision((*units, *outside), limits)
+
+
+def decide_fast(
+    policy: FastEwqPolicy, selected: Iterable[int], tensors: Iterable[LayoutTensor]
+) -> Decision:
+    """By the layers a classifier selected; the last of them give way first.
+
+    Source: arXiv:2503.04704 section 4.4.2.
+    """
+    chosen = sorted(selected, reverse=True)
+    low, top = set(chosen[: policy.n_low]), len(policy.ladder) - 1
+    layers, outside = _split(tensors, policy)
+    units = [
+        Unit(
+            key=idx,
+            tensors=tuple(members),
+            rung=top if idx not in chosen else max(top - 1 - (idx in low), 0),
+            priority=(_LAYERS, float(idx not in chosen), -idx),
+        )
+        for idx, members in sorted(layers.items())
+    ]
+    return Decision((*units, *outside), {})
+
+
+def _by_layer(
+    policy: EwqPolicy, scan: Scan, layers: Mapping[int, list[LayoutTensor]]
+) -> tuple[list[Unit], dict[str, Thresholds]]:
+    found = {
+        layer.layer_idx: layer.softmax_entropy_nats
+        if policy.measure == "softmax"
+        else layer.histogram_entropy_bits
+        for layer in scan.layers
+    }
+    limits = (
+        thresholds(
+            list(found.values()),
+            policy.factor,
+            rule=policy.rule,
+            n_weights=[layer.n_weights for layer in scan.layers],
+        )
+        if found
+        else None
+    )
+    units = []
+    for idx, tensors in sorted(layers.items()):
+        entropy = found.get(idx)
+        units.append(
+            Unit(
+                key=idx,
+                tensors=tuple(tensors),
+                rung=_rung(entropy, limits, policy),
+                priority=(_LAYERS, 0.0 if entropy is None else entropy, -idx),
+                entropy=entropy,
+            )
+        )
+    return units, {"layer": limits} if limits else {}
+
+
+def _by_tensor(
+    policy: EwqPolicy, scan: Scan, layers: Mapping[int, list[LayoutTensor]]
+) -> tuple[list[Unit], dict[str, Thresholds]]:
+    """Each tensor among those of its role, ordered by how far it is from their mean.
+
+    Both measures mostly rank matrices of different roles by their size and shape, so
+    no entropy is compared across roles.
+    """
+    scanned = {tensor.name: tensor for tensor in scan.tensors}
+    names = [tensor.name for members in layers.values() for tensor in members]
+    by_role: dict[str, list[TensorScan]] = defaultdict(list)
+    for name in names:
+        if name in scanned:
+            by_role[role(name)].append(scanned[name])
+    limits = {
+        found: thresholds(
+            [_entropy(policy, tensor) for tensor in tensors],
+            policy.factor,
+            rule=policy.rule,
+            n_weights=[tensor.n_weights for tensor in tensors],
+        )
+        for found, tensors in sorted(by_role.items())
+    }
+    units = []
+    for idx, members in sorted(layers.items()):
+        for order, tensor in enumerate(members):
+            seen = scanned.get(tensor.name)
+            entropy = _entropy(policy, seen) if seen else None
+            of_role = limits.get(role(tensor.name))
+            z = 0.0 if entropy is None or not of_role else z_score(entropy, of_role)
+            units.append(
+                Unit(
+                    key=tensor.name,
+                    tensors=(tensor,),
+                    rung=_rung(entropy, of_role, policy),
+                    priority=(_LAYERS, z, -idx, -order),
+                    entropy=entropy,
+                )
+            )
+    return units, limits
+
+
+def _rung(
+    entropy: float | None, limits: Thresholds | None, policy: EwqPolicy
+) -> int | None:
+    if entropy is None or limits is None:
+        return None
+    return decide(entropy, limits, len(policy.ladder))
+
+
+def _entropy(policy: EwqPolicy, tensor: TensorScan) -> float:
+    softmax = policy.measure == "softmax"
+    return tensor.softmax_entropy_nats if softmax else tensor.histogram_entropy_bits
+
+
+def _split(
+    tensors: Iterable[LayoutTensor], policy: EwqPolicy | FastEwqPolicy
+) -> tuple[dict[int, list[LayoutTensor]], list[Unit]]:
+    """Quantisable tensors by layer, and a unit for each of those outside the layers."""
+    layers: dict[int, list[LayoutTensor]] = defaultdict(list)
+    outside = []
+    for order, tensor in enumerate(tensors):
+        if not is_quantizable(tensor.name, n_dims(tensor.shape)):
+            continue
+        idx = layer_idx(tensor.name)
+        if idx is not None:
+            layers[idx].append(tensor)
+            continue
+        is_output = tensor.name == "output.weight"
+        asked = policy.output_type if is_output else policy.embedding_type
+        outside.append(
+            Unit(
+                key=tensor.name,
+                tensors=(tensor,),
+                rung=None,
+                priority=(_OUTPUT if is_output else _OUTSIDE, -order),
+                fixed=None if asked == "auto" else asked,
+            )
+        )
+    return layers, outside
