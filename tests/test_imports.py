@@ -36,8 +36,8 @@ FOUNDATION = {("tensor_names", "errors"), ("ggml_types", "errors")}
 #: What arrays and records can be computed with: no file, no process, no network.
 PURE = {"entropy", "plan"}
 PURE_LIBRARIES = {
-    "__future__", "collections", "dataclasses", "enum", "fractions", "functools", "itertools",
-    "math", "re", "statistics", "typing", "zlib",
+    "__future__", "collections", "dataclasses", "enum", "fractions", "functools",
+    "itertools", "math", "re", "statistics", "typing", "zlib",
     "numpy", "numba",
 }  # fmt: skip
 #: Libraries that only a few rooms may touch.

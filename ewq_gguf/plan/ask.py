@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ewq_gguf.errors import UsageError
 from ewq_gguf.plan.size_text import parse_size
 
-_NUMBER = re.compile(r"\d{1,30}(\.\d{1,30})?")
+_NUMBER = re.compile(r"[0-9]{1,30}(\.[0-9]{1,30})?")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ UNITS = {
     **{f"{c}iB": 1024**i for i, c in enumerate("KMGT", 1)},
     **{f"{c}B": 1000**i for i, c in enumerate("kMGT", 1)},
 }
-_SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]+)")
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]+)")
 
 
 def parse_size(text: str, option: str = "--budget") -> int:
