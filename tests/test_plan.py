@@ -14,6 +14,7 @@ from ewq_gguf import ggml_types
 from ewq_gguf._version import __version__
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import provenance
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
@@ -145,6 +146,95 @@ def test_the_order_of_the_layers_does_not_change_the_thresholds(entropies, rando
     random.shuffle(shuffled)
 
     assert thresholds(shuffled, 1.0) == thresholds(entropies, 1.0)
+
+
+def test_the_proof_of_concepts_rule_is_raw_from_the_75th_percentile():
+    # Weights 1, 1, 6 of 1, 2, 9: mu 57/8; sigma of 1, 2, 9 is sqrt(38/3); q75 5.5.
+    limits = thresholds([1.0, 2.0, 9.0], 1.0, rule="q75", n_weights=[1, 1, 6])
+
+    assert limits.mean == 7.125
+    assert limits.std == pytest.approx(sqrt(38 / 3), rel=1e-15)
+    assert limits.low == pytest.approx(7.125 - sqrt(38 / 3), rel=1e-15)
+    assert limits.high == 5.5
+    assert [decide(h, limits, 3) for h in (1.0, 3.6, 5.4, 5.5, 9.0)] == [0, 1, 1, 2, 2]
+    # At a small factor T lies above the percentile, which then decides first.
+    assert (
+        decide(6.0, thresholds([1, 2, 9], 0.0, rule="q75", n_weights=[1, 1, 6]), 3) == 2
+    )
+
+
+def test_rule_q75_weighs_layers_by_their_parameters():
+    scan = make_scan([1.0, 2.0, 3.0, 4.0, 10.0])  # each of 1000 weights: mu stays 4
+
+    plan = make_plan(scan, EwqPolicy(rule="q75", factor=0.9))
+
+    assert plan.thresholds["layer"].high == 4.0
+    assert decisions(plan) == ["Q4_K", "Q8_0", "Q8_0", "BF16", "BF16"]
+    high = make_plan(make_scan([1.0, 2.0, 3.0, 4.0]), EwqPolicy(rule="q75"))
+    assert high.thresholds["layer"].high == 3.25
+    assert decisions(high) == ["Q4_K", "Q8_0", "Q8_0", "BF16"]
+
+
+def test_a_ladder_of_four_keeps_its_lowest_for_budgets():
+    ladder = ("TQ1_0", "Q4_K", "Q8_0", "raw")
+
+    plan = make_plan(make_scan([0.0, 9.0, 10.0]), EwqPolicy(ladder=ladder))
+
+    assert decisions(plan) == ["Q4_K", "BF16", "BF16"]
+
+
+def by_tensor(entropies, budget=None, **policy):
+    """A scan whose tensors have these (attn_q, ffn_down, ffn_up) entropies."""
+    scan = make_scan([0.0] * len(entropies))
+    found = {
+        f"blk.{idx}.{role}.weight": entropy
+        for idx, layer in enumerate(entropies)
+        for role, entropy in zip(("attn_q", "ffn_down", "ffn_up"), layer, strict=True)
+    }
+    tensors = tuple(
+        t.model_copy(update={"softmax_entropy_nats": found.get(t.name, 0.0)})
+        for t in scan.tensors
+    )
+    scan = scan.model_copy(update={"tensors": tensors})
+    return make_plan(scan, EwqPolicy(granularity="tensor", **policy), budget=budget)
+
+
+def test_tensors_are_decided_within_their_role():
+    plan = by_tensor([(1.0, 50.0, 7.0), (2.0, 50.0, 6.0), (9.0, 50.0, 5.0)], factor=0.7)
+
+    # attn_q: mu 4, sigma 3.56, T 1.51; ffn_down: equal; ffn_up: mu 6, T 5.43.
+    asked = types(plan)
+    assert [asked[f"blk.{i}.attn_q.weight"] for i in range(3)] == [
+        "Q4_K",
+        "Q8_0",
+        "BF16",
+    ]
+    assert {asked[f"blk.{i}.ffn_down.weight"] for i in range(3)} == {"BF16"}
+    assert [asked[f"blk.{i}.ffn_up.weight"] for i in range(3)] == [
+        "BF16",
+        "BF16",
+        "Q4_K",
+    ]
+    assert plan.thresholds["attn_q"].mean == 4.0
+    assert {t.entropy for t in plan.tensors if t.role == "ffn_up"} == {7.0, 6.0, 5.0}
+    assert [layer.ggml_type for layer in plan.layers] == [None, None, None]
+    assert [layer.decision for layer in plan.layers] == [None, None, None]
+
+
+def test_tensors_are_promoted_by_their_distance_from_the_roles_mean():
+    # z within the role: attn_q -0.84, -0.56, 1.40; ffn_up 1.22, 0, -1.22.
+    values = [(1.0, 5.0, 70.0), (2.0, 5.0, 60.0), (9.0, 5.0, 50.0)]
+    policy = {"ladder": ("Q8_0", "raw"), "embedding_type": "raw", "output_type": "raw"}
+    # Q8_0 of 576 is 612 bytes, of 1536 1632; embedding, head and four norms.
+    uniform = 3 * (576 * 612 + 576 * 1632 + 1536 * 612) + 2 * 73_728 + 4 * 2304
+    step = 576 * 576 * 2 - 576 * 612  # of attn_q, the smallest matrix
+
+    plan = by_tensor(values, budget=Ask("test", n_bytes=uniform + step), **policy)
+
+    assert plan.totals.file_size_bytes == uniform + step
+    raw = [t.name for t in plan.tensors if t.layer_idx is not None]
+    raw = [n for n in raw if types(plan)[n] == "BF16"]
+    assert raw == ["blk.2.attn_q.weight"]
 
 
 # The types.
