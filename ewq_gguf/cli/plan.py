@@ -18,14 +18,12 @@ from ewq_gguf.cli.common import (
     nonfinite_option,
     options_of,
     out_option,
-    policy_of,
-    policy_options,
     quiet_option,
-    raw_type_of,
     show_record,
     stream_option,
     threads_option,
 )
+from ewq_gguf.cli.policy import ask_of, policy_of, policy_options, raw_type_of
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
 from ewq_gguf.records import Plan, Scan, load_record
 from ewq_gguf.report.plan_view import plan_view
@@ -53,7 +51,7 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
     The prediction is exact where the checkpoint and the toolchain are at hand, and
     marked as an estimate elsewhere. Prints the plan's path.
     """
-    policy = policy_of(values)
+    policy, ask = policy_of(values), ask_of(values)
     progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "plan")
@@ -63,6 +61,7 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
         else pipeline.open_model(source, options=options_of(values), progress=progress),
         policy,
         raw_type=raw_type_of(values),
+        budget=ask,
         options=options_of(values),
         progress=progress,
     )

@@ -142,7 +142,7 @@ def _fitted(
 ) -> tuple[list[str], Budget]:
     """Each unit's type under a budget."""
     everything_raw = assemble(subject, UniformPolicy(ggml_type="raw"), {}).totals
-    limit = ask.limit(everything_raw.file_size_bytes, everything_raw.n_weights)
+    limit = ask.limit(everything_raw.file_size_bytes, subject.tensors)
     of_units = sum(unit_bytes(unit.tensors, subject.raw_type) for unit in units)
     fitted = fit(
         units,
@@ -158,6 +158,8 @@ def _fitted(
         case=fitted.case,
         start=fitted.start,
         n_steps=fitted.n_steps,
+        n_ctx=limit.n_ctx,
+        context_bytes=limit.context_bytes,
     )
 
 

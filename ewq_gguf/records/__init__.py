@@ -3,6 +3,7 @@
 from ewq_gguf.records.base import Record, load_cached, load_record, read_journal
 from ewq_gguf.records.layout import Layout, LayoutTensor, Source
 from ewq_gguf.records.model import ModelIdentity, Shard
+from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.records.plan import (
     Budget,
     EwqPolicy,
@@ -28,8 +29,10 @@ __all__ = [
     "LayerScan",
     "Layout",
     "LayoutTensor",
+    "Machine",
     "Measures",
     "ModelIdentity",
+    "Placement",
     "Plan",
     "PlanLayer",
     "PlanTensor",
@@ -39,6 +42,7 @@ __all__ = [
     "Scan",
     "Shard",
     "Source",
+    "Stage",
     "TensorScan",
     "Thresholds",
     "Totals",

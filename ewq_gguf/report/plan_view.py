@@ -114,7 +114,14 @@ def _budget_text(plan: Plan, budget: Budget) -> str:
         3: f"begun with {budget.start}, {budget.n_steps} steps",
         4: f"begun with {budget.start}, {budget.n_steps} steps below the ladder",
     }[budget.case]
-    return f"{budget.asked}, {budget.limit_bytes:,} bytes, {gap:,} unused: {how}"
+    context = (
+        f" beside {budget.context_bytes:,} for {budget.n_ctx} tokens of context"
+        if budget.context_bytes is not None
+        else ""
+    )
+    return (
+        f"{budget.asked}, {budget.limit_bytes:,} bytes{context}, {gap:,} unused: {how}"
+    )
 
 
 def _policy_text(plan: Plan) -> str:
