@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 from ewq_gguf import pipeline, store
+from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -23,10 +26,20 @@ from ewq_gguf.cli.common import (
     stream_option,
     threads_option,
 )
-from ewq_gguf.cli.policy import ask_of, policy_of, policy_options, raw_type_of
+from ewq_gguf.cli.policy import (
+    ask_of,
+    ewq_policy_of,
+    factors_of,
+    policy_of,
+    policy_options,
+    raw_type_of,
+    rule_options,
+)
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
+from ewq_gguf.plan.build import make_plan
 from ewq_gguf.records import Plan, Scan, load_record
 from ewq_gguf.report.plan_view import plan_view
+from ewq_gguf.report.sweep_view import sweep_rows, sweep_view
 
 
 @click.group(cls=DefaultGroup, default="make")
@@ -55,19 +68,58 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
     progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "plan")
+    options = options_of(values)
     result = pipeline.plan(
-        load_record(Scan, Path(source), "plan")
-        if source.endswith(".json")
-        else pipeline.open_model(source, options=options_of(values), progress=progress),
+        _source(source, options, progress),
         policy,
         raw_type=raw_type_of(values),
         budget=ask,
-        options=options_of(values),
+        options=options,
         progress=progress,
     )
     out = out or pipeline.plan_file(result)
     store.write_text(out, result.to_json(), stage="plan", force=values["force"])
     click.echo(result.to_json() if as_json else out, nl=not as_json)
+
+
+@plan.command()
+@click.argument("source", metavar="MODEL|SCAN")
+@click.option(
+    "--factors",
+    default="0.3:1.5:0.05",
+    show_default=True,
+    metavar="FROM:TO:STEP",
+    help="Values of X, the last one included; or a list with commas.",
+)
+@rule_options
+@stream_option
+@threads_option
+@nonfinite_option
+@llama_cpp_option
+@quiet_option
+@json_option
+def sweep(source: str, factors: str, as_json: bool, **values: Any) -> None:
+    """Plan with one factor after another: layers of each type, size and bits."""
+    policies = [
+        ewq_policy_of({**values, "factor": factor}) for factor in factors_of(factors)
+    ]
+    progress = BarProgress(quiet=values["quiet"])
+    options = options_of(values)
+    measured, layout = pipeline.measured(
+        _source(source, options, progress),
+        policies[0],
+        options=options,
+        progress=progress,
+    )
+    plans = [
+        make_plan(measured, policy, layout, raw_type=raw_type_of(values))
+        for policy in policies
+    ]
+    if as_json:
+        click.echo(json.dumps(sweep_rows(plans), indent=1, sort_keys=True))
+    else:
+        presets = layout.preset_bytes if layout else {}
+        Console(highlight=False).print(sweep_view(plans, presets))
 
 
 @plan.command()
@@ -77,6 +129,15 @@ def show(plan_path: Path, as_json: bool) -> None:
     """Print a plan as a table and a layer x role map."""
     record = load_record(Plan, plan_path, "plan")
     show_record(record, plan_view, as_json=as_json)
+
+
+def _source(
+    source: str, options: pipeline.Options, progress: BarProgress
+) -> Checkpoint | Scan:
+    """A scan's file, or a model."""
+    if source.endswith(".json"):
+        return load_record(Scan, Path(source), "plan")
+    return pipeline.open_model(source, options=options, progress=progress)
 
 
 @plan.command()

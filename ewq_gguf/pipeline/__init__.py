@@ -11,6 +11,8 @@ from ewq_gguf.pipeline.options import SILENT, Options, Progress, Silent
 from ewq_gguf.pipeline.planning import (
     check_layout,
     check_plan,
+    machine_budget,
+    measured,
     plan,
     plan_file,
     policy_measures,
@@ -28,7 +30,9 @@ __all__ = [
     "check_plan",
     "layout",
     "layout_bytes",
+    "machine_budget",
     "make_gguf",
+    "measured",
     "open_model",
     "plan",
     "plan_file",

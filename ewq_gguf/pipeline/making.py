@@ -24,14 +24,13 @@ from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.planning import (
-    check_layout,
     check_plan,
+    plan,
     plan_file,
     policy_measures,
 )
 from ewq_gguf.pipeline.scanning import layout, open_model, scan
 from ewq_gguf.plan.ask import Ask
-from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.naming import nearest_preset
 from ewq_gguf.plan.policy import check_policy
@@ -128,15 +127,21 @@ def make_gguf(
         store.check_distinct(out, inputs, "gguf")
     laid_out = layout(checkpoint, toolchain, progress)
     plan_path = None
-    measures = policy_measures(policy.policy if isinstance(policy, Plan) else policy)
-    measured = scan(checkpoint, measures, options=options, progress=progress)
     if isinstance(policy, Plan):
-        made_plan = policy
-        check_plan(made_plan, measured, force=options.force)
+        made_plan, weights = policy, None
+        if policy.weights_sha256 is not None:
+            measures = policy_measures(policy.policy)
+            scanned = scan(checkpoint, measures, options=options, progress=progress)
+            weights = scanned.weights_sha256
+        check_plan(policy, checkpoint.identity, weights, force=options.force)
     else:
-        check_layout(measured, laid_out)
-        made_plan = make_plan(
-            measured, policy, laid_out, raw_type=raw_type, budget=budget
+        made_plan = plan(
+            checkpoint,
+            policy,
+            raw_type=raw_type,
+            budget=budget,
+            options=options,
+            progress=progress,
         )
         plan_path = plan_file(made_plan)
     presets = {**laid_out.preset_bytes, base_type(checkpoint): layout_bytes(laid_out)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
@@ -48,11 +49,39 @@ class Subject:
                 f"the scan is part {scan.part} only",
                 "join the parts first: `ewq scan merge PART...`",
             )
+        found = (layout_tensor(t.name, t.shape, t.dtype) for t in scan.tensors)
         return cls(
             model=scan.model,
-            tensors=layout.tensors if layout else tuple(_layout_tensors(scan)),
+            tensors=layout.tensors if layout else tuple(found),
             raw_type=_raw_type(scan) if raw_type == "auto" else raw_type,
             weights_sha256=scan.weights_sha256,
+            layout=layout,
+        )
+
+    @classmethod
+    def of_tensors(
+        cls,
+        model: ModelIdentity,
+        tensors: Iterable[LayoutTensor],
+        layout: Layout | None,
+        raw_type: str,
+    ) -> Subject:
+        """Of a checkpoint whose weights were not read.
+
+        32-bit weights may be larger than an F16 holds, so raw is then BF16.
+        """
+        known = tuple(tensors)
+        weights: Counter[str] = Counter()
+        for tensor in known:
+            if is_quantizable(tensor.name, n_dims(tensor.shape)):
+                weights[tensor.ggml_type] += prod(tensor.shape)
+        base = weights.most_common(1)[0][0] if weights else "F16"
+        raw = "BF16" if base == "F32" else base
+        return cls(
+            model=model,
+            tensors=known,
+            raw_type=raw if raw_type == "auto" else raw_type,
+            weights_sha256=None,
             layout=layout,
         )
 
@@ -76,12 +105,11 @@ def _raw_type(scan: Scan) -> str:
     return "F16" if largest <= _F16_MAX else "BF16"
 
 
-def _layout_tensors(scan: Scan) -> Iterable[LayoutTensor]:
+def layout_tensor(name: str, shape: tuple[int, ...], dtype: str) -> LayoutTensor:
     """What the converter writes for a dense model, where it could not be asked."""
-    for tensor in scan.tensors:
-        quantizable = is_quantizable(tensor.name, n_dims(tensor.shape))
-        yield LayoutTensor(
-            name=tensor.name,
-            shape=tensor.shape,
-            ggml_type=ggml_types.base_type(tensor.dtype) if quantizable else "F32",
-        )
+    quantizable = is_quantizable(name, n_dims(shape))
+    return LayoutTensor(
+        name=name,
+        shape=shape,
+        ggml_type=ggml_types.base_type(dtype) if quantizable else "F32",
+    )

@@ -91,11 +91,9 @@ class ImportedPolicy(Part):
 
 
 #: Policies that decide; an ImportedPolicy only tells where types came from.
-RulePolicy = EwqPolicy | UniformPolicy
+RulePolicy = EwqPolicy | FastEwqPolicy | UniformPolicy
 
-Policy = Annotated[
-    RulePolicy | FastEwqPolicy | ImportedPolicy, Field(discriminator="name")
-]
+Policy = Annotated[RulePolicy | ImportedPolicy, Field(discriminator="name")]
 
 
 class Budget(Part):
