@@ -66,9 +66,7 @@ def evaluate(rows: Sequence[Row], rows_sha256: str) -> Evaluation:
         n_equal_pairs=sum(a.quantized == b.quantized for a, b in pairs),
         n_train=len(splits[0][0]),
         n_splits=N_SPLITS,
-        split=tuple(
-            scores_of(name, splits[0][1], asked[0][name]) for name in NAMES
-        ),
+        split=tuple(scores_of(name, splits[0][1], asked[0][name]) for name in NAMES),
         repeated=tuple(
             _repeated(
                 name,
@@ -95,23 +93,26 @@ def evaluate(rows: Sequence[Row], rows_sha256: str) -> Evaluation:
     )
 
 
-def training(
-    shipped: Sequence[Row], own: Sequence[Row], merged: Sequence[Row], rows_sha256: str
-) -> Training:
-    """What a forest learns from the merged rows, in and out of sample.
+def training(rows: Sequence[Row], rows_sha256: str) -> Training:
+    """What a forest learns from rows, in and out of sample.
+
+    Args:
+        rows: of the paper and of scans.
+        rows_sha256: of them as CSV.
 
     Raises:
         ToolError: scikit-learn is missing.
     """
-    used = set(merged)
+    own = [row for row in rows if row.source == "scan"]
     return Training(
         rows_sha256=rows_sha256,
-        n_shipped=len(used & set(shipped)),
-        n_own=len(used & set(own)),
+        n_models=len({row.model_name for row in rows}),
+        n_paper=len(rows) - len(own),
+        n_own=len(own),
         own_models=tuple(sorted({row.model_name for row in own})),
-        in_sample=scores_of(FOREST, merged, score(FOREST, merged, merged)),
+        in_sample=scores_of(FOREST, rows, score(FOREST, rows, rows)),
         left_out=tuple(
-            scores_of(name, merged, score_left_out(name, merged))
+            scores_of(name, rows, score_left_out(name, rows))
             for name in (FOREST, MAJORITY)
         ),
     )
@@ -255,9 +256,7 @@ def _whole_models(
 
 def _repeated(name: str, accuracies: Sequence[float]) -> Repeated:
     low, high = np.quantile(accuracies, (0.025, 0.975))
-    return Repeated(
-        name=name, mean=fmean(accuracies), low=float(low), high=float(high)
-    )
+    return Repeated(name=name, mean=fmean(accuracies), low=float(low), high=float(high))
 
 
 def _accuracy_without(

@@ -141,9 +141,10 @@ class Training(Record):
 
     Attributes:
         rows_sha256: of the rows as CSV.
-        n_shipped: rows of the paper among them.
-        n_own: rows of the user's scans among them.
-        own_models: they are from.
+        n_models: all rows are from.
+        n_paper: rows of the paper.
+        n_own: rows of the user's scans.
+        own_models: these are from.
         in_sample: fitted on all rows and asked about them: circular.
         left_out: the forest and the majority, without the model asked about.
     """
@@ -152,7 +153,8 @@ class Training(Record):
     schema_version: Literal[1] = 1
 
     rows_sha256: str
-    n_shipped: int
+    n_models: int
+    n_paper: int
     n_own: int
     own_models: tuple[str, ...]
     in_sample: Scores
