@@ -174,7 +174,7 @@ def test_nobody_calls_a_shell_or_prints_from_the_library(path):
         "import ewq_gguf.cli",
         "from ewq_gguf.cli import main; main(['--help'])",
         "import ewq_gguf.errors, ewq_gguf.records, ewq_gguf.plan.build",
-        "import ewq_gguf.cli.fastewq, ewq_gguf.cli.paper",
+        "import ewq_gguf.dataset, ewq_gguf.plan.classify, ewq_gguf.plan.paper",
     ],
 )
 def test_nothing_heavy_is_imported_for_the_help(code):

@@ -27,12 +27,11 @@ BITS = {"raw": 16.0, "8bit": 8.0, "4bit": 4.25}
 NOTES = (
     "Layer sizes (table 9, and `blocks` of tables 6 and 7) are GiB; totals of raw "
     "models are GB of 1e9 bytes. Both are headed GB.",
-    "They count matrices only, at 16, 8.00 and 4.25 bits per weight; num_parameters of "
-    "table 2 counts norms and biases too.",
+    "They are 16, 8.00 and 4.25 bits per parameter, norms and biases included.",
     "Totals are recomputed with the embedding and the head at 16 bits. The uniform "
-    "variants seem to quantise these in ways the paper does not state. Mixed totals are "
-    "the printed blocks plus 2.75 (Llama), 2.83 or 2.80 (Qwen), 2.66 (gemma), 0.75 "
-    "(Phi), raw ones plus 3.07, 3.08, 2.90, 0.87: no one unit gives both.",
+    "variants seem to quantise these in ways the paper does not state. Mixed totals "
+    "are the printed blocks plus 2.75 (Llama), 2.83 or 2.80 (Qwen), 2.66 (gemma), "
+    "0.75 (Phi), raw ones plus 3.07, 3.08, 2.90, 0.87: no one unit gives both.",
     "Table 5's columns `False Negative` and `False Positive` are swapped: table 3 "
     "follows from the swapped ones, and class 0 has 121 rows only that way.",
     "`diff` of table 8 is the larger number of layers that one selection has and the "
@@ -303,7 +302,7 @@ def _table8(selections: Table) -> Iterator[Check]:
 
 def _table9(sizes: Table) -> Iterator[Check]:
     for row in sizes:
-        n_weights = SHAPES[row["model"]].n_matrix
+        n_weights = layer_parameters(row["model"])
         for key, bits in BITS.items():
             yield _check(
                 "table 9",

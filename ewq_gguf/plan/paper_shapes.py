@@ -26,14 +26,10 @@ class Shape:
     n_outside: int = 0
 
     @property
-    def n_matrix(self) -> int:
-        """Parameters of one layer's matrices."""
-        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.ffn)
-
-    @property
     def n_parameters(self) -> int:
         """Parameters of one layer."""
-        return self.n_matrix + self.n_vector
+        matrices = 2 * self.q + 2 * self.kv + 3 * self.ffn
+        return self.hidden * matrices + self.n_vector
 
 
 #: By Hub id.

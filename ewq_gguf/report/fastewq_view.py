@@ -105,14 +105,14 @@ def _head(result: Evaluation) -> Table:
 
 
 def _accuracies(result: Evaluation) -> Table:
-    table = _table("Accuracy, with 95 % intervals; in sample is circular")
+    table = _table("Accuracy with 95 % intervals; in sample is circular; the paper's is held out")
     table.add_column("", no_wrap=True)
     for heading in (
         f"held out\n{result.n_train} : {result.n_rows - result.n_train}",
         f"mean of\n{result.n_splits} splits",
         "models\nleft out",
         "in\nsample",
-        "paper,\nheld out",
+        "paper",
     ):
         table.add_column(heading, justify="right")
     paper = _paper_scores()
