@@ -1,9 +1,9 @@
 """The rows FastEWQ learns from: the paper's, the user's own, and those in use.
 
-`rows.csv` in the cache collects the user's scans. It changes no plan until `train` has
-written `trained.csv`, the paper's rows and the user's merged; from then on that file is
-in use. No fitted model is ever stored: a forest over these rows takes a fraction of a
-second, and a pickle could run anything.
+`rows.csv` in the cache collects the user's scans. It changes no plan until
+`ewq fastewq train` has written `trained.csv`, the paper's rows and the user's merged;
+from then on that file is in use. No fitted model is ever stored: a forest over these
+rows takes a fraction of a second, and a pickle could run anything.
 """
 
 from __future__ import annotations
@@ -77,21 +77,27 @@ def add(rows: Iterable[Row]) -> tuple[Row, ...]:
     return merged
 
 
-def train() -> tuple[Row, ...]:
-    """Put the paper's rows and the user's own in use; of one layer the user's counts.
+def merged_rows() -> tuple[Row, ...]:
+    """The paper's rows and the user's own; of one layer the user's counts.
 
     Raises:
         InputError: the user has no rows, or the file is not sound.
-        ResourceError: the file cannot be written.
     """
     own = own_rows()
     if not own:
         raise InputError(
             STAGE, None, "there are no rows of your own", "`ewq fastewq add SCAN...`"
         )
-    merged = merge_rows(shipped_rows(), own)
-    store.write_text(trained_path(), to_csv(merged), stage=STAGE, force=True)
-    return merged
+    return merge_rows(shipped_rows(), own)
+
+
+def use(rows: Iterable[Row]) -> None:
+    """Let plans learn from these rows instead of the paper's.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    store.write_text(trained_path(), to_csv(rows), stage=STAGE, force=True)
 
 
 def reset() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import sys
 from dataclasses import replace
 from math import isclose, sqrt
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +29,7 @@ from ewq_gguf.plan.classify import (
 )
 from ewq_gguf.plan.fastewq import (
     CLASSIFIERS,
+    FOREST,
     Row,
     fit_and_score,
     merge_rows,
@@ -324,9 +328,7 @@ def test_every_classifier_answers_and_repeats(name):
 @pytest.mark.parametrize(
     ("name", "library"), [("random forest", "sklearn"), ("XGB", "xgboost")]
 )
-def test_a_missing_library_names_the_extra(name, library, monkeypatch, capsys):
-    import sys
-
+def test_a_missing_library_names_the_extra(name, library, monkeypatch):
     for module in [m for m in sys.modules if m.split(".")[0] == library]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, library, None)
@@ -410,7 +412,7 @@ def test_of_one_layer_the_users_row_counts():
     own = replace(known, quantization_type=other, source="scan")
     dataset.add([own])
 
-    merged = dataset.train()
+    merged = dataset.merged_rows()
 
     assert len(merged) == 147
     assert own in merged
@@ -442,7 +444,7 @@ def test_evaluate_shows_ours_beside_the_papers(capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
     assert "147 of 17 models, 65 to quantise" in text
     assert "94 of 130 adjacent layers share their label, 72%" in text
-    assert "in sample is circular" in text
+    assert "circular" in text
     # Table 5 with its columns swapped, table 3, and the ablation.
     assert "105 16 26 63 0.80 0.87 0.83     0.80 0.71 0.75" in text
     assert "66.4%" in text
@@ -463,3 +465,15 @@ def test_evaluation_figures_add_up(monkeypatch):
     assert sum(f.importance for f in found.features) == pytest.approx(1)
     assert found.in_sample[2].accuracy > 0.97
     assert MODEL.name not in {m.model_name for m in found.left_out_models}
+
+
+def test_the_documentation_says_what_a_new_model_may_expect():
+    found = scores_of(FOREST, ROWS, score_left_out(FOREST, ROWS))
+    page = Path(__file__).parent.parent / "docs" / "fastewq.md"
+
+    stated = re.search(r"forest is right for (\d+) %", page.read_text())
+
+    assert stated
+    # Another version of scikit-learn may draw other trees.
+    assert found.accuracy == pytest.approx(int(stated[1]) / 100, abs=0.05)
+    assert found.accuracy < 82 / 147

@@ -146,6 +146,8 @@ def test_every_figure_is_checked_once_and_printed(result, capsys):
     n_wrong = sum(not check.agrees for check in result.checks)
     n = len(result.checks)
     assert f"{n - n_wrong} of {n} figures agree, {n_wrong} differ." in text
+    page = (Path(__file__).parent.parent / "docs" / "paper.md").read_text()
+    assert f"{n - n_wrong} of {n} figures" in page
     assert max(map(len, text.splitlines())) <= 80
 
 

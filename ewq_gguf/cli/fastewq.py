@@ -79,6 +79,8 @@ def train(reset: bool, as_json: bool) -> None:
     """
     if reset:
         dataset.reset()
-    rows = dataset.rows_in_use() if reset else dataset.train()
+    rows = dataset.shipped_rows() if reset else dataset.merged_rows()
     result = classify.training(rows, dataset.rows_sha256(rows))
+    if not reset:
+        dataset.use(rows)
     show_record(result, training_view, as_json=as_json)

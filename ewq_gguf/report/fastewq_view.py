@@ -105,7 +105,9 @@ def _head(result: Evaluation) -> Table:
 
 
 def _accuracies(result: Evaluation) -> Table:
-    table = _table("Accuracy with 95 % intervals; in sample is circular; the paper's is held out")
+    table = _table(
+        "Accuracy with 95 % intervals; in sample is circular, the paper's held out"
+    )
     table.add_column("", no_wrap=True)
     for heading in (
         f"held out\n{result.n_train} : {result.n_rows - result.n_train}",
