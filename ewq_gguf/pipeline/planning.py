@@ -175,7 +175,7 @@ def check_plan(
             raise InputError(
                 "plan",
                 plan.model.name,
-                f"the plan is for {what} {a[:12]}, here are {b[:12]}",
+                f"the plan is for {what} {str(a)[:12]}, here are {str(b)[:12]}",
                 "plan again, or use --force if you know that they match",
             )
 
