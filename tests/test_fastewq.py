@@ -39,8 +39,8 @@ from ewq_gguf.plan.fastewq import (
     split,
 )
 from ewq_gguf.plan.paper_shapes import layer_parameters
-from tests.test_paper import paper_dir
 from tests.scans import LAYER, MODEL, make_scan
+from tests.test_paper import paper_dir
 
 ROWS = dataset.shipped_rows()
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
