@@ -6,9 +6,7 @@ from contextlib import suppress
 
 from ewq_gguf import store
 from ewq_gguf._version import __version__
-from ewq_gguf.checkpoint.cluster import scan_on_cluster
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.errors import (
     ToolError,
@@ -63,6 +61,8 @@ def scan(
         options: for the whole run.
         progress: who is told.
     """
+    from ewq_gguf.checkpoint.scan import Work, scan_checkpoint  # numba: not for plans
+
     options, measures = options or Options(), measures or Measures()
     laid_out, maker = None, ""
     if not checkpoint.is_mapped_by_name:
@@ -105,11 +105,16 @@ def scan(
                 on_bytes=on_bytes,
                 on_tensor=on_tensor,
             )
-            result = (
-                scan_on_cluster(options.scheduler, checkpoint, measures, laid_out, work)
-                if options.scheduler
-                else scan_checkpoint(checkpoint, measures, layout=laid_out, work=work)
-            )
+            if options.scheduler:
+                from ewq_gguf.checkpoint.cluster import scan_on_cluster
+
+                result = scan_on_cluster(
+                    options.scheduler, checkpoint, measures, laid_out, work
+                )
+            else:
+                result = scan_checkpoint(
+                    checkpoint, measures, layout=laid_out, work=work
+                )
         store.write_text(path, result.to_json(), stage="scan", force=True)
         journal.unlink(missing_ok=True)
     return result
