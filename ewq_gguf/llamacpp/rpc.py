@@ -33,7 +33,7 @@ def rpc_flags(placement: Placement) -> tuple[str, ...]:
     Raises:
         UsageError: a worker's name is no address.
     """
-    # Without `-fit off` it first loads the whole model once more to see whether it fits.
+    # Fitting, which is on by default, may change what is not given here.
     flags = ["-c", str(placement.n_ctx), "-fit", "off"]
     shares = _shares(placement)
     flags += ["-ngl", str(sum(shares))]
@@ -109,8 +109,19 @@ def _shares(placement: Placement) -> list[int]:
 
 
 def _servers(placement: Placement) -> str:
-    endpoints = [_endpoint(stage.machine) for stage in placement.stages[1:]]
-    return ",".join(f"{host}:{port}" for host, port in endpoints)
+    """The list for `--rpc`.
+
+    Raises:
+        UsageError: two workers have one address: llama.cpp would use it twice.
+    """
+    names = [_endpoint(stage.machine) for stage in placement.stages[1:]]
+    servers = [f"{host}:{port}" for host, port in names]
+    for server in servers:
+        if servers.count(server) > 1:
+            raise UsageError(
+                "plan", server, "is two workers' address", "name each worker once"
+            )
+    return ",".join(servers)
 
 
 def _endpoint(name: str) -> tuple[str, int]:
