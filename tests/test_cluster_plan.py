@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from ewq_gguf.cli.machines import machines_of
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.rpc import rpc_commands, rpc_flags
 from ewq_gguf.plan.cluster import place
@@ -179,6 +180,15 @@ def test_tensors_outside_the_layers_go_where_llama_cpp_puts_them():
         EMBEDDING + 20 + 7,
         200 + 10 + 7 + HEAD + 40,
     ]
+
+
+def test_any_room_and_speed_can_be_typed():
+    endless = parse_machine("a=999999999999999999TiB,999999999999999999TiB,1B/s")
+
+    found = place(model([100, 100]), [endless], 256)
+
+    assert found is not None
+    assert found.seconds_per_token == 200 + HEAD
 
 
 def test_126_layers_on_8_machines():
@@ -438,6 +448,40 @@ def test_machines_of_a_file():
 def test_no_machines_of_a_file(tables, problem):
     with pytest.raises(InputError, match=problem):
         machines_of_tables(tables)
+
+
+def test_machines_of_both(tmp_path):
+    file = tmp_path / "machines.toml"
+    file.write_text('[[machine]]\nname = "a"\nmemory = "1GB"\n')
+
+    assert machines_of(["b=2GB"], file) == (
+        parse_machine("a=1GB"),
+        parse_machine("b=2GB"),
+    )
+    assert machines_of(["b=2GB"], None) == (parse_machine("b=2GB"),)
+    with pytest.raises(UsageError, match="a: is given twice"):
+        machines_of(["a=2GB"], file)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"[[machine", "is not TOML"),
+        (b"x = " + b"[" * 9999, "is not TOML"),
+        (b"\xff", "is not UTF-8"),
+        (b"", "is not a list"),
+        (None, "cannot be read"),
+    ],
+)
+def test_no_file_of_machines(tmp_path, content, problem):
+    file = tmp_path / "machines.toml"
+    if content is not None:
+        file.write_bytes(content)
+
+    with pytest.raises(InputError, match=problem) as caught:
+        machines_of([], file)
+
+    assert "\n" not in str(caught.value)
 
 
 # What is printed.

@@ -186,16 +186,22 @@ def _lows(load: _Load, machine: Machine, *, is_main: bool) -> list[int]:
     A stage that cannot be is given a start behind its stop.
     """
     used = load.weights + load.kv
+    disk_bytes = machine.disk_bytes
     lows = []
     for stop in range(len(used)):
         extra = load.extra_bytes(stop, is_main=is_main)
-        over = used[stop] + extra + load.compute(stop) - machine.memory_bytes
-        low = int(np.searchsorted(used, over))
-        if machine.disk_bytes is not None:
-            over = load.weights[stop] + extra - machine.disk_bytes
-            low = max(low, int(np.searchsorted(load.weights, over)))
+        beside = extra + load.compute(stop)
+        low = _low(used, stop, machine.memory_bytes - beside)
+        if disk_bytes is not None:
+            low = max(low, _low(load.weights, stop, disk_bytes - extra))
         lows.append(low)
     return lows
+
+
+def _low(sums: NDArray[np.int64], stop: int, room: int) -> int:
+    """The first unit from which all up to `stop` have room."""
+    over = max(int(sums[stop]) - room, 0)  # a user's room may be beyond 64 bits
+    return int(np.searchsorted(sums, over))
 
 
 class _Search:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from ewq_gguf.errors import UsageError
 
@@ -13,7 +12,7 @@ _UNITS = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 # Few digits, so that no number is too large to work with.
-_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([A-Za-z]+)")
+_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18}))?([A-Za-z]+)")
 
 
 def parse_size(text: str) -> int:
@@ -23,9 +22,11 @@ def parse_size(text: str) -> int:
         UsageError: it is not a number above 0 with a unit.
     """
     match = _SIZE.fullmatch(text)
-    scale = _UNITS.get(match[2]) if match else None
-    # A fraction, because a float has too few digits for some files' exact size.
-    n_bytes = int(Fraction(match[1]) * scale) if match and scale else 0
+    n_bytes = 0
+    if match and match[3] in _UNITS:
+        # Integers, because a float has too few digits for some files' exact size.
+        decimals = match[2] or ""
+        n_bytes = int(match[1] + decimals) * _UNITS[match[3]] // 10 ** len(decimals)
     if n_bytes == 0:
         raise UsageError(
             "plan",
