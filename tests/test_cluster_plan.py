@@ -372,6 +372,7 @@ def test_a_size(text, n_bytes):
     assert parse_size(text) == n_bytes
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize(
     "text",
     ["", "0GiB", "0.0GB", "0.5B", "-1GiB", "+1GiB", "nanGB", "NaN", "inf", "1e400",
@@ -545,6 +546,7 @@ def test_the_commands_of_a_placement():
     ]
 
 
+@pytest.mark.fault(96)
 def test_a_public_address_is_refused_unless_it_is_allowed():
     public = two_stages("8.8.8.8")
 

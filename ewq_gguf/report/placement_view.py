@@ -69,7 +69,8 @@ def _foot(placement: Placement) -> Table:
     table.add_row("hops", f"{placement.hops} between machines for each token")
     seconds = placement.seconds_per_token
     if seconds is not None:
-        table.add_row("time", f"{seconds * 1e3:.3g} ms to read all weights once")
+        time = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+        table.add_row("time", f"{time} to read all weights once")
     used = {stage.machine for stage in placement.stages}
     idle = [m.name for m in placement.machines if m.name not in used]
     if idle:
