@@ -2,8 +2,9 @@
 
 llama.cpp allocates two things when it loads a model for a context of n tokens: the KV
 cache (llama-kv-cache.cpp) and compute buffers for the activations of one micro-batch
-(llama-context.cpp, sched_reserve). The first is counted exactly, the second is bounded
-from above. Assumed are llama.cpp's defaults: a cache of F16, flash attention, one
+(llama-context.cpp, sched_reserve). The first is counted exactly, the second estimated
+from above: small models of 58 families and wide synthetic ones took between a third and
+all of it. Assumed are llama.cpp's defaults: a cache of F16, flash attention, one
 sequence, micro-batches of 512 tokens.
 """
 
@@ -68,7 +69,7 @@ def kv_bytes(tensors: Iterable[Tensor], n_ctx: int) -> dict[int, int]:
 def compute_bytes(
     tensors: Iterable[Tensor], n_ctx: int, *, has_output: bool = True
 ) -> int:
-    """Bytes of one device's compute buffer: an upper bound.
+    """Bytes of one device's compute buffer, estimated from above.
 
     Args:
         tensors: of the whole model.
@@ -128,7 +129,7 @@ def _cached_width(shapes: Mapping[str, _Shape]) -> int:
 
 
 def _output_width(shapes: Mapping[str, _Shape]) -> int:
-    """Values per token that are alive at once in a layer: an upper bound."""
+    """Values per token that are alive at once in a layer, estimated from above."""
     return sum(
         min(shape[0], _MOST_EXPERTS) * prod(shape[1:-1])
         if name.endswith("_exps")

@@ -58,7 +58,8 @@ class Placement(Part):
         n_ctx: tokens of context that there is room for.
         hops: how often a token's activations change machines on their way through the
             layers.
-        seconds_per_token: of reading the weights once; None where a speed is missing.
+        seconds_per_token: of reading the weights once, of the input embedding only a
+            row; None where a speed is missing.
         stages: in the order of the layers; the first is the main machine's.
     """
 
