@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from ewq_gguf.cli.common import F, explicit, options_of
+from ewq_gguf.cli.common import PATH, F, explicit, options_of
+from ewq_gguf.cli.machines import machines_of
 from ewq_gguf.pipeline import machine_budget
 from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
 from ewq_gguf.records import EwqPolicy, FastEwqPolicy, RulePolicy, UniformPolicy
@@ -106,6 +107,19 @@ _BUDGET = (
         "--bpw", metavar="X", help="The same in bits per weight of the whole file."
     ),
     _option(
+        "--machine",
+        multiple=True,
+        metavar="NAME=MEM[,DISK][,SPEED]",
+        help="A machine of a cluster, the main one first, then RPC workers by address; "
+        "repeat. Such as gpu1=24GiB or 10.0.0.2:50052=64GB,100GB,200GB/s.",
+    ),
+    _option(
+        "--machines",
+        type=PATH,
+        metavar="FILE",
+        help="A TOML file of them: [[machine]] tables with name, memory, disk, speed.",
+    ),
+    _option(
         "--ctx",
         type=click.IntRange(1, 1 << 31),
         default=4096,
@@ -141,7 +155,7 @@ rule_options = _all((*_MEASURE, *_RULE, *_TYPES, *_RAW_TYPE))
 _ENTROPY_NAMES = ("measure", "epsilon", "bins", "factor", "rule", "granularity")
 _FAST_NAMES = ("variant", "low_layers")
 _TYPE_NAMES = ("ladder", "embedding_type", "output_type")
-_BUDGET_NAMES = ("budget", "bpw", "ctx", "device")
+_BUDGET_NAMES = ("budget", "bpw", "machine", "machines", "ctx", "device")
 POLICY_OPTIONS = (
     "policy", *_ENTROPY_NAMES, *_FAST_NAMES, *_TYPE_NAMES, *_BUDGET_NAMES, "raw_type",
 )  # fmt: skip
@@ -237,12 +251,21 @@ def ask_of(values: dict[str, Any]) -> Ask | None:
         ToolError: a device is named and llama.cpp has none.
     """
     budget, bpw = values["budget"], values["bpw"]
-    if budget is not None and bpw is not None:
-        raise click.BadParameter("--budget and --bpw are two budgets; give one")
-    if budget == "auto":
-        return machine_budget(values["ctx"], values["device"], options_of(values))
-    if given := explicit(("ctx", "device")):
+    has_machines = bool(values["machine"] or values["machines"])
+    if (budget is not None) + (bpw is not None) + has_machines > 1:
+        raise click.BadParameter(
+            "--budget, --bpw and --machine are budgets each; give one"
+        )
+    is_auto = budget == "auto"
+    needless = [] if is_auto else ["device"] if has_machines else ["ctx", "device"]
+    if given := explicit(needless):
         raise click.BadParameter(f"{given[0]} goes with --budget auto")
+    if is_auto:
+        return machine_budget(values["ctx"], values["device"], options_of(values))
+    if has_machines:
+        machines = machines_of(values["machine"], values["machines"])
+        text = f"{len(machines)} machines"
+        return Ask(text, machines=machines, n_ctx=values["ctx"], may_exceed=True)
     if bpw is not None:
         return parse_bpw(bpw)
     return None if budget is None else parse_budget(budget)

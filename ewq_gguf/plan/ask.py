@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import prod
 
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.plan.memory import context_bytes
+from ewq_gguf.plan.memory import context_bytes, kv_bytes
 from ewq_gguf.plan.size_text import parse_size
-from ewq_gguf.records import LayoutTensor
+from ewq_gguf.records import LayoutTensor, Machine
 
 _NUMBER = re.compile(r"[0-9]{1,30}(\.[0-9]{1,30})?")
 
@@ -45,6 +45,7 @@ class Ask:
         share: of the unquantised file.
         bpw: bits per weight of the whole file.
         memory_bytes: of a machine that holds the file and its context.
+        machines: of a cluster that does; the file is then placed on them too.
         n_ctx: tokens of that context.
         may_exceed: as of Limit.
     """
@@ -54,6 +55,7 @@ class Ask:
     share: float | None = None
     bpw: float | None = None
     memory_bytes: int | None = None
+    machines: tuple[Machine, ...] = ()
     n_ctx: int = 4096
     may_exceed: bool = False
 
@@ -64,7 +66,12 @@ class Ask:
             InputError: the memory does not even hold the context.
         """
         if self.memory_bytes is not None:
-            return self._beside_context(tensors)
+            context = context_bytes(tensors, self.n_ctx)
+            return self._beside(context, self.memory_bytes, self.memory_bytes)
+        if self.machines:
+            context = sum(kv_bytes(tensors, self.n_ctx).values())
+            memory = sum(machine.memory_bytes for machine in self.machines)
+            return self._beside(context, memory, weight_room(self.machines))
         if self.n_bytes is not None:
             n_bytes = self.n_bytes
         elif self.share is not None:
@@ -74,19 +81,24 @@ class Ask:
             n_bytes = int(self.bpw * sum(prod(t.shape) for t in tensors) / 8)
         return Limit(self.text, n_bytes, self.may_exceed)
 
-    def _beside_context(self, tensors: Sequence[LayoutTensor]) -> Limit:
-        assert self.memory_bytes is not None
-        context = context_bytes(tensors, self.n_ctx)
-        n_bytes = self.memory_bytes - context
-        if n_bytes < 1:
+    def _beside(self, context: int, memory: int, weights: int) -> Limit:
+        """What memory leaves beside a context, but not more than room for weights."""
+        if memory <= context:
             raise InputError(
                 "plan",
                 "--budget",
-                f"{self.memory_bytes:,} bytes of memory are less than the "
-                f"{context:,} that {self.n_ctx} tokens of context take",
+                f"{memory:,} bytes of memory do not hold more than the {context:,} "
+                f"that {self.n_ctx} tokens of context take",
                 "choose a smaller --ctx",
             )
-        return Limit(self.text, n_bytes, True, self.n_ctx, context)
+        return Limit(
+            self.text, min(memory - context, weights), True, self.n_ctx, context
+        )
+
+
+def weight_room(machines: Sequence[Machine]) -> int:
+    """Bytes of weights that machines could hold together: sum of min(memory, disk)."""
+    return sum(min(m.memory_bytes, m.disk_bytes or m.memory_bytes) for m in machines)
 
 
 def parse_budget(text: str) -> Ask:

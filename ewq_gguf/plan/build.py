@@ -9,6 +9,7 @@ from ewq_gguf.errors import InputError
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.budget import fit, unit_bytes
+from ewq_gguf.plan.cluster import place
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.plan.units import Decision, Unit, decide_ewq, decide_fast
@@ -62,7 +63,7 @@ def make_plan(
         types = {tensor.name: wanted for tensor in subject.tensors}
         return assemble(subject, policy, types, layers=layers)
     _check_measures(scan, policy)
-    return _decided(subject, policy, decide_ewq(policy, scan, subject.tensors), budget)
+    return _planned(subject, policy, decide_ewq(policy, scan, subject.tensors), budget)
 
 
 def make_fast_plan(
@@ -85,7 +86,49 @@ def make_fast_plan(
     """
     check_policy(policy, has_budget=budget is not None)
     decision = decide_fast(policy, selected, subject.tensors)
-    return _decided(subject, policy, decision, budget)
+    return _planned(subject, policy, decision, budget)
+
+
+def _planned(
+    subject: Subject,
+    policy: EwqPolicy | FastEwqPolicy,
+    decision: Decision,
+    ask: Ask | None,
+) -> Plan:
+    """A decision's plan within a budget and, on a cluster, placed.
+
+    Together machines may have room for what no run of layers on each of them fills:
+    then the next smaller plan is tried.
+    """
+    plan = _decided(subject, policy, decision, ask)
+    if ask is None or not ask.machines:
+        return plan
+    assert plan.budget is not None
+    budget = plan.budget
+    while (placement := place(plan.tensors, ask.machines, ask.n_ctx)) is None:
+        n_bytes = plan.totals.file_size_bytes - 1
+        smaller = replace(ask, machines=(), n_bytes=n_bytes)
+        try:
+            plan = _decided(subject, policy, decision, smaller)
+        except InputError as error:
+            raise InputError(
+                "plan",
+                "--machine",
+                f"not even {n_bytes + 1:,} bytes can be placed on {ask.text} with "
+                f"{ask.n_ctx} tokens of context",
+                "give them more memory, or use more of them or a smaller --ctx",
+            ) from error
+    assert plan.budget is not None
+    of_all = {
+        name: getattr(budget, name)
+        for name in ("limit_bytes", "n_ctx", "context_bytes")
+    }
+    return plan.model_copy(
+        update={
+            "budget": plan.budget.model_copy(update=of_all),
+            "placement": placement,
+        }
+    )
 
 
 def _decided(

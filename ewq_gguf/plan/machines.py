@@ -86,14 +86,12 @@ def _machine(name: str, memory: str, disk: str | None, speed: str | None) -> Mac
         name=name,
         memory_bytes=parse_size(memory, "--machine"),
         disk_bytes=None if disk is None else parse_size(disk, "--machine"),
-        bytes_per_second=None
-        if speed is None
-        else parse_size(_per_second(speed), "--machine"),
+        bytes_per_second=None if speed is None else _parse_speed(speed),
     )
 
 
-def _per_second(speed: str) -> str:
-    """The size in a speed: `50GB` of `50GB/s`."""
+def _parse_speed(speed: str) -> int:
+    """Bytes per second of `50GB/s`."""
     if not speed.endswith("/s"):
         raise UsageError("plan", speed, "is not a speed", "write it such as 50GB/s")
-    return speed.removesuffix("/s")
+    return parse_size(speed.removesuffix("/s"), "--machine")

@@ -21,6 +21,7 @@ from ewq_gguf.records import (
     PlanTensor,
     UniformPolicy,
 )
+from ewq_gguf.report.placement_view import placement_view
 from ewq_gguf.report.text import size_text, type_style
 
 _SHORT = {
@@ -32,7 +33,10 @@ _SHORT = {
 def plan_view(plan: Plan) -> RenderableType:
     """The whole view, for a rich console."""
     said = [Text(f"note: {line}") for line in notes(plan)]
-    return Group(_head(plan), *said, Text(), _layer_map(plan), Text(), _other(plan))
+    placed = [Text(), placement_view(plan.placement)] if plan.placement else []
+    return Group(
+        _head(plan), *said, Text(), _layer_map(plan), Text(), _other(plan), *placed
+    )
 
 
 def layer_counts(plan: Plan) -> str:
