@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from ewq_gguf.errors import InputError
@@ -18,6 +18,7 @@ from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
     Layout,
+    Placement,
     Plan,
     PlanLayer,
     Scan,
@@ -97,38 +98,58 @@ def _planned(
 ) -> Plan:
     """A decision's plan within a budget and, on a cluster, placed.
 
-    Together machines may have room for what no run of layers on each of them fills:
-    then the next smaller plan is tried.
+    Raises:
+        InputError: the budget cannot be met, or nothing can be placed.
     """
     plan = _decided(subject, policy, decision, ask)
     if ask is None or not ask.machines:
         return plan
-    assert plan.budget is not None
     budget = plan.budget
-    while (placement := place(plan.tensors, ask.machines, ask.n_ctx)) is None:
-        n_bytes = plan.totals.file_size_bytes - 1
-        smaller = replace(ask, machines=(), n_bytes=n_bytes)
+    assert budget is not None
+    placement = place(plan.tensors, ask.machines, ask.n_ctx)
+    if placement is None:
+        smaller = replace(ask, machines=(), may_exceed=True)
+        plan, placement = _placed(
+            lambda n: _decided(subject, policy, decision, replace(smaller, n_bytes=n)),
+            plan.totals.file_size_bytes,
+            ask,
+        )
+        assert plan.budget is not None
+        kept = {"limit_bytes", "n_ctx", "context_bytes"}
+        budget = plan.budget.model_copy(update=budget.model_dump(include=kept))
+    return plan.model_copy(update={"budget": budget, "placement": placement})
+
+
+def _placed(
+    plan_of: Callable[[int], Plan], too_large: int, ask: Ask
+) -> tuple[Plan, Placement]:
+    """The largest plan that can be placed, to a 65 536th of its bytes.
+
+    Together machines have room that no run of layers on each of them fills: halve what
+    lies between a plan that was placed and one that was not.
+    """
+    small, best = 0, None
+    while too_large - small > too_large >> 16:
+        n_bytes = (small + too_large) // 2
         try:
-            plan = _decided(subject, policy, decision, smaller)
-        except InputError as error:
-            raise InputError(
-                "plan",
-                "--machine",
-                f"not even {n_bytes + 1:,} bytes can be placed on {ask.text} with "
-                f"{ask.n_ctx} tokens of context",
-                "give them more memory, or use more of them or a smaller --ctx",
-            ) from error
-    assert plan.budget is not None
-    of_all = {
-        name: getattr(budget, name)
-        for name in ("limit_bytes", "n_ctx", "context_bytes")
-    }
-    return plan.model_copy(
-        update={
-            "budget": plan.budget.model_copy(update=of_all),
-            "placement": placement,
-        }
-    )
+            plan = plan_of(n_bytes)
+        except InputError:  # less than the ladder reaches
+            small = n_bytes
+            continue
+        placement = place(plan.tensors, ask.machines, ask.n_ctx)
+        if placement is None:
+            too_large = plan.totals.file_size_bytes
+        else:
+            small, best = n_bytes, (plan, placement)
+    if best is None:
+        raise InputError(
+            "plan",
+            "--machine",
+            f"not even {too_large:,} bytes can be placed on {ask.text} with "
+            f"{ask.n_ctx} tokens of context",
+            "give them more memory, or use more of them or a smaller --ctx",
+        )
+    return best
 
 
 def _decided(
