@@ -10,13 +10,20 @@ import pytest
 from ewq_gguf import pipeline
 from ewq_gguf.cli import main
 from ewq_gguf.pipeline import Options, make_gguf
-from ewq_gguf.plan.ask import parse_bpw, parse_budget
-from ewq_gguf.records import EwqPolicy, FastEwqPolicy, Plan, UniformPolicy, load_record
+from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
+from ewq_gguf.records import (
+    EwqPolicy,
+    FastEwqPolicy,
+    Plan,
+    RulePolicy,
+    UniformPolicy,
+    load_record,
+)
 
 pytest_plugins = ["tests.toolchain_fixtures"]
 pytestmark = [pytest.mark.llamacpp, pytest.mark.slow]
 
-POLICIES = {
+POLICIES: dict[str, tuple[RulePolicy, Ask | None]] = {
     "histogram": (EwqPolicy(measure="histogram"), None),
     "q75": (EwqPolicy(rule="q75", factor=0.5), None),
     "eight-bit-mixed": (EwqPolicy(ladder=("Q8_0", "raw")), None),

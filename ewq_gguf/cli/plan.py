@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from ewq_gguf.cli.policy import (
 )
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
 from ewq_gguf.plan.build import make_plan
-from ewq_gguf.records import Plan, Scan, load_record
+from ewq_gguf.records import FastEwqPolicy, Plan, Scan, load_record
 from ewq_gguf.report.plan_view import plan_view
 from ewq_gguf.report.sweep_view import sweep_rows, sweep_view
 
@@ -69,6 +70,8 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
     if out is not None:
         store.check_writable(out, "plan")
     options = options_of(values)
+    if isinstance(policy, FastEwqPolicy):  # headers are all it reads
+        options = replace(options, is_streamed=True)
     result = pipeline.plan(
         _source(source, options, progress),
         policy,
