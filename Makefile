@@ -16,12 +16,12 @@ STAMP    := $(VENV)/.setup-$(BACKEND)
 
 help:
 	@echo "make setup [BACKEND=cpu|cuda|metal|vulkan]   set up .venv and build llama.cpp"
-	@echo "make gguf  [MODEL=demo] [POLICY=ewq] [OUT=FILE] [FORCE=1]"
+	@echo "make gguf  [MODEL=demo] [POLICY=ewq] [BUDGET=6GiB] [OUT=FILE] [FORCE=1]"
 	@echo "                                             plan, make and verify a GGUF file"
 	@echo "make test  [ARGS=...]                        run all tests (ARGS go to pytest)"
 	@echo "make check                                   ruff, mypy and the direction of imports"
 	@echo "make fuzz  [SECONDS=600]                     hostile headers, indexes and configs"
-	@echo "make bench                                   measure the scan's speed"
+	@echo "make bench                                   measure the speed of scans and plans"
 	@echo "make clean                                   remove .venv and build products"
 
 # The build in the cache may have gone since, or belong to another CACHE: asking for it
@@ -50,6 +50,7 @@ $(STAMP): $(PACKAGES)
 
 gguf: setup
 	@$(EWQ) gguf "$(MODEL)" --policy "$(POLICY)" $(if $(FORCE),--force) \
+	  $(if $(BUDGET),--budget "$(BUDGET)") \
 	  $(if $(OUT),-o "$(OUT)")
 
 test: setup
@@ -66,6 +67,7 @@ fuzz: setup
 
 bench: setup
 	@$(VENV)/bin/python -m benchmarks.scan
+	@$(VENV)/bin/python -m benchmarks.plan
 
 # The user's cache stays: it may be shared, and can be deleted by hand (docs/exactness.md).
 clean:

@@ -26,8 +26,9 @@ class Shape:
     n_vocab: int
 
 
-#: Matrices as large as a 1B model's, and Llama 2 70B's with layers for 100 GB.
+#: Matrices as large as a 1B model's, Llama 2 70B's with layers for 100 GB, Llama 3.1's.
 SHAPE_1B = Shape(n_layers=16, n_embd=2048, n_ff=8192, n_kv=512, n_vocab=32000)
+SHAPE_405B = Shape(n_layers=126, n_embd=16384, n_ff=53248, n_kv=1024, n_vocab=128256)
 SHAPE_100GB = Shape(n_layers=58, n_embd=8192, n_ff=28672, n_kv=1024, n_vocab=32000)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from ewq_gguf.errors import InputError
+from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.plan.ask import Ask
-from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.assemble import assemble, header_of
 from ewq_gguf.plan.budget import fit, unit_bytes
 from ewq_gguf.plan.cluster import place
 from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.plan.units import Decision, Unit, decide_ewq, decide_fast
 from ewq_gguf.records import (
@@ -205,15 +207,20 @@ def _fitted(
     ask: Ask,
 ) -> tuple[list[str], Budget]:
     """Each unit's type under a budget."""
-    everything_raw = assemble(subject, UniformPolicy(ggml_type="raw"), {}).totals
-    limit = ask.limit(everything_raw.file_size_bytes, subject.tensors)
+    in_units = {tensor.name for unit in units for tensor in unit.tensors}
+    other_bytes = (header_of(subject) or 0) + sum(
+        padded(tensor_bytes(tensor.ggml_type, tensor.shape))
+        for tensor in subject.tensors
+        if tensor.name not in in_units
+    )
     of_units = sum(unit_bytes(unit.tensors, subject.raw_type) for unit in units)
+    limit = ask.limit(other_bytes + of_units, subject.tensors)
     fitted = fit(
         units,
         [subject.plain(name) for name in policy.ladder],
         subject.raw_type,
         limit,
-        other_bytes=everything_raw.file_size_bytes - of_units,
+        other_bytes=other_bytes,
         demote_decision=isinstance(policy, FastEwqPolicy),
     )
     return list(fitted.types), Budget(
