@@ -172,7 +172,7 @@ def scan(
     layout, maker = None, ""
     if not checkpoint.is_mapped_by_name:
         toolchain = find_toolchain(options.llama_cpp)
-        layout, maker = _layout(checkpoint, toolchain, progress), toolchain.key
+        layout, maker = layout_for(checkpoint, toolchain, progress), toolchain.key
     key = store.sha256_text(
         f"{__version__} {checkpoint.signature} {measures.model_dump_json()} "
         f"{options.allow_nonfinite} {part} {maker}"
@@ -240,7 +240,7 @@ def plan(
         layout = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
         return make_plan(source, policy, layout, raw_type=raw_type, budget=budget)
     try:
-        layout = _layout(source, find_toolchain(options.llama_cpp), progress)
+        layout = layout_for(source, find_toolchain(options.llama_cpp), progress)
     except (ToolError, ChildError, InputError) as error:
         progress.note(f"{error}; the file's size is an estimate without its header")
         layout = None
@@ -321,7 +321,7 @@ def make_gguf(
     inputs = [shard.path for shard in checkpoint.shards]
     if out is not None:
         store.check_distinct(out, inputs, "gguf")
-    layout = _layout(checkpoint, toolchain, progress)
+    layout = layout_for(checkpoint, toolchain, progress)
     plan_path = None
     measures = policy_measures(policy.policy if isinstance(policy, Plan) else policy)
     measured = scan(checkpoint, measures, options=options, progress=progress)
@@ -420,7 +420,10 @@ def layout_bytes(layout: Layout) -> int:
     )
 
 
-def _layout(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) -> Layout:
+def layout_for(
+    checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress
+) -> Layout:
+    """The cached layout of a checkpoint, or the converter is asked for it now."""
     known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known

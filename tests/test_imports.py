@@ -25,6 +25,7 @@ ORDER = (
     {"bench"},
     {"report"},
     {"pipeline"},
+    {"importing"},
     {"cli"},
     {"__main__"},
 )

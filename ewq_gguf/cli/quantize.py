@@ -58,7 +58,14 @@ def quantize(
             out=str(out),
             n_threads=options.n_threads,
         )
-        export = ["ewq", "plan", "export", str(plan_path), "--format", "tensor-types"]
+        export = [
+            "ewq",
+            "plan",
+            "export",
+            str(plan_path),
+            "--format",
+            "tensor-type-file",
+        ]
         click.echo(f"{shlex.join(export)} -o tensor-types.txt\n{shlex.join(argv)}")
         return
     store.check_writable(out, "quantize")

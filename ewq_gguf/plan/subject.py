@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import n_dims
-from ewq_gguf.records import Layout, LayoutTensor, ModelIdentity, Scan
+from ewq_gguf.records import Layout, LayoutTensor, ModelIdentity, Scan, Source
 from ewq_gguf.tensor_names import is_quantizable
 
 #: Largest magnitude an F16 holds.
@@ -56,9 +57,35 @@ class Subject:
             layout=layout,
         )
 
+    @classmethod
+    def of_layout(cls, model: ModelIdentity, layout: Layout, raw_type: str) -> Subject:
+        """Of a checkpoint of which no weight was read."""
+        base = _most_weights(
+            (t.ggml_type, prod(t.shape))
+            for t in layout.tensors
+            if is_quantizable(t.name, n_dims(t.shape))
+        )
+        # The range of 32-bit weights is not known: BF16 holds every one.
+        own = "BF16" if base == "F32" else base
+        return cls(
+            model=model,
+            tensors=layout.tensors,
+            raw_type=own if raw_type == "auto" else raw_type,
+            weights_sha256=None,
+            layout=layout,
+        )
+
     def plain(self, name: str) -> str:
         """A type of a policy, `raw` by its own name."""
         return self.raw_type if name == "raw" else name
+
+
+def _most_weights(tensors: Iterable[tuple[str, int]]) -> str:
+    """The type that most weights have, of (type, number of weights)."""
+    weights: Counter[str] = Counter()
+    for ggml_type, n_weights in tensors:
+        weights[ggml_type] += n_weights
+    return weights.most_common(1)[0][0]
 
 
 def _raw_type(scan: Scan) -> str:
@@ -66,10 +93,10 @@ def _raw_type(scan: Scan) -> str:
 
     For 32-bit weights F16 where they fit it, which is the converter's choice too.
     """
-    weights: Counter[str] = Counter()
-    for tensor in scan.tensors:
-        weights[ggml_types.base_type(tensor.dtype)] += tensor.n_weights
-    base = weights.most_common(1)[0][0]
+    base = _most_weights(
+        (ggml_types.base_type(tensor.dtype), tensor.n_weights)
+        for tensor in scan.tensors
+    )
     if base in ("F16", "BF16"):
         return base
     largest = max(max(-tensor.min, tensor.max) for tensor in scan.tensors)
@@ -84,4 +111,5 @@ def _layout_tensors(scan: Scan) -> Iterable[LayoutTensor]:
             name=tensor.name,
             shape=tensor.shape,
             ggml_type=ggml_types.base_type(tensor.dtype) if quantizable else "F32",
+            sources=tuple(Source(hf_name=name) for name in tensor.hf_names),
         )
