@@ -1,4 +1,4 @@
-"""Faults 1 to 52, of checkpoints and plans: each has a test, which `pytest.mark.fault` names.
+"""Faults 1 to 52, of checkpoints and plans: `pytest.mark.fault` names each one's test.
 
 1-5 a file that is no safetensors, 6-8 its JSON, 9-12 offsets and shapes, 13-14 dtypes,
 15-18 odd tensors, 19 hostile names, 20-21 files that change, 22-24 paths, links and

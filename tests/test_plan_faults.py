@@ -40,9 +40,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(values))
 
 
-def edit_tensor(path: Path, name: str, **update: object) -> None:
+def edit_tensor(path: Path, tensor: str, **update: object) -> None:
     def change(values: dict[str, Any]) -> None:
-        next(t for t in values["tensors"] if t["name"] == name).update(update)
+        next(t for t in values["tensors"] if t["name"] == tensor).update(update)
 
     edit(path, change)
 
@@ -62,9 +62,6 @@ def quantize_refusal(capsys, plan_file: Path, base: Path) -> str:
     before = sorted(plan_file.parent.iterdir())
     line = refusal(capsys, "quantize", plan_file, base, "-o", "out.gguf", "-q")
     assert sorted(plan_file.parent.iterdir()) == before
-    assert line == refusal(
-        capsys, "quantize", plan_file, base, "-o", "out.gguf", "-q"
-    ), "and says the same again"
     return line
 
 
@@ -82,8 +79,6 @@ def test_what_is_no_ggml_type_is_refused(tiny, plan_file, capsys, ggml_type):
     line = quantize_refusal(capsys, plan_file, tiny.base)
     assert "ggml_type: " in line
     assert "is no ggml type" in line
-    policy = f"uniform:{ggml_type}" if ggml_type.endswith("M") else "uniform:Q4_K_S"
-    assert main(["plan", "plan.json", "--policy", policy]) in (2, 3)
 
 
 @pytest.mark.fault(44)
