@@ -83,7 +83,9 @@ def test_what_is_no_ggml_type_is_refused(tiny, plan_file, capsys, ggml_type):
 
 @pytest.mark.fault(44)
 def test_two_names_that_differ_in_capitals_only_are_refused(tiny, plan_file, capsys):
-    edit_tensor(plan_file, "blk.0.attn_k.weight", name="blk.0.ATTN_Q.weight")
+    edit_tensor(
+        plan_file, "blk.0.attn_k.weight", name="blk.0.ATTN_Q.weight", role="ATTN_Q"
+    )
     line = quantize_refusal(capsys, plan_file, tiny.base)
     assert "differs from" in line
     assert "in capitals only" in line
