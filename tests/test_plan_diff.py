@@ -81,7 +81,7 @@ def test_the_layers_that_change_are_mapped_and_the_others_folded():
     assert (
         "layer     MB  q          k v o gate down  up\n"
         "  0-1      0  =          =                =\n"
-        "    2  +0.03  Q8_0>Q4_K  Q8_0             Q8_0>BF16\n"
+        "    2  +0.03  Q8_0>Q4_K  =                Q8_0>BF16\n"
         "  3-5      0  =          =                ="
     ) in text
     assert "Q8_0>BF16        1  +0.06  up" in text

@@ -221,17 +221,18 @@ def _is_same(layer: Mapping[str, Pair]) -> bool:
 
 
 def _layer_cell(layer: Mapping[str, Pair], role: str) -> Text:
-    """Of a layer's role; `=` where layers are folded, `-` where it has no such role."""
-    if not layer:
-        return Text("=")
-    return _cell(layer[role]) if role in layer else Text("-")
+    """Of a layer's role; `=` where nothing changes, `-` where it has no such role."""
+    pair = layer.get(role)
+    if pair is None and layer:
+        return Text("-", style="dim")
+    if pair is None or _type(pair[0]) == _type(pair[1]):
+        return Text("=", style="dim")
+    return _cell(pair)
 
 
 def _cell(pair: Pair) -> Text:
-    """`Q4_K>Q8_0` of what changes, the type of what does not."""
+    """`Q4_K>Q8_0`: A's type and B's."""
     a, b = (_type(tensor) or "none" for tensor in pair)
-    if a == b:
-        return Text(a, style="dim")
     style = type_style(b) if b != "none" else ""
     return Text(f"{a}>{b}", style=f"bold {style}".strip())
 
