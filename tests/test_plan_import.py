@@ -79,9 +79,7 @@ def test_a_plan_by_layer_is_about_its_matrices(subject):
             "blk.1.attn_q.weight": "Q8_0",
             "blk.1.ffn_down.weight": "Q8_0",
         }
-        assert imported.notes == (
-            "1 tensors are not named and stay F16: token_embd.weight",
-        )
+        assert imported.notes == ("1 not named, which stay F16: token_embd.weight",)
 
 
 def test_a_plan_by_tensor_in_the_proof_of_concepts_own_form(subject):
@@ -107,9 +105,9 @@ def test_a_plan_by_tensor_in_the_proof_of_concepts_own_form(subject):
         "blk.1.attn_q.weight": "F16",
     }
     assert imported.notes == (
-        "4 named tensors are left out, which llama-quantize never quantises or the "
-        "model lacks: output.weight, output_norm.weight, blk.0.q_norm.weight, ...",
-        "1 tensors are not named and stay F16: blk.1.ffn_down.weight",
+        "4 left out, which llama-quantize never quantises or the model lacks: "
+        "output.weight, output_norm.weight, blk.0.q_norm.weight, ...",
+        "1 not named, which stay F16: blk.1.ffn_down.weight",
     )
 
 
@@ -211,7 +209,7 @@ def test_a_gguf_files_types_are_taken_and_its_norms_are_not(subject):
     found = FOUND | {"blk.0.attn_norm.weight": ((256,), "F16")}
     imported = gguf_types(found, subject, "f.gguf")
     assert imported.types == dict.fromkeys(MATRICES, "Q6_K")
-    assert "1 named tensors are left out" in imported.notes[0]
+    assert "1 left out" in imported.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +329,7 @@ def test_the_command_line_imports_quantises_and_verifies(
     path = Path(printed.out.strip())
     assert path.name.startswith("wide.imported-")
     said = " ".join(printed.err.split())
-    assert "quant_plan_0.json: 2 tensors are not named and stay BF16" in said
+    assert "quant_plan_0.json: 2 not named, which stay BF16" in said
     plan = load_record(Plan, path, "test")
     assert [layer.ggml_type for layer in plan.layers] == ["BF16", "Q4_K", "Q8_0"]
     out = tmp_path / "out.gguf"
@@ -360,6 +358,7 @@ def scan_file(tmp_path, own_cache) -> Path:
         (b"\xff\xfe", "is not JSON"),
         (b'{"a":' * 100_000, "is not JSON"),
         (b"[" * 1_000_000, "is not JSON"),
+        (b'{"0": "raw", "0": "4-bit"}', "key '0' stands twice"),
         (b"GGUF", "at byte 4: "),
         (b"GGUF" + b"\xff" * 64, "GGUF version"),
         (b"GGUF\x03\0\0\0" + b"\xff" * 16, "tensors do not fit"),

@@ -88,6 +88,7 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
 @click.argument("source", metavar="MODEL|SCAN")
 @raw_type_option
 @out_option("the plan.  [default: plans/NAME.imported-HASH.json]")
+@stream_option
 @llama_cpp_option
 @force_option
 @quiet_option

@@ -214,15 +214,15 @@ def _left_note(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"{len(names)} named tensors are left out, which llama-quantize never "
-        f"quantises or the model lacks: {_some(names)}",
+        f"{len(names)} left out, which llama-quantize never quantises or the model "
+        f"lacks: {_some(names)}",
     )
 
 
 def _raw_note(names: Sequence[str], raw_type: str) -> tuple[str, ...]:
     if not names:
         return ()
-    return (f"{len(names)} tensors are not named and stay {raw_type}: {_some(names)}",)
+    return (f"{len(names)} not named, which stay {raw_type}: {_some(names)}",)
 
 
 def _some(names: Sequence[str]) -> str:

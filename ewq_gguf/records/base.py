@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,9 +100,18 @@ def read_json(path: Path, stage: str, remedy: str) -> tuple[bytes, Any]:
         problem = f"{n_bytes:,} bytes are more than a record's {_MAX_RECORD_BYTES:,}"
         raise InputError(stage, path, problem, remedy)
     try:
-        return text, json.loads(text)
+        return text, json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise InputError(stage, path, f"is not JSON ({error})", remedy) from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; which of two equal keys is meant, nobody knows."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = Counter(key for key, _ in pairs)
+        raise ValueError(f"key {keys.most_common(1)[0][0]!r} stands twice")
+    return values
 
 
 def load_cached(kind: type[R], path: Path, stage: str) -> R | None:
