@@ -28,6 +28,7 @@ N_CPUS = (
     else os.cpu_count() or 1
 )
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+_CGROUP = Path("/sys/fs/cgroup")
 _STOP_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 
@@ -104,6 +105,22 @@ def run(
     if child.returncode != 0:
         _raise_for(command, child.returncode, text, log_path, stage)
     return text
+
+
+def available_memory() -> int:
+    """Bytes of RAM that could be had without swapping, a container's limit included."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no cgroup v2, or its limit is "max"
+        limit, used = (
+            int((_CGROUP / name).read_text())
+            for name in ("memory.max", "memory.current")
+        )
+        stat = (_CGROUP / "memory.stat").read_text()
+        cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+        free = min(free, max(limit - used, 0) + (int(cached[1]) if cached else 0))
+    return free
 
 
 def python_argv(module: str, *args: str | Path) -> list[str]:

@@ -328,7 +328,8 @@ def test_a_budget_is_bytes_a_share_or_bits():
 @pytest.mark.parametrize(
     "text",
     ["0", "0GB", "-1GB", "nan", "NaN%", "inf", "1e400", "1e400GB", "4.5.6GB", "6",
-     "GiB", "", "6 parsecs", "0.1B", "0%", "-5%", "%", "6GiB7", "6_0GB", "٣GB"],
+     "GiB", "", "6 parsecs", "0.1B", "0%", "-5%", "%", "6GiB7", "6_0GB", "٣GB",
+     "+1GiB", "1,5GB", "9" * 400 + "GB"],
 )  # fmt: skip
 def test_a_budget_that_is_no_size_is_a_usage_error(text):
     with pytest.raises(UsageError):

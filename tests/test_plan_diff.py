@@ -13,12 +13,11 @@ from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.build import make_plan
-from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import EwqPolicy, Plan, UniformPolicy
 from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
 from ewq_gguf.report.text import in_order, short_role
-from tests.scans import make_layout, make_scan
+from tests.scans import make_layout, make_scan, subject_of
 
 MOE = {
     "attn_norm": (2048,),
@@ -48,7 +47,7 @@ DENSE = {
 def plan_of(n_layers: int = 6, layer=None, base: str = "Q8_0", **types: str) -> Plan:
     """A plan of one type; others for the tensors named, with `_` for `.`."""
     scan = make_scan([1.0] * n_layers, layer=layer or DENSE)
-    subject = Subject.of_layout(scan.model, make_layout(scan), "auto")
+    subject = subject_of(scan)
     asked = {
         tensor.name: types.get(tensor.name.replace(".", "_"), base)
         for tensor in subject.tensors

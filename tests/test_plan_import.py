@@ -15,8 +15,8 @@ import pytest
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
-from ewq_gguf.importing import import_plan
 from ewq_gguf.llamacpp.quantize import quantize
+from ewq_gguf.pipeline import import_plan
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.imported import gguf_types, poc_types
@@ -31,7 +31,7 @@ from ewq_gguf.records import (
     load_record,
 )
 from tests.gguf_files import make_tiny
-from tests.scans import MODEL, make_layout, make_scan
+from tests.scans import MODEL, make_scan, subject_of
 
 pytest_plugins = ["tests.toolchain_fixtures"]
 
@@ -252,7 +252,7 @@ def test_a_gguf_of_another_model_is_refused(subject, found, message):
 @pytest.mark.fault(47)
 def test_rows_that_do_not_divide_are_planned_as_they_will_be_written():
     scan = make_scan([1.0])  # rows of 576
-    subject = Subject.of_layout(scan.model, make_layout(scan), "auto")
+    subject = subject_of(scan)
     types = poc_types({"0": "4-bit"}, subject, "p.json").types
     policy = ImportedPolicy(source="poc", file_name="p.json", file_sha256="0" * 64)
     plan = assemble(subject, policy, types)
@@ -267,9 +267,8 @@ def test_rows_that_do_not_divide_are_planned_as_they_will_be_written():
 )
 def test_raw_of_a_layout_is_its_matrices_16_bit_type(dtype, raw):
     scan = make_scan([1.0], dtype=dtype)
-    layout = make_layout(scan)
-    assert Subject.of_layout(scan.model, layout, "auto").raw_type == raw
-    assert Subject.of_layout(scan.model, layout, "F16").raw_type == "F16"
+    assert subject_of(scan).raw_type == raw
+    assert subject_of(scan, "F16").raw_type == "F16"
 
 
 # To the end, with the real toolchain.
@@ -295,7 +294,7 @@ def preset(wide, toolchain, tmp_path_factory) -> Path:
 def test_a_presets_types_are_imported_and_made_again(
     wide, preset, own_cache, toolchain, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ewq_gguf.pipeline.scan", None)  # no weight is measured
+    monkeypatch.setattr("ewq_gguf.pipeline.planning.scan", None)
     plan = import_plan(preset, wide.checkpoint)
     theirs = {t.name: t.ggml_type for t in read_gguf(preset).tensors}
     assert {"Q4_K", "Q6_K", "F32"} <= set(theirs.values())
@@ -406,7 +405,7 @@ def test_a_part_of_a_split_file_is_refused(tmp_path, scan_file, capsys):
 @pytest.fixture
 def plan_file(tmp_path) -> Path:
     scan = make_scan([1.0, 2.0])
-    subject = Subject.of_layout(scan.model, make_layout(scan), "auto")
+    subject = subject_of(scan)
     types = poc_types({"0": "4-bit"}, subject, "p.json").types
     path: Path = tmp_path / "plan.json"
     plan = assemble(subject, UniformPolicy(ggml_type="raw"), types)

@@ -116,7 +116,7 @@ def test_a_kept_scan_is_taken_until_a_file_changes(tiny, cache, monkeypatch):
     first = pipeline.scan(open_checkpoint(str(tiny)))
     assert list((cache / "scans").glob("*.journal")) == []
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "scan_checkpoint", None)
+        patch.setattr("ewq_gguf.checkpoint.scan.scan_checkpoint", None)
         assert pipeline.scan(open_checkpoint(str(tiny))) == first
     shard = next(tiny.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())

@@ -26,7 +26,7 @@ from rich.progress import (
 )
 
 from ewq_gguf.pipeline import Options
-from ewq_gguf.records import EwqPolicy, Record, RulePolicy, UniformPolicy
+from ewq_gguf.records import Record
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=Record)
@@ -110,84 +110,6 @@ nonfinite_option = click.option(
 no_load_option = click.option(
     "--no-load", is_flag=True, help="Do not load the file and let it answer."
 )
-raw_type_option = click.option(
-    "--raw-type",
-    type=click.Choice(["auto", "f16", "bf16"], case_sensitive=False),
-    default="auto",
-    show_default=True,
-    help="What `raw` means; auto is the source's own type.",
-)
-
-
-def policy_options(function: F) -> F:
-    """The options that make a Policy; `policy_of` reads them."""
-    for option in reversed(
-        [
-            click.option(
-                "--policy",
-                default="ewq",
-                show_default=True,
-                help="ewq, or uniform:TYPE such as uniform:Q8_0.",
-            ),
-            click.option(
-                "--measure",
-                type=click.Choice(["softmax", "histogram"]),
-                default="softmax",
-                show_default=True,
-                help="Which entropy decides.",
-            ),
-            click.option(
-                "--epsilon",
-                type=float,
-                default=0.01,
-                show_default=True,
-                help="Of the softmax measure.",
-            ),
-            click.option(
-                "--bins",
-                type=click.IntRange(2, 65536),
-                default=256,
-                show_default=True,
-                help="Of the histogram measure.",
-            ),
-            click.option(
-                "--factor",
-                type=float,
-                default=1.0,
-                show_default=True,
-                help="X of the threshold mu - X sigma.",
-            ),
-            click.option(
-                "--ladder",
-                default="Q4_K,Q8_0,raw",
-                show_default=True,
-                help="Precisions, low to high.",
-            ),
-            click.option(
-                "--embedding-type",
-                default="auto",
-                show_default=True,
-                help="Of the embedding: raw, a type, or auto: raw, with a budget "
-                "the ladder's.",
-            ),
-            click.option(
-                "--output-type",
-                default="auto",
-                show_default=True,
-                help="Of the output head, likewise.",
-            ),
-            raw_type_option,
-        ]
-    ):
-        function = option(function)
-    return function
-
-
-#: Options that only the policy `ewq` takes.
-_EWQ_ONLY = (
-    "measure", "epsilon", "bins", "factor", "ladder", "embedding_type", "output_type",
-)  # fmt: skip
-POLICY_OPTIONS = ("policy", *_EWQ_ONLY, "raw_type")
 
 
 def explicit(names: Iterable[str]) -> list[str]:
@@ -198,53 +120,6 @@ def explicit(names: Iterable[str]) -> list[str]:
         for name in names
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     ]
-
-
-def policy_of(values: dict[str, Any]) -> RulePolicy:
-    """The Policy that the command line asks for.
-
-    Raises:
-        click.BadParameter: there is no such policy, or a number is none.
-    """
-    name, _, argument = values["policy"].partition(":")
-    if name == "uniform" and argument:
-        if given := explicit(_EWQ_ONLY):
-            raise click.BadParameter(
-                f"{given[0]} belongs to policy ewq, not to {values['policy']}"
-            )
-        return UniformPolicy(ggml_type=_type_name(argument))
-    if name != "ewq" or argument:
-        raise click.BadParameter(
-            f"unknown policy {values['policy']!r}; use ewq, or uniform:TYPE such as "
-            "uniform:Q8_0",
-            param_hint="--policy",
-        )
-    for flag in ("epsilon", "factor"):
-        if not 0 <= values[flag] < float("inf"):
-            raise click.BadParameter(
-                f"{values[flag]} is not a number from 0 up", param_hint=f"--{flag}"
-            )
-    return EwqPolicy(
-        measure=values["measure"],
-        epsilon=values["epsilon"],
-        n_bins=values["bins"],
-        factor=values["factor"],
-        ladder=tuple(_type_name(part) for part in values["ladder"].split(",")),
-        embedding_type=_type_name(values["embedding_type"]),
-        output_type=_type_name(values["output_type"]),
-    )
-
-
-def _type_name(text: str) -> str:
-    """`raw`, `auto`, or a ggml type in its own spelling."""
-    stripped = text.strip()
-    return stripped.lower() if stripped.lower() in {"raw", "auto"} else stripped.upper()
-
-
-def raw_type_of(values: dict[str, Any]) -> str:
-    """`auto`, `F16` or `BF16`."""
-    raw: str = values["raw_type"]
-    return raw if raw == "auto" else raw.upper()
 
 
 def options_of(values: dict[str, Any]) -> Options:

@@ -11,7 +11,6 @@ import click
 from ewq_gguf import pipeline
 from ewq_gguf.cli.common import (
     PATH,
-    POLICY_OPTIONS,
     BarProgress,
     console,
     explicit,
@@ -22,11 +21,15 @@ from ewq_gguf.cli.common import (
     nonfinite_option,
     options_of,
     out_option,
+    quiet_option,
+    threads_option,
+)
+from ewq_gguf.cli.policy import (
+    POLICY_OPTIONS,
+    ask_of,
     policy_of,
     policy_options,
-    quiet_option,
     raw_type_of,
-    threads_option,
 )
 from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
@@ -74,6 +77,7 @@ def gguf(
         out,
         policy,
         raw_type=raw_type_of(values),
+        budget=ask_of(values),
         options=options,
         progress=progress,
     )
@@ -113,6 +117,7 @@ def _dry_run(
             pipeline.open_model(model, options=options, progress=progress),
             plan,
             raw_type=raw_type_of(context.params),
+            budget=ask_of(context.params),
             options=options,
             progress=progress,
         )

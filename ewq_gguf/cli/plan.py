@@ -22,22 +22,29 @@ from ewq_gguf.cli.common import (
     nonfinite_option,
     options_of,
     out_option,
-    policy_of,
-    policy_options,
     quiet_option,
-    raw_type_of,
-    raw_type_option,
     show_record,
     stream_option,
     threads_option,
 )
-from ewq_gguf.importing import import_plan
+from ewq_gguf.cli.policy import (
+    ask_of,
+    ewq_policy_of,
+    factors_of,
+    policy_of,
+    policy_options,
+    raw_type_of,
+    raw_type_option,
+    rule_options,
+)
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
+from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, Scan, load_record
 from ewq_gguf.report.plan_csv import plan_csv
 from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
+from ewq_gguf.report.sweep_view import sweep_rows, sweep_view
 
 _FORMATS: dict[str, Callable[[Plan], str]] = {
     "sh": export_sh,
@@ -69,15 +76,17 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
     The prediction is exact where the checkpoint and the toolchain are at hand, and
     marked as an estimate elsewhere. Prints the plan's path.
     """
-    policy = policy_of(values)
+    policy, ask = policy_of(values), ask_of(values)
     progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "plan")
+    options = options_of(values)
     result = pipeline.plan(
-        _opened(source, values, progress),
+        _source(source, options, progress),
         policy,
         raw_type=raw_type_of(values),
-        options=options_of(values),
+        budget=ask,
+        options=options,
         progress=progress,
     )
     _written(result, out, force=values["force"], as_json=as_json)
@@ -104,23 +113,15 @@ def import_(
     progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "plan")
-    result = import_plan(
+    options = options_of(values)
+    result = pipeline.import_plan(
         file,
-        _opened(source, values, progress),
+        _source(source, options, progress),
         raw_type=raw_type_of(values),
-        options=options_of(values),
+        options=options,
         progress=progress,
     )
     _written(result, out, force=values["force"], as_json=as_json)
-
-
-def _opened(
-    source: str, values: dict[str, Any], progress: BarProgress
-) -> Checkpoint | Scan:
-    """The record of a SCAN file, or the MODEL."""
-    if source.endswith(".json"):
-        return load_record(Scan, Path(source), "plan")
-    return pipeline.open_model(source, options=options_of(values), progress=progress)
 
 
 def _written(made: Plan, out: Path | None, *, force: bool, as_json: bool) -> None:
@@ -131,12 +132,61 @@ def _written(made: Plan, out: Path | None, *, force: bool, as_json: bool) -> Non
 
 
 @plan.command()
+@click.argument("source", metavar="MODEL|SCAN")
+@click.option(
+    "--factors",
+    default="0.3:1.5:0.05",
+    show_default=True,
+    metavar="FROM:TO:STEP",
+    help="Values of X, the last one included; or a list with commas.",
+)
+@rule_options
+@stream_option
+@threads_option
+@nonfinite_option
+@llama_cpp_option
+@quiet_option
+@json_option
+def sweep(source: str, factors: str, as_json: bool, **values: Any) -> None:
+    """Plan with one factor after another: layers of each type, size and bits."""
+    policies = [
+        ewq_policy_of({**values, "factor": factor}) for factor in factors_of(factors)
+    ]
+    progress = BarProgress(quiet=values["quiet"])
+    options = options_of(values)
+    measured, layout = pipeline.measured(
+        _source(source, options, progress),
+        policies[0],
+        options=options,
+        progress=progress,
+    )
+    plans = [
+        make_plan(measured, policy, layout, raw_type=raw_type_of(values))
+        for policy in policies
+    ]
+    if as_json:
+        click.echo(json.dumps(sweep_rows(plans), indent=1, sort_keys=True))
+    else:
+        presets = layout.preset_bytes if layout else {}
+        Console(highlight=False).print(sweep_view(plans, presets))
+
+
+@plan.command()
 @click.argument("plan_path", type=PATH, metavar="PLAN")
 @json_option
 def show(plan_path: Path, as_json: bool) -> None:
     """Print a plan as a table and a layer x role map."""
     record = load_record(Plan, plan_path, "plan")
     show_record(record, plan_view, as_json=as_json)
+
+
+def _source(
+    source: str, options: pipeline.Options, progress: BarProgress
+) -> Checkpoint | Scan:
+    """A scan's file, or a model."""
+    if source.endswith(".json"):
+        return load_record(Scan, Path(source), "plan")
+    return pipeline.open_model(source, options=options, progress=progress)
 
 
 @plan.command()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
-from ewq_gguf.errors import UsageError
+from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.plan.memory import context_bytes, kv_bytes
 from ewq_gguf.plan.size_text import parse_size
+from ewq_gguf.records import LayoutTensor, Machine
 
 _NUMBER = re.compile(r"[0-9]{1,30}(\.[0-9]{1,30})?")
 
@@ -20,11 +24,15 @@ class Limit:
         n_bytes: of the whole file.
         may_exceed: whether it may be more than the unquantised file takes: what a
             machine has often is, what a user asks for is a mistake.
+        n_ctx: tokens of context that room was left for, or None.
+        context_bytes: that room.
     """
 
     asked: str
     n_bytes: int
     may_exceed: bool = False
+    n_ctx: int | None = None
+    context_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class Ask:
         n_bytes: of the file.
         share: of the unquantised file.
         bpw: bits per weight of the whole file.
+        memory_bytes: of a machine that holds the file and its context.
+        machines: of a cluster that does; the file is then placed on them too.
+        n_ctx: tokens of that context.
         may_exceed: as of Limit.
     """
 
@@ -43,18 +54,51 @@ class Ask:
     n_bytes: int | None = None
     share: float | None = None
     bpw: float | None = None
+    memory_bytes: int | None = None
+    machines: tuple[Machine, ...] = ()
+    n_ctx: int = 4096
     may_exceed: bool = False
 
-    def limit(self, raw_bytes: int, n_weights: int) -> Limit:
-        """The bytes, for a model that takes `raw_bytes` unquantised."""
+    def limit(self, raw_bytes: int, tensors: Sequence[LayoutTensor]) -> Limit:
+        """The bytes, for a model of these tensors that takes `raw_bytes` unquantised.
+
+        Raises:
+            InputError: the memory does not even hold the context.
+        """
+        if self.memory_bytes is not None:
+            context = context_bytes(tensors, self.n_ctx)
+            return self._beside(context, self.memory_bytes, self.memory_bytes)
+        if self.machines:
+            context = sum(kv_bytes(tensors, self.n_ctx).values())
+            memory = sum(machine.memory_bytes for machine in self.machines)
+            return self._beside(context, memory, weight_room(self.machines))
         if self.n_bytes is not None:
             n_bytes = self.n_bytes
         elif self.share is not None:
             n_bytes = int(self.share * raw_bytes)
         else:
             assert self.bpw is not None
-            n_bytes = int(self.bpw * n_weights / 8)
+            n_bytes = int(self.bpw * sum(prod(t.shape) for t in tensors) / 8)
         return Limit(self.text, n_bytes, self.may_exceed)
+
+    def _beside(self, context: int, memory: int, weights: int) -> Limit:
+        """What memory leaves beside a context, but not more than room for weights."""
+        if memory <= context:
+            raise InputError(
+                "plan",
+                "--budget",
+                f"{memory:,} bytes of memory do not hold more than the {context:,} "
+                f"that {self.n_ctx} tokens of context take",
+                "choose a smaller --ctx",
+            )
+        return Limit(
+            self.text, min(memory - context, weights), True, self.n_ctx, context
+        )
+
+
+def weight_room(machines: Sequence[Machine]) -> int:
+    """Bytes of weights that machines could hold together: sum of min(memory, disk)."""
+    return sum(min(m.memory_bytes, m.disk_bytes or m.memory_bytes) for m in machines)
 
 
 def parse_budget(text: str) -> Ask:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from ewq_gguf.errors import InputError
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.budget import fit, unit_bytes
+from ewq_gguf.plan.cluster import place
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.plan.units import Decision, Unit, decide_ewq, decide_fast
@@ -17,6 +18,7 @@ from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
     Layout,
+    Placement,
     Plan,
     PlanLayer,
     Scan,
@@ -62,7 +64,7 @@ def make_plan(
         types = {tensor.name: wanted for tensor in subject.tensors}
         return assemble(subject, policy, types, layers=layers)
     _check_measures(scan, policy)
-    return _decided(subject, policy, decide_ewq(policy, scan, subject.tensors), budget)
+    return _planned(subject, policy, decide_ewq(policy, scan, subject.tensors), budget)
 
 
 def make_fast_plan(
@@ -85,7 +87,69 @@ def make_fast_plan(
     """
     check_policy(policy, has_budget=budget is not None)
     decision = decide_fast(policy, selected, subject.tensors)
-    return _decided(subject, policy, decision, budget)
+    return _planned(subject, policy, decision, budget)
+
+
+def _planned(
+    subject: Subject,
+    policy: EwqPolicy | FastEwqPolicy,
+    decision: Decision,
+    ask: Ask | None,
+) -> Plan:
+    """A decision's plan within a budget and, on a cluster, placed.
+
+    Raises:
+        InputError: the budget cannot be met, or nothing can be placed.
+    """
+    plan = _decided(subject, policy, decision, ask)
+    if ask is None or not ask.machines:
+        return plan
+    budget = plan.budget
+    assert budget is not None
+    placement = place(plan.tensors, ask.machines, ask.n_ctx)
+    if placement is None:
+        smaller = replace(ask, machines=(), may_exceed=True)
+        plan, placement = _placed(
+            lambda n: _decided(subject, policy, decision, replace(smaller, n_bytes=n)),
+            plan.totals.file_size_bytes,
+            ask,
+        )
+        assert plan.budget is not None
+        kept = {"limit_bytes", "n_ctx", "context_bytes"}
+        budget = plan.budget.model_copy(update=budget.model_dump(include=kept))
+    return plan.model_copy(update={"budget": budget, "placement": placement})
+
+
+def _placed(
+    plan_of: Callable[[int], Plan], too_large: int, ask: Ask
+) -> tuple[Plan, Placement]:
+    """The largest plan that can be placed, to a 65 536th of its bytes.
+
+    Together machines have room that no run of layers on each of them fills: halve what
+    lies between a plan that was placed and one that was not.
+    """
+    small, best = 0, None
+    while too_large - small > too_large >> 16:
+        n_bytes = (small + too_large) // 2
+        try:
+            plan = plan_of(n_bytes)
+        except InputError:  # less than the ladder reaches
+            small = n_bytes
+            continue
+        placement = place(plan.tensors, ask.machines, ask.n_ctx)
+        if placement is None:
+            too_large = plan.totals.file_size_bytes
+        else:
+            small, best = n_bytes, (plan, placement)
+    if best is None:
+        raise InputError(
+            "plan",
+            "--machine",
+            f"not even {too_large:,} bytes can be placed on {ask.text} with "
+            f"{ask.n_ctx} tokens of context",
+            "give them more memory, or use more of them or a smaller --ctx",
+        )
+    return best
 
 
 def _decided(
@@ -142,7 +206,7 @@ def _fitted(
 ) -> tuple[list[str], Budget]:
     """Each unit's type under a budget."""
     everything_raw = assemble(subject, UniformPolicy(ggml_type="raw"), {}).totals
-    limit = ask.limit(everything_raw.file_size_bytes, everything_raw.n_weights)
+    limit = ask.limit(everything_raw.file_size_bytes, subject.tensors)
     of_units = sum(unit_bytes(unit.tensors, subject.raw_type) for unit in units)
     fitted = fit(
         units,
@@ -158,6 +222,8 @@ def _fitted(
         case=fitted.case,
         start=fitted.start,
         n_steps=fitted.n_steps,
+        n_ctx=limit.n_ctx,
+        context_bytes=limit.context_bytes,
     )
 
 

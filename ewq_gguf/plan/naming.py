@@ -20,8 +20,8 @@ def plan_name(plan: Plan) -> str:
     bases = {t.base_type for t in plan.tensors if t.is_quantizable}
     parts = [policy_label(plan.policy)]
     if plan.budget is not None:
-        asked = plan.budget.asked.replace("%", "pct").replace(" ", "")
-        parts.append(f"budget-{asked}")
+        asked, _, _ = plan.budget.asked.partition(" (")
+        parts.append(f"budget-{asked.replace('%', 'pct').replace(' ', '')}")
     if plan.raw_type not in bases and "F32" not in bases:
         parts.append(f"raw-{plan.raw_type}")
     return f"{plan.model.name}.{'-'.join(parts)}"

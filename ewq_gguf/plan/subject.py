@@ -49,28 +49,40 @@ class Subject:
                 f"the scan is part {scan.part} only",
                 "join the parts first: `ewq scan merge PART...`",
             )
+        found = (
+            layout_tensor(t.name, t.shape, t.dtype, t.hf_names) for t in scan.tensors
+        )
         return cls(
             model=scan.model,
-            tensors=layout.tensors if layout else tuple(_layout_tensors(scan)),
+            tensors=layout.tensors if layout else tuple(found),
             raw_type=_raw_type(scan) if raw_type == "auto" else raw_type,
             weights_sha256=scan.weights_sha256,
             layout=layout,
         )
 
     @classmethod
-    def of_layout(cls, model: ModelIdentity, layout: Layout, raw_type: str) -> Subject:
-        """Of a checkpoint of which no weight was read."""
-        base = _most_weights(
-            (t.ggml_type, prod(t.shape))
-            for t in layout.tensors
-            if is_quantizable(t.name, n_dims(t.shape))
-        )
-        # The range of 32-bit weights is not known: BF16 holds every one.
-        own = "BF16" if base == "F32" else base
+    def of_tensors(
+        cls,
+        model: ModelIdentity,
+        tensors: Iterable[LayoutTensor],
+        layout: Layout | None,
+        raw_type: str,
+    ) -> Subject:
+        """Of a checkpoint whose weights were not read.
+
+        32-bit weights may be larger than an F16 holds, so raw is then BF16.
+        """
+        known = tuple(tensors)
+        weights: Counter[str] = Counter()
+        for tensor in known:
+            if is_quantizable(tensor.name, n_dims(tensor.shape)):
+                weights[tensor.ggml_type] += prod(tensor.shape)
+        base = weights.most_common(1)[0][0] if weights else "F16"
+        raw = "BF16" if base == "F32" else base
         return cls(
             model=model,
-            tensors=layout.tensors,
-            raw_type=own if raw_type == "auto" else raw_type,
+            tensors=known,
+            raw_type=raw if raw_type == "auto" else raw_type,
             weights_sha256=None,
             layout=layout,
         )
@@ -80,36 +92,29 @@ class Subject:
         return self.raw_type if name == "raw" else name
 
 
-def _most_weights(tensors: Iterable[tuple[str, int]]) -> str:
-    """The type that most weights have, of (type, number of weights)."""
-    weights: Counter[str] = Counter()
-    for ggml_type, n_weights in tensors:
-        weights[ggml_type] += n_weights
-    return weights.most_common(1)[0][0]
-
-
 def _raw_type(scan: Scan) -> str:
     """The 16-bit type of the source.
 
     For 32-bit weights F16 where they fit it, which is the converter's choice too.
     """
-    base = _most_weights(
-        (ggml_types.base_type(tensor.dtype), tensor.n_weights)
-        for tensor in scan.tensors
-    )
+    weights: Counter[str] = Counter()
+    for tensor in scan.tensors:
+        weights[ggml_types.base_type(tensor.dtype)] += tensor.n_weights
+    base = weights.most_common(1)[0][0]
     if base in ("F16", "BF16"):
         return base
     largest = max(max(-tensor.min, tensor.max) for tensor in scan.tensors)
     return "F16" if largest <= _F16_MAX else "BF16"
 
 
-def _layout_tensors(scan: Scan) -> Iterable[LayoutTensor]:
+def layout_tensor(
+    name: str, shape: tuple[int, ...], dtype: str, hf_names: Iterable[str] = ()
+) -> LayoutTensor:
     """What the converter writes for a dense model, where it could not be asked."""
-    for tensor in scan.tensors:
-        quantizable = is_quantizable(tensor.name, n_dims(tensor.shape))
-        yield LayoutTensor(
-            name=tensor.name,
-            shape=tensor.shape,
-            ggml_type=ggml_types.base_type(tensor.dtype) if quantizable else "F32",
-            sources=tuple(Source(hf_name=name) for name in tensor.hf_names),
-        )
+    quantizable = is_quantizable(name, n_dims(shape))
+    return LayoutTensor(
+        name=name,
+        shape=shape,
+        ggml_type=ggml_types.base_type(dtype) if quantizable else "F32",
+        sources=tuple(Source(hf_name=hf_name) for hf_name in hf_names),
+    )

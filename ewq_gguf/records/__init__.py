@@ -9,6 +9,7 @@ from ewq_gguf.records.base import (
 )
 from ewq_gguf.records.layout import Layout, LayoutTensor, Source
 from ewq_gguf.records.model import ModelIdentity, Shard
+from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.records.plan import (
     Budget,
     EwqPolicy,
@@ -34,8 +35,10 @@ __all__ = [
     "LayerScan",
     "Layout",
     "LayoutTensor",
+    "Machine",
     "Measures",
     "ModelIdentity",
+    "Placement",
     "Plan",
     "PlanLayer",
     "PlanTensor",
@@ -45,6 +48,7 @@ __all__ = [
     "Scan",
     "Shard",
     "Source",
+    "Stage",
     "TensorScan",
     "Thresholds",
     "Totals",

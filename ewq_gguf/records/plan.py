@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ewq_gguf.records.base import Part, Record
 from ewq_gguf.records.model import ModelIdentity
+from ewq_gguf.records.placement import Placement
 
 
 class EwqPolicy(Part):
@@ -90,11 +91,9 @@ class ImportedPolicy(Part):
 
 
 #: Policies that decide; an ImportedPolicy only tells where types came from.
-RulePolicy = EwqPolicy | UniformPolicy
+RulePolicy = EwqPolicy | FastEwqPolicy | UniformPolicy
 
-Policy = Annotated[
-    RulePolicy | FastEwqPolicy | ImportedPolicy, Field(discriminator="name")
-]
+Policy = Annotated[RulePolicy | ImportedPolicy, Field(discriminator="name")]
 
 
 class Budget(Part):
@@ -108,6 +107,8 @@ class Budget(Part):
             demoted below the ladder.
         start: what promotion or demotion began with: `raw`, `decision` or a type.
         n_steps: how many steps up or down were taken.
+        n_ctx: tokens of context that room was left for, where it was.
+        context_bytes: that room: KV cache and compute buffer.
     """
 
     asked: str
@@ -115,6 +116,8 @@ class Budget(Part):
     case: Literal[1, 2, 3, 4]
     start: str
     n_steps: int
+    n_ctx: int | None = None
+    context_bytes: int | None = None
 
 
 class PlanTensor(Part):
@@ -212,6 +215,7 @@ class Plan(Record):
         thresholds: of the rule: of `layer`, or of each role where tensors are decided
             one by one; empty where the policy has none.
         budget: the limit and how it was reached; None without one.
+        placement: on a cluster's machines; None without one.
         tensors: every tensor of the file.
         layers: the decisions.
         totals: the prediction.
@@ -228,6 +232,7 @@ class Plan(Record):
     ftype: str
     thresholds: dict[str, Thresholds]
     budget: Budget | None
+    placement: Placement | None = None
     tensors: tuple[PlanTensor, ...]
     layers: tuple[PlanLayer, ...]
     totals: Totals

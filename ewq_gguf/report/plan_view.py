@@ -21,6 +21,7 @@ from ewq_gguf.records import (
     PlanTensor,
     UniformPolicy,
 )
+from ewq_gguf.report.placement_view import placement_view
 from ewq_gguf.report.text import (
     Column,
     Map,
@@ -34,7 +35,10 @@ from ewq_gguf.report.text import (
 def plan_view(plan: Plan) -> RenderableType:
     """The whole view, for a rich console."""
     said = [Text(f"note: {line}") for line in notes(plan)]
-    return Group(_head(plan), *said, Text(), _layer_map(plan), Text(), _other(plan))
+    placed = [Text(), placement_view(plan.placement)] if plan.placement else []
+    return Group(
+        _head(plan), *said, Text(), _layer_map(plan), Text(), _other(plan), *placed
+    )
 
 
 def layer_counts(plan: Plan) -> str:
@@ -116,7 +120,14 @@ def _budget_text(plan: Plan, budget: Budget) -> str:
         3: f"begun with {budget.start}, {budget.n_steps} steps",
         4: f"begun with {budget.start}, {budget.n_steps} steps below the ladder",
     }[budget.case]
-    return f"{budget.asked}, {budget.limit_bytes:,} bytes, {gap:,} unused: {how}"
+    context = (
+        f" beside {budget.context_bytes:,} for {budget.n_ctx} tokens of context"
+        if budget.context_bytes is not None
+        else ""
+    )
+    return (
+        f"{budget.asked}, {budget.limit_bytes:,} bytes{context}, {gap:,} unused: {how}"
+    )
 
 
 def _policy_text(plan: Plan) -> str:

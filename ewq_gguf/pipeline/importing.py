@@ -12,7 +12,8 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
-from ewq_gguf.pipeline import SILENT, Options, Progress, layout_for
+from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.scanning import layout
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.imported import Imported, gguf_types, poc_types
 from ewq_gguf.plan.subject import Subject
@@ -52,12 +53,12 @@ def _subject(
     source: Checkpoint | Scan, raw_type: str, options: Options, progress: Progress
 ) -> Subject:
     if isinstance(source, Scan):
-        layout = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
-        subject = Subject.of_scan(source, layout, raw_type)
+        known = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
+        subject = Subject.of_scan(source, known, raw_type)
         # The types depend on no weight, whoever has measured them.
         return replace(subject, weights_sha256=None)
-    layout = layout_for(source, find_toolchain(options.llama_cpp), progress)
-    return Subject.of_layout(source.identity, layout, raw_type)
+    laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
+    return Subject.of_tensors(source.identity, laid_out.tensors, laid_out, raw_type)
 
 
 def _read(file: Path, subject: Subject) -> tuple[ImportedPolicy, Imported]:

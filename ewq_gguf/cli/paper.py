@@ -1,0 +1,30 @@
+"""`ewq paper`: the paper's figures, recomputed."""
+
+from __future__ import annotations
+
+import click
+
+from ewq_gguf import data, dataset
+from ewq_gguf.cli.common import json_option, show_record
+from ewq_gguf.plan.paper import check_paper
+from ewq_gguf.report.paper_view import paper_view
+
+_TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
+
+
+@click.group()
+def paper() -> None:
+    """Recompute what the paper's tables allow."""
+
+
+@paper.command()
+@json_option
+def check(as_json: bool) -> None:
+    """Print every figure that can be recomputed beside its value, agreeing or not.
+
+    From the tables themselves and the models' public shapes; nothing is measured. The
+    exit code is 0 whatever is found.
+    """
+    tables = {number: data.table(f"paper_table{number}") for number in _TABLES}
+    result = check_paper(tables, dataset.shipped_rows())
+    show_record(result, paper_view, as_json=as_json)

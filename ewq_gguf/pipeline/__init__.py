@@ -1,0 +1,43 @@
+"""The main path as a handful of functions: what `ewq gguf` and a library user call.
+
+    checkpoint -> Scan -> Plan -> base GGUF -> mixed GGUF -> Verification
+
+Scans, layouts and base files are kept in the cache by what they depend on, so a second
+run does only what changed.
+"""
+
+from ewq_gguf.pipeline.importing import import_plan
+from ewq_gguf.pipeline.making import Made, base_file, layout_bytes, make_gguf
+from ewq_gguf.pipeline.options import SILENT, Options, Progress, Silent
+from ewq_gguf.pipeline.planning import (
+    check_layout,
+    check_plan,
+    machine_budget,
+    measured,
+    plan,
+    plan_file,
+    policy_measures,
+)
+from ewq_gguf.pipeline.scanning import layout, open_model, scan
+
+__all__ = [
+    "Made",
+    "Options",
+    "Progress",
+    "SILENT",
+    "Silent",
+    "base_file",
+    "check_layout",
+    "check_plan",
+    "import_plan",
+    "layout",
+    "layout_bytes",
+    "machine_budget",
+    "make_gguf",
+    "measured",
+    "open_model",
+    "plan",
+    "plan_file",
+    "policy_measures",
+    "scan",
+]

@@ -1,0 +1,233 @@
+"""From a plan to a verified GGUF, and everything at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.errors import (
+    InputError,
+    UsageError,
+    VerificationError,
+)
+from ewq_gguf.ggml_types import tensor_bytes
+from ewq_gguf.llamacpp.convert import (
+    base_type,
+    check_is_local,
+    convert,
+)
+from ewq_gguf.llamacpp.quantize import quantize
+from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
+from ewq_gguf.llamacpp.verify import can_load, verify_file
+from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.planning import (
+    check_plan,
+    plan,
+    plan_file,
+    policy_measures,
+)
+from ewq_gguf.pipeline.scanning import layout, open_model, scan
+from ewq_gguf.plan.ask import Ask
+from ewq_gguf.plan.check import check_sound
+from ewq_gguf.plan.naming import nearest_preset
+from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
+from ewq_gguf.records import (
+    EwqPolicy,
+    Layout,
+    Plan,
+    RulePolicy,
+    Verification,
+    load_cached,
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `make_gguf` made.
+
+    Attributes:
+        path: of the GGUF.
+        plan: it was made from.
+        plan_path: where the plan was written; None where it was given.
+        verification: of the file.
+        preset_bytes: sizes of the standard presets, by name, and of the base type.
+        is_reused: whether the file was there already, valid and of the same plan.
+    """
+
+    path: Path
+    plan: Plan
+    plan_path: Path | None
+    verification: Verification
+    preset_bytes: dict[str, int]
+    is_reused: bool
+
+
+def base_file(
+    checkpoint: Checkpoint,
+    toolchain: Toolchain,
+    *,
+    progress: Progress = SILENT,
+) -> Path:
+    """The base GGUF of a checkpoint in the cache, made on first use; or itself."""
+    if checkpoint.identity.is_gguf:
+        checkpoint.check_unchanged("quantize")
+        return checkpoint.shards[0].path
+    outtype = base_type(checkpoint)
+    key = store.sha256_text(f"{checkpoint.signature} {outtype} {toolchain.key}")
+    name = f"{checkpoint.identity.name}-{outtype}-{key[:16]}.gguf"
+    path = store.cache_dir("base") / name
+    with store.locked(path, stage="convert", wait=True):
+        if not _is_sound(path):
+            with progress.stage("convert") as share:
+                convert(checkpoint, toolchain, path, outtype=outtype, on_progress=share)
+    return path
+
+
+def make_gguf(
+    model: str,
+    out: Path | None = None,
+    policy: RulePolicy | Plan | None = None,
+    *,
+    raw_type: str = "auto",
+    budget: Ask | None = None,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Made:
+    """Everything: scan, plan, convert, quantise, verify; reusing what is there.
+
+    Args:
+        model: a folder, a .safetensors or .gguf file, a Hub id, or `demo`.
+        out: of the GGUF; None for `NAME-EWQ-<nearest preset>.gguf` here.
+        policy: how to plan, or a finished plan; None for the paper's.
+        raw_type: what `raw` means: `F16`, `BF16` or `auto`.
+        budget: what the file may take.
+        options: for the whole run.
+        progress: who is told.
+
+    Raises:
+        EwqError: of the stage that failed, with what to do.
+    """
+    options = options or Options()
+    policy = policy or EwqPolicy()
+    if out is not None:
+        store.check_writable(out, "gguf")
+    if isinstance(policy, Plan):
+        check_sound(policy)
+    else:
+        check_policy(policy, has_budget=budget is not None)
+    toolchain = find_toolchain(options.llama_cpp)
+    checkpoint = open_model(model, options=options, progress=progress)
+    check_is_local(checkpoint)
+    inputs = [shard.path for shard in checkpoint.shards]
+    if out is not None:
+        store.check_distinct(out, inputs, "gguf")
+    laid_out = layout(checkpoint, toolchain, progress)
+    plan_path = None
+    if isinstance(policy, Plan):
+        made_plan, weights = policy, None
+        if policy.weights_sha256 is not None:
+            measures = policy_measures(policy.policy)
+            scanned = scan(checkpoint, measures, options=options, progress=progress)
+            weights = scanned.weights_sha256
+        check_plan(policy, checkpoint.identity, weights, force=options.force)
+    else:
+        made_plan = plan(
+            checkpoint,
+            policy,
+            raw_type=raw_type,
+            budget=budget,
+            options=options,
+            progress=progress,
+        )
+        plan_path = plan_file(made_plan)
+    presets = {**laid_out.preset_bytes, base_type(checkpoint): layout_bytes(laid_out)}
+    out = out or Path(
+        f"{made_plan.model.name}-EWQ-"
+        f"{nearest_preset(made_plan.totals.file_size_bytes, presets)}.gguf"
+    )
+    store.check_distinct(out, inputs, "gguf")
+    with store.locked(out, stage="gguf"):
+        reused = _existing(made_plan, out, options)
+        if plan_path is not None:
+            store.write_text(
+                plan_path, made_plan.to_json(), stage="plan", force=options.force
+            )
+        if reused is None:
+            base = base_file(checkpoint, toolchain, progress=progress)
+            with progress.stage("quantize") as share:
+                verification = quantize(
+                    made_plan,
+                    base,
+                    out,
+                    toolchain,
+                    n_threads=options.n_threads,
+                    load=options.load,
+                    on_progress=share,
+                )
+            _keep(made_plan, verification)
+    return Made(
+        path=out,
+        plan=made_plan,
+        plan_path=plan_path,
+        verification=reused or verification,
+        preset_bytes=presets,
+        is_reused=reused is not None,
+    )
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Size of the base GGUF."""
+    infos = ((tensor.name, tensor.shape) for tensor in layout.tensors)
+    return header_bytes(layout.kv_bytes, infos, base_info_bytes) + sum(
+        padded(tensor_bytes(tensor.ggml_type, tensor.shape))
+        for tensor in layout.tensors
+    )
+
+
+def _existing(plan: Plan, out: Path, options: Options) -> Verification | None:
+    """The verification of a file that is there and still what this plan says."""
+    if not out.exists():
+        return None
+    try:
+        if read_gguf(out).kv.get("ewq.plan.sha256") == plan.sha256:
+            known = load_cached(Verification, _verification_path(plan), "verify")
+            is_damaged = known and known.file_sha256 != store.sha256_file(out)
+            must_load = options.load and can_load()
+            if known and not is_damaged and (known.answer or not must_load):
+                return known
+            if not is_damaged:
+                return _keep(plan, verify_file(plan, out, load=options.load))
+    except (VerificationError, InputError):
+        pass  # damaged or not a GGUF: treated as somebody else's file
+    if options.force:
+        return None
+    raise UsageError(
+        "gguf",
+        out,
+        "exists and was made from another plan, or is damaged",
+        "use --force to replace it, or another -o",
+    )
+
+
+def _is_sound(base: Path) -> bool:
+    """Whether a cached base GGUF is there and whole."""
+    try:
+        read_gguf(base)
+    except (VerificationError, InputError):
+        return False
+    return True
+
+
+def _keep(plan: Plan, verification: Verification) -> Verification:
+    """Remember what was verified, for the next run."""
+    path = _verification_path(plan)
+    store.write_text(path, verification.to_json(), stage="verify", force=True)
+    return verification
+
+
+def _verification_path(plan: Plan) -> Path:
+    return store.cache_dir("verifications") / f"{plan.sha256}.json"

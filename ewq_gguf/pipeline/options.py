@@ -1,0 +1,63 @@
+"""What holds for a whole run, and who is told how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ewq_gguf.process import N_CPUS
+
+
+class Progress(Protocol):
+    """Who is told how far long work is."""
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+
+    def stage(
+        self, name: str, total_bytes: int | None = None
+    ) -> AbstractContextManager[Callable[[float], None]]:
+        """Begin a stage; the function it gives is told the share done, 0 to 1."""
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    @contextmanager
+    def stage(
+        self, name: str, total_bytes: int | None = None
+    ) -> Iterator[Callable[[float], None]]:
+        """Show nothing."""
+        yield lambda share: None
+
+
+SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for a whole run.
+
+    Attributes:
+        n_threads: for reading, counting and quantising.
+        llama_cpp: the user's own llama.cpp, or None.
+        allow_nonfinite: count NaN and infinite weights instead of refusing them.
+        force: replace outputs made from other inputs.
+        load: load the finished file and let it answer.
+        is_streamed: leave the weights on their server; only scans and plans can.
+        scheduler: the Dask scheduler whose workers scan, or None for this machine.
+    """
+
+    n_threads: int = N_CPUS
+    llama_cpp: Path | None = None
+    allow_nonfinite: bool = False
+    force: bool = False
+    load: bool = True
+    is_streamed: bool = False
+    scheduler: str | None = None

@@ -1,0 +1,204 @@
+"""From a checkpoint or a scan to a plan."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from ewq_gguf import dataset
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.mapping import map_tensors
+from ewq_gguf.errors import (
+    ChildError,
+    InputError,
+    ToolError,
+    VerificationError,
+)
+from ewq_gguf.llamacpp.devices import free_memory
+from ewq_gguf.llamacpp.layout import cached_layout
+from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
+from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.scanning import layout, scan
+from ewq_gguf.plan.ask import Ask
+from ewq_gguf.plan.build import make_fast_plan, make_plan
+from ewq_gguf.plan.fastewq import layer_features, select_layers
+from ewq_gguf.plan.naming import plan_name
+from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.plan.subject import Subject, layout_tensor
+from ewq_gguf.records import (
+    EwqPolicy,
+    FastEwqPolicy,
+    Layout,
+    Measures,
+    ModelIdentity,
+    Plan,
+    Policy,
+    RulePolicy,
+    Scan,
+)
+
+
+def plan(
+    source: Checkpoint | Scan,
+    policy: RulePolicy,
+    *,
+    raw_type: str = "auto",
+    budget: Ask | None = None,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Plan a checkpoint, or a scan of one, and predict the file's bytes.
+
+    With a checkpoint and a toolchain the prediction is exact. From a Scan alone it is,
+    where this machine has laid the same checkpoint out before; else an estimate.
+    """
+    check_policy(policy, has_budget=budget is not None)
+    options = options or Options()
+    if isinstance(policy, FastEwqPolicy):
+        subject = _unread(source, raw_type, budget, options, progress)
+        return _fast_plan(subject, policy, budget)
+    scanned, laid_out = measured(source, policy, options=options, progress=progress)
+    return make_plan(scanned, policy, laid_out, raw_type=raw_type, budget=budget)
+
+
+def _unread(
+    source: Checkpoint | Scan,
+    raw_type: str,
+    budget: Ask | None,
+    options: Options,
+    progress: Progress,
+) -> Subject:
+    """What is planned, from config and headers alone.
+
+    The converter takes seconds to lay a file out, so it is asked only where its answer
+    is needed: for names, or for a size that must not be exceeded.
+    """
+    if isinstance(source, Scan):
+        known = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
+        return Subject.of_scan(source, known, raw_type)
+    laid_out = cached_layout(source.identity.fingerprint, LLAMA_CPP_COMMIT)
+    if laid_out is None and (budget or not source.is_mapped_by_name):
+        laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
+    tensors = (
+        laid_out.tensors
+        if laid_out
+        else [layout_tensor(t.name, t.shape, t.dtype) for t in map_tensors(source)[0]]
+    )
+    return Subject.of_tensors(source.identity, tensors, laid_out, raw_type)
+
+
+def _fast_plan(subject: Subject, policy: FastEwqPolicy, budget: Ask | None) -> Plan:
+    rows = dataset.rows_in_use()
+    layers = layer_features(subject.tensors, subject.model.n_layers)
+    answers = select_layers(rows, list(layers.values()), policy.variant)
+    told = policy.model_copy(
+        update={
+            "rows_sha256": dataset.rows_sha256(rows),
+            "library": f"scikit-learn {version('scikit-learn')}",
+        }
+    )
+    selected = [
+        idx for idx, answer in zip(layers, answers, strict=True) if answer.quantise
+    ]
+    return make_fast_plan(subject, told, selected, budget=budget)
+
+
+def measured(
+    source: Checkpoint | Scan,
+    policy: RulePolicy,
+    *,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Scan, Layout | None]:
+    """What a plan of this policy needs: the scan, and the layout where it is known."""
+    options = options or Options()
+    if isinstance(source, Scan):
+        return source, cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
+    try:
+        laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
+    except (ToolError, ChildError, InputError) as error:
+        progress.note(f"{error}; the file's size is an estimate without its header")
+        laid_out = None
+    scanned = scan(source, policy_measures(policy), options=options, progress=progress)
+    if laid_out is not None:
+        check_layout(scanned, laid_out)
+    return scanned, laid_out
+
+
+def machine_budget(
+    n_ctx: int, device: str = "auto", options: Options | None = None
+) -> Ask:
+    """What this machine has free for a file and its context.
+
+    Args:
+        n_ctx: tokens of context.
+        device: `auto`, `cpu`, or names of llama.cpp's devices.
+        options: for the whole run.
+
+    Raises:
+        ToolError, UsageError: there is no such device.
+    """
+    n_bytes, what = free_memory(device, (options or Options()).llama_cpp)
+    return Ask(f"auto ({what})", memory_bytes=n_bytes, n_ctx=n_ctx)
+
+
+def policy_measures(policy: Policy) -> Measures:
+    """The measures a policy decides by."""
+    if isinstance(policy, EwqPolicy):
+        return Measures(epsilon=policy.epsilon, n_bins=policy.n_bins)
+    return Measures()
+
+
+def plan_file(plan: Plan) -> Path:
+    """Where a plan is written by default: `plans/NAME.POLICY.json`."""
+    return Path("plans") / f"{plan_name(plan)}.json"
+
+
+def check_plan(
+    plan: Plan, model: ModelIdentity, weights_sha256: str | None, *, force: bool = False
+) -> None:
+    """Refuse a plan that was made for another checkpoint, or for other weights of it.
+
+    Args:
+        plan: to be followed.
+        model: that is there.
+        weights_sha256: of its scan; None where the plan does not name any.
+        force: take it nevertheless.
+
+    Raises:
+        InputError: files, headers or weights differ.
+    """
+    planned = (plan.model.fingerprint, plan.weights_sha256)
+    found = (model.fingerprint, weights_sha256)
+    for what, a, b in zip(("checkpoint", "weights"), planned, found, strict=True):
+        if a != b and not force:
+            raise InputError(
+                "plan",
+                plan.model.name,
+                f"the plan is for {what} {str(a)[:12]}, here are {str(b)[:12]}",
+                "plan again, or use --force if you know that they match",
+            )
+
+
+def check_layout(scan: Scan, layout: Layout) -> None:
+    """The names, shapes and sources predicted from the headers are the converter's.
+
+    The converter may add tensors that it computes (`rope_freqs`), nothing else.
+
+    Raises:
+        VerificationError: they are not; a plan would miss its tensors.
+    """
+    found = {
+        tensor.name: (tensor.shape, {source.hf_name for source in tensor.sources})
+        for tensor in layout.tensors
+    }
+    for tensor in scan.tensors:
+        shape, sources = found.get(tensor.name, (None, set()))
+        if shape != tensor.shape or not sources.issuperset(tensor.hf_names):
+            raise VerificationError(
+                "plan",
+                tensor.name,
+                f"predicted as {tensor.shape} of {', '.join(tensor.hf_names)}, the "
+                f"converter writes {shape} of {sorted(sources)}",
+                "report this checkpoint's config.json",
+            )

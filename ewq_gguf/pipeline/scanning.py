@@ -1,0 +1,131 @@
+"""From a model's name to its scan and its layout, both kept in the cache."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from ewq_gguf import store
+from ewq_gguf._version import __version__
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.source import Opening, open_checkpoint
+from ewq_gguf.errors import (
+    ToolError,
+)
+from ewq_gguf.llamacpp.convert import (
+    converter_architectures,
+)
+from ewq_gguf.llamacpp.layout import cached_layout, layout_of
+from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
+from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.records import (
+    Layout,
+    Measures,
+    Scan,
+    TensorScan,
+    load_cached,
+    read_journal,
+)
+from ewq_gguf.tensor_names import ARCHITECTURES
+
+
+def open_model(
+    model: str, *, options: Options | None = None, progress: Progress = SILENT
+) -> Checkpoint:
+    """Find a model; one that neither the names nor the converter know is refused."""
+    options = options or Options()
+    architectures = frozenset(ARCHITECTURES)
+    with suppress(ToolError):
+        toolchain = find_toolchain(options.llama_cpp)
+        architectures |= converter_architectures(toolchain)
+    opening = Opening(architectures, options.is_streamed, progress.note)
+    return open_checkpoint(model, opening)
+
+
+def scan(
+    checkpoint: Checkpoint,
+    measures: Measures | None = None,
+    *,
+    part: tuple[int, int] | None = None,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Scan:
+    """Measure a checkpoint, or take the cached scan of the same unchanged files.
+
+    Each tensor's numbers are kept as soon as they are known, so a scan that was
+    killed goes on where it was.
+
+    Args:
+        checkpoint: opened by `open_model`.
+        measures: parameters of the measures; the paper's by default.
+        part: (index from 1, count): only that part, for `merge_scans`.
+        options: for the whole run.
+        progress: who is told.
+    """
+    from ewq_gguf.checkpoint.scan import Work, scan_checkpoint  # numba: not for plans
+
+    options, measures = options or Options(), measures or Measures()
+    laid_out, maker = None, ""
+    if not checkpoint.is_mapped_by_name:
+        toolchain = find_toolchain(options.llama_cpp)
+        laid_out, maker = layout(checkpoint, toolchain, progress), toolchain.key
+    key = store.sha256_text(
+        f"{__version__} {checkpoint.signature} {measures.model_dump_json()} "
+        f"{options.allow_nonfinite} {part} {maker}"
+    )
+    path = store.cache_dir("scans") / f"{key[:32]}.json"
+    with store.locked(path, stage="scan", wait=True):
+        if (kept := load_cached(Scan, path, "scan")) is not None:
+            return kept
+        journal = path.with_suffix(".journal")
+        known = read_journal(journal, TensorScan)
+        if known:
+            progress.note(f"{len(known)} tensors were measured before")
+        sizes = {t.name: t.end - t.begin for _, t in checkpoint.tensors}
+        total = sum(sizes.values()) // (part[1] if part else 1)
+        done = sum(sizes[name] for entry in known.values() for name in entry.hf_names)
+        with (
+            journal.open("a", encoding="utf-8") as file,
+            progress.stage("scan", total) as share,
+        ):
+
+            def on_bytes(n_bytes: int) -> None:
+                nonlocal done
+                done += n_bytes
+                share(min(done / total, 1.0))
+
+            def on_tensor(entry: TensorScan) -> None:
+                file.write(entry.model_dump_json() + "\n")
+                file.flush()
+
+            work = Work(
+                n_threads=options.n_threads,
+                allow_nonfinite=options.allow_nonfinite,
+                part=part,
+                known=known,
+                on_bytes=on_bytes,
+                on_tensor=on_tensor,
+            )
+            if options.scheduler:
+                from ewq_gguf.checkpoint.cluster import scan_on_cluster
+
+                result = scan_on_cluster(
+                    options.scheduler, checkpoint, measures, laid_out, work
+                )
+            else:
+                result = scan_checkpoint(
+                    checkpoint, measures, layout=laid_out, work=work
+                )
+        store.write_text(path, result.to_json(), stage="scan", force=True)
+        journal.unlink(missing_ok=True)
+    return result
+
+
+def layout(
+    checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress = SILENT
+) -> Layout:
+    """The converter's layout of a checkpoint, from the cache where it is known."""
+    known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
+    if known is not None:
+        return known
+    with progress.stage("ask llama.cpp for the file's header"):
+        return layout_of(checkpoint, toolchain)

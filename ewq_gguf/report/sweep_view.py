@@ -1,0 +1,81 @@
+"""Plans of one factor after another, a line each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ewq_gguf.ggml_types import bits_per_weight
+from ewq_gguf.plan.naming import nearest_preset
+from ewq_gguf.records import EwqPolicy, Plan
+
+
+def sweep_rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """For machines: factor, layers (or tensors) of each type, bytes and bits."""
+    return [
+        {
+            "factor": _policy(plan).factor,
+            "counts": dict(_counts(plan)),
+            "file_size_bytes": plan.totals.file_size_bytes,
+            "is_estimate": plan.totals.is_estimate,
+            "bpw": plan.totals.bpw,
+        }
+        for plan in plans
+    ]
+
+
+def sweep_view(plans: Sequence[Plan], presets: Mapping[str, int]) -> RenderableType:
+    """A table; lines that plan the same as the one above say so.
+
+    Args:
+        plans: of policy `ewq`, alike but for the factor.
+        presets: bytes of the standard presets, by name; may be empty.
+    """
+    counts = [_counts(plan) for plan in plans]
+    types = sorted(set().union(*counts), key=lambda t: -bits_per_weight(t))
+    largest = max(plan.totals.file_size_bytes for plan in plans)
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("factor", justify="right")
+    for name in types:
+        table.add_column(name, justify="right")
+    for name in ("MB", "bpw", ""):
+        table.add_column(name, justify="right" if name else "left")
+    if presets:
+        table.add_column("nearest")
+    before = None
+    for plan, found in zip(plans, counts, strict=True):
+        size = plan.totals.file_size_bytes
+        decided = [tensor.ggml_type for tensor in plan.tensors]
+        table.add_row(
+            f"{_policy(plan).factor:g}",
+            *(str(found[name] or "·") for name in types),
+            f"{size / 1e6:,.1f}",
+            f"{plan.totals.bpw:.3f}",
+            Text("same" if decided == before else "█" * round(16 * size / largest)),
+            *([nearest_preset(size, presets)] if presets else []),
+        )
+        before = decided
+    unit = "tensors" if _policy(plans[0]).granularity == "tensor" else "layers"
+    first = plans[0].totals.is_estimate
+    end = "; sizes are estimates: the header is not known" if first else ""
+    return Group(table, Text(f"{unit} of each type{end}"))
+
+
+def _policy(plan: Plan) -> EwqPolicy:
+    assert isinstance(plan.policy, EwqPolicy)
+    return plan.policy
+
+
+def _counts(plan: Plan) -> Counter[str]:
+    if _policy(plan).granularity == "tensor":
+        return Counter(
+            tensor.ggml_type
+            for tensor in plan.tensors
+            if tensor.layer_idx is not None and tensor.is_quantizable
+        )
+    return Counter(layer.ggml_type for layer in plan.layers if layer.ggml_type)
