@@ -292,9 +292,8 @@ def preset(wide, toolchain, tmp_path_factory) -> Path:
 
 @pytest.mark.llamacpp
 def test_a_presets_types_are_imported_and_made_again(
-    wide, preset, own_cache, toolchain, tmp_path, monkeypatch
+    wide, preset, own_cache, toolchain, tmp_path
 ):
-    monkeypatch.setattr("ewq_gguf.pipeline.planning.scan", None)
     plan = import_plan(preset, wide.checkpoint)
     theirs = {t.name: t.ggml_type for t in read_gguf(preset).tensors}
     assert {"Q4_K", "Q6_K", "F32"} <= set(theirs.values())
