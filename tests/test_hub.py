@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 
 from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
-from ewq_gguf.records import Scan, load_record
+from ewq_gguf.records import Plan, Scan, load_record
 from tests.checkpoints import write_llama
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -31,6 +32,7 @@ class FakeHub:
     Attributes:
         url: of its root.
         requests: method and path of each, in order.
+        range_bytes: how many of them were asked for by range.
         refusal: (status, X-Error-Code) that every request is answered with.
     """
 
@@ -38,6 +40,7 @@ class FakeHub:
         self.folder = folder
         self.requests: list[str] = []
         self.refusal: tuple[int, str] | None = None
+        self.range_bytes = 0
         self.url = ""
 
     def weights(self) -> list[str]:
@@ -69,7 +72,17 @@ def make_handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             elif path.startswith(prefix) and self.file(path).is_file():
                 content = self.file(path).read_bytes()
                 etag = f'"{sha256(content).hexdigest()}"'
-                self.answer(200, content, {"ETag": etag, "X-Repo-Commit": REVISION})
+                headers = {"ETag": etag, "X-Repo-Commit": REVISION}
+                wanted = re.fullmatch(
+                    r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")
+                )
+                if wanted is None:
+                    self.answer(200, content, headers)
+                    return
+                begin, end = int(wanted[1]), int(wanted[2] or len(content) - 1) + 1
+                hub.range_bytes += len(content[begin:end])
+                headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
+                self.answer(206, content[begin:end], headers)
             else:
                 self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
@@ -258,6 +271,32 @@ def test_an_unreachable_hub_is_a_network_error(ewq):
     assert run.returncode == 7
     assert "the Hub cannot be reached" in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+def test_a_plan_by_classifier_reads_headers_only(tmp_path, hub, ewq):
+    run = ewq("plan", HUB_ID, "-q", "--policy", "fastewq", "-o", "plan.json")
+
+    assert (run.returncode, run.stderr) == (0, "")
+    plan = load_record(Plan, tmp_path / "plan.json", "test")
+    assert plan.model.hub_id == HUB_ID
+    assert plan.weights_sha256 is None
+    assert plan.totals.is_estimate  # nobody asked the converter
+    file = hub.folder / "model.safetensors"
+    n_header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    # Of the weights nothing but the header, and a few bytes to learn the file's size.
+    assert n_header <= hub.range_bytes < n_header + 100 < file.stat().st_size
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+def test_offline_a_plan_by_classifier_takes_what_is_cached(tmp_path, hub, ewq):
+    assert ewq("scan", HUB_ID, "-q").returncode == 0
+    hub.requests.clear()
+
+    args = ("plan", HUB_ID, "-q", "--policy", "fastewq", "-o", "plan.json")
+    run = ewq(*args, HF_HUB_OFFLINE="1")
+
+    assert (run.returncode, run.stderr) == (0, "")
+    assert hub.requests == []
 
 
 def test_offline_and_not_cached_fails_at_once(hub, ewq):

@@ -169,13 +169,16 @@ def _keep(path: Path, data: bytes | None) -> None:
 
 
 def _open_hub(hub_id: str, revision: str | None, opening: Opening) -> Checkpoint:
+    from huggingface_hub import constants
+
     if opening.say is not None:
         opening.say(f"fetching {hub_id} from the Hub")
     # The small files first: what cannot be converted is refused before its weights.
     folder = _snapshot(hub_id, revision, _HUB_FILES)
     read_config(folder, opening.architectures)
     commit = folder.name
-    if not opening.is_streamed:
+    is_streamed = opening.is_streamed and not constants.HF_HUB_OFFLINE
+    if not is_streamed:
         for weights in ("model*.safetensors", "*.safetensors"):
             folder = _snapshot(hub_id, commit, (*_HUB_FILES, weights))
             if any(folder.glob(weights)):
@@ -186,7 +189,7 @@ def _open_hub(hub_id: str, revision: str | None, opening: Opening) -> Checkpoint
         hub_id=hub_id,
         revision=commit,
         architectures=opening.architectures,
-        remote=_hub_opener(hub_id, commit) if opening.is_streamed else None,
+        remote=_hub_opener(hub_id, commit) if is_streamed else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from ewq_gguf.cli.policy import (
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
-from ewq_gguf.records import Plan, Scan, load_record
+from ewq_gguf.records import FastEwqPolicy, Plan, Scan, load_record
 from ewq_gguf.report.plan_csv import plan_csv
 from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
@@ -81,6 +82,8 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
     if out is not None:
         store.check_writable(out, "plan")
     options = options_of(values)
+    if isinstance(policy, FastEwqPolicy):  # headers are all it reads
+        options = replace(options, is_streamed=True)
     result = pipeline.plan(
         _source(source, options, progress),
         policy,
