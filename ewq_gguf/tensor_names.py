@@ -6,7 +6,9 @@ its rule (src/llama-quant.cpp, tensor_allows_quantization).
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Collection
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -96,6 +98,12 @@ def is_quantizable(name: str, n_dims: int) -> bool:
         and not any(part in name for part in _NEVER_QUANTIZED)
         and name not in _NEVER_QUANTIZED_WHOLE
     )
+
+
+def nearest_name(name: str, names: Collection[str]) -> str:
+    """The name most like a mistyped one, or one of them where none is much like it."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return near[0] if near else min(names, default="none")
 
 
 @cache

@@ -135,7 +135,7 @@ def _dry_run(
         f"# {plan.totals.file_size_bytes} bytes, {plan.totals.bpw:.3f} bits per weight",
         f"ewq convert {quoted} -o base.gguf",
         f"ewq plan {quoted}{typed} -o {shlex.quote(path)}",
-        f"ewq plan export {shlex.quote(path)} --format tensor-types "
+        f"ewq plan export {shlex.quote(path)} --format tensor-type-file "
         "-o tensor-types.txt",
         shlex.join(argv),
     ]

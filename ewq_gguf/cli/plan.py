@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,24 @@ from ewq_gguf.cli.policy import (
     policy_of,
     policy_options,
     raw_type_of,
+    raw_type_option,
     rule_options,
 )
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
 from ewq_gguf.plan.build import make_plan
+from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import FastEwqPolicy, Plan, Scan, load_record
+from ewq_gguf.report.plan_csv import plan_csv
+from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
 from ewq_gguf.report.sweep_view import sweep_rows, sweep_view
+
+_FORMATS: dict[str, Callable[[Plan], str]] = {
+    "sh": export_sh,
+    "tensor-type-file": tensor_types,
+    "csv": plan_csv,
+    "json": Plan.to_json,
+}
 
 
 @click.group(cls=DefaultGroup, default="make")
@@ -80,9 +92,46 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
         options=options,
         progress=progress,
     )
-    out = out or pipeline.plan_file(result)
-    store.write_text(out, result.to_json(), stage="plan", force=values["force"])
-    click.echo(result.to_json() if as_json else out, nl=not as_json)
+    _written(result, out, force=values["force"], as_json=as_json)
+
+
+@plan.command(name="import")
+@click.argument("file", type=PATH)
+@click.argument("source", metavar="MODEL|SCAN")
+@raw_type_option
+@out_option("the plan.  [default: plans/NAME.imported-HASH.json]")
+@stream_option
+@llama_cpp_option
+@force_option
+@quiet_option
+@json_option
+def import_(
+    file: Path, source: str, out: Path | None, as_json: bool, **values: Any
+) -> None:
+    """Plan the types of FILE for MODEL; no weight is read.
+
+    FILE is a quant_plan_*.json of the EWQ proof of concept, by layer or by tensor, or
+    any GGUF of the same model. Prints the plan's path.
+    """
+    progress = BarProgress(quiet=values["quiet"])
+    if out is not None:
+        store.check_writable(out, "plan")
+    options = options_of(values)
+    result = pipeline.import_plan(
+        file,
+        _source(source, options, progress),
+        raw_type=raw_type_of(values),
+        options=options,
+        progress=progress,
+    )
+    _written(result, out, force=values["force"], as_json=as_json)
+
+
+def _written(made: Plan, out: Path | None, *, force: bool, as_json: bool) -> None:
+    """Write a new plan and tell where."""
+    out = out or pipeline.plan_file(made)
+    store.write_text(out, made.to_json(), stage="plan", force=force)
+    click.echo(made.to_json() if as_json else out, nl=not as_json)
 
 
 @plan.command()
@@ -144,21 +193,36 @@ def _source(
 
 
 @plan.command()
+@click.argument("one", type=PATH, metavar="A")
+@click.argument("two", type=PATH, metavar="B")
+@json_option
+def diff(one: Path, two: Path, as_json: bool) -> None:
+    """Compare two plans: which tensors change, and the bytes they gain or lose."""
+    a, b = (load_record(Plan, path, "plan") for path in (one, two))
+    if as_json:
+        click.echo(json.dumps(plan_diff_values(a, b), indent=1, sort_keys=True))
+        return
+    Console(highlight=False).print(plan_diff_view(a, b))
+
+
+@plan.command()
 @click.argument("plan_path", type=PATH, metavar="PLAN")
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["sh", "tensor-types"]),
+    type=click.Choice(list(_FORMATS)),
     default="sh",
     show_default=True,
-    help="A script to run by hand, or the lines of --tensor-type-file.",
+    help="A script to run by hand, the lines of --tensor-type-file, a table of the "
+    "tensors, or the plan itself.",
 )
 @out_option("it.  [default: stdout]")
 @force_option
 def export(plan_path: Path, form: str, out: Path | None, force: bool) -> None:
-    """Write a plan in a form that llama.cpp takes."""
+    """Write a plan in a form that other programs take."""
     record = load_record(Plan, plan_path, "plan")
-    text = export_sh(record) if form == "sh" else tensor_types(record)
+    check_sound(record)
+    text = _FORMATS[form](record)
     if out is None:
         click.echo(text, nl=False)
         return

@@ -151,6 +151,8 @@ policy_options = _all(
 )
 #: What `ewq_policy_of` and `raw_type_of` read, the factor left out.
 rule_options = _all((*_MEASURE, *_RULE, *_TYPES, *_RAW_TYPE))
+#: What `raw_type_of` reads.
+raw_type_option = _all(_RAW_TYPE)
 
 _ENTROPY_NAMES = ("measure", "epsilon", "bins", "factor", "rule", "granularity")
 _FAST_NAMES = ("variant", "low_layers")

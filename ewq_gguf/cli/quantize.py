@@ -23,6 +23,7 @@ from ewq_gguf.cli.common import (
 from ewq_gguf.llamacpp.quantize import quantize as quantize_plan
 from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, load_record
 
 
@@ -48,6 +49,7 @@ def quantize(
     """Write the GGUF of PLAN from BASE, and verify it; prints its path."""
     options = options_of(values)
     record = load_record(Plan, plan_path, "quantize")
+    check_sound(record)
     toolchain = find_toolchain(options.llama_cpp)
     if dry_run:
         argv = quantize_argv(
@@ -58,8 +60,9 @@ def quantize(
             out=str(out),
             n_threads=options.n_threads,
         )
-        export = ["ewq", "plan", "export", str(plan_path), "--format", "tensor-types"]
-        click.echo(f"{shlex.join(export)} -o tensor-types.txt\n{shlex.join(argv)}")
+        export = shlex.join(["ewq", "plan", "export", str(plan_path)])
+        click.echo(f"{export} --format tensor-type-file -o tensor-types.txt")
+        click.echo(shlex.join(argv))
         return
     store.check_writable(out, "quantize")
     if out.exists() and not options.force:

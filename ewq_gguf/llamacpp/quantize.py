@@ -29,6 +29,7 @@ from ewq_gguf.plan.assemble import provenance
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.process import run
 from ewq_gguf.records import Plan, Verification
+from ewq_gguf.tensor_names import nearest_name
 
 # Fixed relative names inside the work folder: no path can enter the file.
 _BASE, _TYPES, _OUT = "base.gguf", "tensor-types.txt", "out.gguf"
@@ -168,6 +169,14 @@ def check_base(plan: Plan, base: Path) -> None:
     planned = {t.name: (t.shape, t.base_type) for t in plan.tensors}
     if found == planned:
         return
+    if missing := min(planned.keys() - found.keys(), default=None):
+        raise InputError(
+            "quantize",
+            base,
+            f"is not the plan's base: it has no {missing}, the nearest name is "
+            f"{nearest_name(missing, found)}",
+            f"make the base of {plan.model.name} with `ewq convert`",
+        )
     name = min(set(planned.items()) ^ set(found.items()))[0]
     raise InputError(
         "quantize",

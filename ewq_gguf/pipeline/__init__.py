@@ -6,6 +6,7 @@ Scans, layouts and base files are kept in the cache by what they depend on, so a
 run does only what changed.
 """
 
+from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import Made, base_file, layout_bytes, make_gguf
 from ewq_gguf.pipeline.options import SILENT, Options, Progress, Silent
 from ewq_gguf.pipeline.planning import (
@@ -28,6 +29,7 @@ __all__ = [
     "base_file",
     "check_layout",
     "check_plan",
+    "import_plan",
     "layout",
     "layout_bytes",
     "machine_budget",

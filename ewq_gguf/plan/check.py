@@ -14,12 +14,16 @@ def check_sound(plan: Plan) -> None:
     Raises:
         InputError: with a JSON pointer to the part that is wrong.
     """
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for i, tensor in enumerate(plan.tensors):
         pointer = f"/tensors/{i}"
-        if tensor.name in seen:
-            raise _wrong(plan, f"{pointer}/name", tensor.name, "stands there twice")
-        seen.add(tensor.name)
+        # llama-quantize lowers the case of what it is told.
+        twin = seen.setdefault(tensor.name.lower(), tensor.name)
+        if len(seen) == i:
+            problem = "stands there twice"
+            if twin != tensor.name:
+                problem = f"differs from {twin} in capitals only"
+            raise _wrong(plan, f"{pointer}/name", tensor.name, problem)
         _check_tensor(plan, tensor, pointer)
     ftype = ftype_of(plan.tensors)
     if plan.ftype != ftype:

@@ -10,7 +10,7 @@ from math import prod
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import n_dims
-from ewq_gguf.records import Layout, LayoutTensor, ModelIdentity, Scan
+from ewq_gguf.records import Layout, LayoutTensor, ModelIdentity, Scan, Source
 from ewq_gguf.tensor_names import is_quantizable
 
 #: Largest magnitude an F16 holds.
@@ -49,7 +49,9 @@ class Subject:
                 f"the scan is part {scan.part} only",
                 "join the parts first: `ewq scan merge PART...`",
             )
-        found = (layout_tensor(t.name, t.shape, t.dtype) for t in scan.tensors)
+        found = (
+            layout_tensor(t.name, t.shape, t.dtype, t.hf_names) for t in scan.tensors
+        )
         return cls(
             model=scan.model,
             tensors=layout.tensors if layout else tuple(found),
@@ -105,11 +107,14 @@ def _raw_type(scan: Scan) -> str:
     return "F16" if largest <= _F16_MAX else "BF16"
 
 
-def layout_tensor(name: str, shape: tuple[int, ...], dtype: str) -> LayoutTensor:
+def layout_tensor(
+    name: str, shape: tuple[int, ...], dtype: str, hf_names: Iterable[str] = ()
+) -> LayoutTensor:
     """What the converter writes for a dense model, where it could not be asked."""
     quantizable = is_quantizable(name, n_dims(shape))
     return LayoutTensor(
         name=name,
         shape=shape,
         ggml_type=ggml_types.base_type(dtype) if quantizable else "F32",
+        sources=tuple(Source(hf_name=hf_name) for hf_name in hf_names),
     )

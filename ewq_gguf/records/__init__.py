@@ -1,6 +1,12 @@
 """The typed, versioned records that rooms hand to each other, each saved as JSON."""
 
-from ewq_gguf.records.base import Record, load_cached, load_record, read_journal
+from ewq_gguf.records.base import (
+    Record,
+    load_cached,
+    load_record,
+    read_journal,
+    read_json,
+)
 from ewq_gguf.records.layout import Layout, LayoutTensor, Source
 from ewq_gguf.records.model import ModelIdentity, Shard
 from ewq_gguf.records.placement import Machine, Placement, Stage
@@ -52,4 +58,5 @@ __all__ = [
     "load_cached",
     "load_record",
     "read_journal",
+    "read_json",
 ]

@@ -22,12 +22,14 @@ from ewq_gguf.records import (
     UniformPolicy,
 )
 from ewq_gguf.report.placement_view import placement_view
-from ewq_gguf.report.text import size_text, type_style
-
-_SHORT = {
-    "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
-    "attn_qkv": "qkv", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down",
-}  # fmt: skip
+from ewq_gguf.report.text import (
+    Column,
+    Map,
+    in_order,
+    short_role,
+    size_text,
+    type_style,
+)
 
 
 def plan_view(plan: Plan) -> RenderableType:
@@ -147,36 +149,25 @@ def _policy_text(plan: Plan) -> str:
     return f"ewq, {measure}{rule}, factor {policy.factor:g}{by}, {ladder}"
 
 
-def _layer_map(plan: Plan) -> Table:
+def _layer_map(plan: Plan) -> Map:
     """One row per layer; z is how many sigmas its entropy lies from the mean."""
-    members: dict[int, list[PlanTensor]] = defaultdict(list)
+    members: dict[int, dict[str, PlanTensor]] = defaultdict(dict)
     for tensor in plan.tensors:
         if tensor.layer_idx is not None and tensor.is_quantizable:
-            members[tensor.layer_idx].append(tensor)
-    found = {tensor.role for tensors in members.values() for tensor in tensors}
-    roles = sorted(found, key=lambda role: (_role_rank(role), role))
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("layer", justify="right")
-    table.add_column("z", justify="right")
-    for role in roles:
-        table.add_column(_SHORT.get(role, role))
-    table.add_column("MB", justify="right")
+            members[tensor.layer_idx][tensor.role] = tensor
+    layers = sorted(members)
     entropies = {layer.layer_idx: layer.entropy for layer in plan.layers}
-    for layer_idx in sorted(members):
-        types = {tensor.role: tensor.written_type for tensor in members[layer_idx]}
-        size = sum(tensor.size_bytes for tensor in members[layer_idx])
-        table.add_row(
-            str(layer_idx),
-            _z_text(plan, entropies.get(layer_idx)),
-            *(_type_text(types.get(role)) for role in roles),
-            f"{size / 1e6:.2f}",
-        )
-    return table
-
-
-def _role_rank(role: str) -> int:
-    ranks = list(_SHORT)
-    return ranks.index(role) if role in ranks else len(ranks)
+    sizes = (sum(t.size_bytes for t in members[idx].values()) for idx in layers)
+    lead = [Column("layer", [Text(str(idx)) for idx in layers], is_number=True)]
+    if "layer" in plan.thresholds:
+        zs = [Text(_z_text(plan, entropies.get(idx))) for idx in layers]
+        lead.append(Column("z", zs, is_number=True))
+    columns = [
+        Column(short_role(role), [_type_text(members[i].get(role)) for i in layers])
+        for role in in_order({role for found in members.values() for role in found})
+    ]
+    megabytes = [Text(f"{size / 1e6:.2f}") for size in sizes]
+    return Map(lead, [*columns, Column("MB", megabytes, is_number=True)])
 
 
 def _z_text(plan: Plan, entropy: float | None) -> str:
@@ -186,10 +177,10 @@ def _z_text(plan: Plan, entropy: float | None) -> str:
     return f"{z_score(entropy, limits):+.2f}"
 
 
-def _type_text(ggml_type: str | None) -> Text:
-    if ggml_type is None:
+def _type_text(tensor: PlanTensor | None) -> Text:
+    if tensor is None:
         return Text("-")
-    return Text(ggml_type, style=type_style(ggml_type))
+    return Text(tensor.written_type, style=type_style(tensor.written_type))
 
 
 def _other(plan: Plan) -> Table:
@@ -199,8 +190,8 @@ def _other(plan: Plan) -> Table:
     for tensor in plan.tensors:
         if tensor.layer_idx is None and tensor.is_quantizable:
             table.add_row(
-                Text(tensor.name),
-                _type_text(tensor.written_type),
+                Text(printable(tensor.name)),
+                _type_text(tensor),
                 size_text(tensor.size_bytes),
             )
     if small:
