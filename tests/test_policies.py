@@ -129,6 +129,33 @@ def test_a_cluster_is_planned_and_shown(own_cache, tmp_path, capsys):
     _, shown, _ = run(capsys, "show", out)
     assert "10.0.0.2  4-29+out" in shown
     assert "1 between machines" in shown
+    _, commands, _ = run(capsys, "export", out, "--format", "rpc", "--gguf", "m.gguf")
+    assert "ggml-rpc-server -H 10.0.0.2 -p 50052 -c\n" in commands
+    assert "-m m.gguf -c 256 -fit off -ngl 27 --rpc 10.0.0.2:50052" in commands
+
+
+def test_a_plan_without_machines_has_no_commands_for_them(own_cache, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert run(capsys, "demo", "-q", "-o", out, "--policy", "fastewq")[0] == 0
+
+    assert run(capsys, "export", out, "--format", "rpc")[0] == 3
+    assert run(capsys, "export", out, "--allow-public")[0] == 2
+
+
+@pytest.mark.fault(96)
+def test_a_worker_that_the_internet_reaches_must_be_allowed(
+    own_cache, tmp_path, capsys
+):
+    out = tmp_path / "plan.json"
+    machines = ["--machine", "main=60MB", "--machine", "8.8.8.8=190MB"]
+    assert run(capsys, "demo", "-q", "-o", out, "--ctx", 256, *machines)[0] == 0
+
+    code, _, err = run(capsys, "export", out, "--format", "rpc")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "public address" in err
+    code, text, _ = run(capsys, "export", out, "--format", "rpc", "--allow-public")
+    assert code == 0
+    assert "WARNING" in text
 
 
 def test_a_cluster_that_holds_nothing_is_refused(own_cache, tmp_path, capsys):

@@ -41,11 +41,13 @@ class Opening:
         architectures: the converter's, which a GGUF file has no need of; None does
             not check.
         is_streamed: leave the weights on their server.
+        reads_weights: whether anybody will; if not, those on the Hub stay there.
         say: told about downloads and odd files; None for nobody.
     """
 
     architectures: Collection[str] | None = None
     is_streamed: bool = False
+    reads_weights: bool = True
     say: Say | None = None
 
 
@@ -177,7 +179,8 @@ def _open_hub(hub_id: str, revision: str | None, opening: Opening) -> Checkpoint
     folder = _snapshot(hub_id, revision, _HUB_FILES)
     read_config(folder, opening.architectures)
     commit = folder.name
-    is_streamed = opening.is_streamed and not constants.HF_HUB_OFFLINE
+    is_streamed = opening.is_streamed or not opening.reads_weights
+    is_streamed &= not constants.HF_HUB_OFFLINE
     if not is_streamed:
         for weights in ("model*.safetensors", "*.safetensors"):
             folder = _snapshot(hub_id, commit, (*_HUB_FILES, weights))

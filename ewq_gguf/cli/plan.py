@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     DefaultGroup,
+    explicit,
     force_option,
     json_option,
     llama_cpp_option,
@@ -38,10 +38,12 @@ from ewq_gguf.cli.policy import (
     raw_type_option,
     rule_options,
 )
+from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
+from ewq_gguf.llamacpp.rpc import rpc_commands
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
-from ewq_gguf.records import FastEwqPolicy, Plan, Scan, load_record
+from ewq_gguf.records import FastEwqPolicy, Placement, Plan, Scan, load_record
 from ewq_gguf.report.plan_csv import plan_csv
 from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
@@ -82,10 +84,9 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
     if out is not None:
         store.check_writable(out, "plan")
     options = options_of(values)
-    if isinstance(policy, FastEwqPolicy):  # headers are all it reads
-        options = replace(options, is_streamed=True)
+    reads_weights = not isinstance(policy, FastEwqPolicy)
     result = pipeline.plan(
-        _source(source, options, progress),
+        _source(source, options, progress, reads_weights=reads_weights),
         policy,
         raw_type=raw_type_of(values),
         budget=ask,
@@ -119,7 +120,7 @@ def import_(
     options = options_of(values)
     result = pipeline.import_plan(
         file,
-        _source(source, options, progress),
+        _source(source, options, progress, reads_weights=False),
         raw_type=raw_type_of(values),
         options=options,
         progress=progress,
@@ -184,12 +185,18 @@ def show(plan_path: Path, as_json: bool) -> None:
 
 
 def _source(
-    source: str, options: pipeline.Options, progress: BarProgress
+    source: str,
+    options: pipeline.Options,
+    progress: BarProgress,
+    *,
+    reads_weights: bool = True,
 ) -> Checkpoint | Scan:
     """A scan's file, or a model."""
     if source.endswith(".json"):
         return load_record(Scan, Path(source), "plan")
-    return pipeline.open_model(source, options=options, progress=progress)
+    return pipeline.open_model(
+        source, reads_weights=reads_weights, options=options, progress=progress
+    )
 
 
 @plan.command()
@@ -210,21 +217,54 @@ def diff(one: Path, two: Path, as_json: bool) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(list(_FORMATS)),
+    type=click.Choice([*_FORMATS, "rpc"]),
     default="sh",
     show_default=True,
     help="A script to run by hand, the lines of --tensor-type-file, a table of the "
-    "tensors, or the plan itself.",
+    "tensors, the plan itself, or the commands of a cluster's machines.",
+)
+@click.option(
+    "--gguf", metavar="FILE", help="rpc: the file's name.  [default: NAME.gguf]"
+)
+@click.option(
+    "--allow-public",
+    is_flag=True,
+    help="rpc: workers may have addresses that the internet reaches. Nobody who "
+    "connects is asked who they are.",
 )
 @out_option("it.  [default: stdout]")
 @force_option
-def export(plan_path: Path, form: str, out: Path | None, force: bool) -> None:
+def export(
+    plan_path: Path,
+    form: str,
+    gguf: str | None,
+    allow_public: bool,
+    out: Path | None,
+    force: bool,
+) -> None:
     """Write a plan in a form that other programs take."""
+    if form != "rpc" and (given := explicit(("gguf", "allow_public"))):
+        raise click.BadParameter(f"{given[0]} goes with --format rpc")
     record = load_record(Plan, plan_path, "plan")
     check_sound(record)
-    text = _FORMATS[form](record)
+    if form == "rpc":
+        name = gguf or f"{record.model.name}.gguf"
+        text = rpc_commands(name, _placement(record), allow_public=allow_public)
+    else:
+        text = _FORMATS[form](record)
     if out is None:
         click.echo(text, nl=False)
         return
     store.write_text(out, text, stage="plan", force=force)
     click.echo(out)
+
+
+def _placement(plan: Plan) -> Placement:
+    if plan.placement is None:
+        raise InputError(
+            "plan",
+            plan.model.name,
+            "is planned for no cluster",
+            "plan it with --machine NAME=MEM for each machine",
+        )
+    return plan.placement

@@ -29,15 +29,26 @@ from ewq_gguf.tensor_names import ARCHITECTURES
 
 
 def open_model(
-    model: str, *, options: Options | None = None, progress: Progress = SILENT
+    model: str,
+    *,
+    reads_weights: bool = True,
+    options: Options | None = None,
+    progress: Progress = SILENT,
 ) -> Checkpoint:
-    """Find a model; one that neither the names nor the converter know is refused."""
+    """Find a model; one that neither the names nor the converter know is refused.
+
+    Args:
+        model: a folder, a .safetensors or .gguf file, a Hub id, a URL, or `demo`.
+        reads_weights: if not, those on the Hub stay there.
+        options: for the whole run.
+        progress: who is told.
+    """
     options = options or Options()
     architectures = frozenset(ARCHITECTURES)
     with suppress(ToolError):
         toolchain = find_toolchain(options.llama_cpp)
         architectures |= converter_architectures(toolchain)
-    opening = Opening(architectures, options.is_streamed, progress.note)
+    opening = Opening(architectures, options.is_streamed, reads_weights, progress.note)
     return open_checkpoint(model, opening)
 
 
