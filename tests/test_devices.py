@@ -1,4 +1,4 @@
-"""What a budget of this machine means: llama.cpp's devices, RAM, a container's limit."""
+"""What a budget of this machine means: devices, RAM, a container's limit."""
 
 from __future__ import annotations
 
