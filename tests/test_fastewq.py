@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from dataclasses import replace
-from math import isclose, sqrt
+from math import isclose
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,6 @@ from ewq_gguf.plan.classify import (
     score,
     score_left_out,
     scores_of,
-    wilson,
 )
 from ewq_gguf.plan.fastewq import (
     CLASSIFIERS,
@@ -263,19 +262,6 @@ def test_a_label_never_called_has_no_precision_and_no_division():
     assert (found.quantised.precision, found.quantised.f1) == (0, 0)
     assert found.roc_auc == 0.5
     assert roc_auc([1, 1], [0.1, 0.2]) is None
-
-
-def test_wilson_interval():
-    # 8 of 10: (0.8 + z^2/20 +- z sqrt(0.016 + z^2/400)) / (1 + z^2/10), z = 1.96.
-    z2 = 1.96**2
-    centre, half = 0.8 + z2 / 20, 1.96 * sqrt(0.016 + z2 / 400)
-
-    low, high = wilson(8, 10)
-
-    assert isclose(low, (centre - half) / (1 + z2 / 10), abs_tol=1e-4)
-    assert isclose(high, (centre + half) / (1 + z2 / 10), abs_tol=1e-4)
-    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
-    assert wilson(10, 10)[1] == pytest.approx(1)
 
 
 def test_baselines():

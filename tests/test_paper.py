@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from math import isclose
 from pathlib import Path
 
 import pytest
 
 from ewq_gguf import data, dataset
 from ewq_gguf.cli import main
-from ewq_gguf.plan.paper import check_paper, t_test_p
+from ewq_gguf.plan.paper import check_paper
 from ewq_gguf.plan.paper_shapes import layer_parameters
 
 TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
@@ -43,21 +42,6 @@ def by_what(result, subject):
 )
 def test_layers_have_the_parameters_of_their_shapes(model, n_parameters):
     assert layer_parameters(model) == n_parameters
-
-
-@pytest.mark.parametrize(
-    ("t", "n_free", "p"),
-    [
-        (1.0, 1, 0.5),
-        (0.0, 3, 1.0),
-        # Tables of Student's distribution: two-sided 5 %.
-        (12.7062, 1, 0.05),
-        (3.18245, 3, 0.05),
-        (-2.36462, 7, 0.05),
-    ],
-)
-def test_p_values_are_those_of_the_tables(t, n_free, p):
-    assert isclose(t_test_p(t, n_free), p, abs_tol=1e-5)
 
 
 def test_table_9_is_gib_at_16_8_and_4_25_bits(result):

@@ -9,7 +9,6 @@ majority label, and the labels of the neighbouring layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
 from statistics import fmean
 
 import numpy as np
@@ -33,13 +32,12 @@ from ewq_gguf.records.fastewq import (
     Scores,
     Training,
 )
+from ewq_gguf.significance import wilson
 
 MAJORITY = "majority"
 NEIGHBOURS = "neighbours"
 NAMES = (*CLASSIFIERS, MAJORITY, NEIGHBOURS)
 N_SPLITS = 20
-
-_Z95 = 1.959963984540054
 
 
 def evaluate(rows: Sequence[Row], rows_sha256: str) -> Evaluation:
@@ -179,6 +177,7 @@ def scores_of(name: str, asked: Sequence[Row], scores: Sequence[float]) -> Score
     for row, s in zip(asked, scores, strict=True):
         counts[row.quantized][s > 0.5] += 1
     (tn, fp), (fn, tp) = counts
+    # Neighbouring layers are not independent: in truth it is wider.
     low, high = wilson(tn + tp, len(asked))
     return Scores(
         name=name,
@@ -203,17 +202,6 @@ def class_scores(hit: int, wrongly_called: int, missed: int) -> ClassScores:
         f1=2 * hit / (2 * hit + wrongly_called + missed) if hit else 0.0,
         support=hit + missed,
     )
-
-
-def wilson(n_right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927).
-
-    It takes rows as independent, which neighbouring layers are not: in truth wider.
-    """
-    share, z2 = n_right / n, _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 * sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return centre - half, centre + half
 
 
 def roc_auc(labels: Sequence[int], scores: Sequence[float]) -> float | None:

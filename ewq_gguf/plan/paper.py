@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from math import atan, cos, fsum, log, pi, sin, sqrt
-from statistics import fmean, pvariance, stdev
+from math import fsum, sqrt
+from statistics import fmean, pvariance
 
 from ewq_gguf.plan.classify import class_scores
 from ewq_gguf.plan.fastewq import Row
 from ewq_gguf.plan.paper_shapes import SHAPES, layer_parameters
 from ewq_gguf.records.paper import Check, PaperCheck, Relation
+from ewq_gguf.significance import composite_score, paired_t
 
 Table = Sequence[Mapping[str, str]]
 
@@ -322,22 +323,21 @@ def _table13(comparisons: Table, results: Table) -> Iterator[Check]:
     scores: dict[str, list[float]] = defaultdict(list)
     for row in results:
         scores[row["variant"]].append(
-            log(float(row["mmlu_perplexity"])) - float(row["mmlu_accuracy"])
+            composite_score(float(row["mmlu_perplexity"]), float(row["mmlu_accuracy"]))
         )
     for row in comparisons:
         ours, theirs = (
             [score for variant in row[side].split(" + ") for score in scores[variant]]
             for side in ("fast", "fast_train")
         )
-        difference = [a - b for a, b in zip(ours, theirs, strict=True)]
-        n = len(difference)
-        t = fmean(difference) / (stdev(difference) / sqrt(n))
-        pooled = sqrt((pvariance(ours) + pvariance(theirs)) / 2)
+        test = paired_t(ours, theirs)
+        assert test is not None  # the shipped scores differ
+        differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         found = {
-            "abs_diff": fmean(abs(d) for d in difference),
-            "t": t,
-            "p": t_test_p(t, n - 1),
-            "d": fmean(difference) / pooled,
+            "abs_diff": fmean(differences),
+            "t": test.t,
+            "p": test.p,
+            "d": test.cohens_d,
         }
         for key, computed in found.items():
             yield _check(
@@ -347,19 +347,6 @@ def _table13(comparisons: Table, results: Table) -> Iterator[Check]:
                 computed,
                 0.5 * 10.0 ** -len(row[key].partition(".")[2]),
             )
-
-
-def t_test_p(t: float, n_free: int) -> float:
-    """Two-sided p of Student's t, for an odd number of degrees of freedom.
-
-    Source: Abramowitz and Stegun 26.7.3.
-    """
-    angle = atan(abs(t) / sqrt(n_free))
-    term = total = cos(angle) if n_free > 1 else 0.0
-    for k in range(2, n_free - 2, 2):
-        term *= cos(angle) ** 2 * k / (k + 1)
-        total += term
-    return 1 - 2 / pi * (angle + sin(angle) * total)
 
 
 def _table14(
