@@ -1,0 +1,377 @@
+"""MMLU's questions: read, chosen, and written as prompts.
+
+The prompt is that of lm-evaluation-harness's task `mmlu`, to the character: questions
+stripped, choices as they are, the first n of dev as examples, ` A` to ` D` as answers.
+
+Source: Hendrycks et al., arXiv:2009.03300; lm-evaluation-harness 0.4.13.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+from ewq_gguf.bench.datafile import read_text
+from ewq_gguf.errors import InputError, ToolError, UsageError
+from ewq_gguf.records.scores import Letter, RowFault
+
+STAGE = "bench"
+LETTERS: tuple[Letter, ...] = ("A", "B", "C", "D")
+#: 10 of each of 57 subjects: a standard error of 1.8 points at chance.
+DEFAULT_LIMIT = 10
+MAX_SHOTS = 5
+
+_REMEDY = "give a folder with test/ and dev/, as the authors publish it"
+_N_FIELDS = 6
+#: Configurations of the Hub's data set that are not subjects.
+_NO_SUBJECTS = {"all", "auxiliary_train"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with four choices.
+
+    Attributes:
+        subject: such as `college_physics`.
+        row: of its file, from 1.
+        text: as in the file.
+        choices: four, as in the file.
+        answer: the right one's letter.
+    """
+
+    subject: str
+    row: int
+    text: str
+    choices: tuple[str, ...]
+    answer: Letter
+
+    @property
+    def id(self) -> str:
+        """Subject and row: the same for every model that is asked."""
+        return f"{self.subject}/{self.row}"
+
+    @property
+    def block(self) -> str:
+        """The question, its choices and `Answer:`."""
+        lines = [
+            f"{letter}. {choice}"
+            for letter, choice in zip(LETTERS, self.choices, strict=True)
+        ]
+        return "\n".join([self.text.strip(), *lines, "Answer:"])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is given: it is asked for the next token.
+
+    A tokenizer may join characters across the seam: tokenize `text` and look for the
+    tokens that a subject's prompts share (`n_shared_tokens`), rather than the halves.
+
+    Attributes:
+        question: asked.
+        prefix: header and examples, the same for the whole subject.
+        suffix: the question's own.
+    """
+
+    question: Question
+    prefix: str
+    suffix: str
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.prefix + self.suffix
+
+
+@dataclass(frozen=True)
+class MmluTask:
+    """The prompts of a run, and how they were chosen.
+
+    Attributes:
+        prompts: by subject, each subject's together.
+        n_shots: examples in each prefix.
+        limit: questions per subject at most; None is all.
+        seed: of the choice.
+        n_available: sound questions in the files.
+        faults: of rows, those of dev included where examples are used.
+    """
+
+    prompts: tuple[Prompt, ...]
+    n_shots: int
+    limit: int | None
+    seed: int
+    n_available: int
+    faults: tuple[RowFault, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of all prompts and answers."""
+        texts = (f"{p.text} {p.question.answer}\0" for p in self.prompts)
+        return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+
+def load_task(
+    folder: Path,
+    *,
+    n_shots: int = MAX_SHOTS,
+    limit: int | None = DEFAULT_LIMIT,
+    seed: int = 0,
+    subjects: Sequence[str] = (),
+) -> MmluTask:
+    """Read questions and make prompts of them.
+
+    Args:
+        folder: with test/SUBJECT_test.csv and dev/SUBJECT_dev.csv (question, four
+            choices, answer; no header), or the Hub's SUBJECT/test-*.parquet.
+        n_shots: 0 to 5.
+        limit: questions per subject; None is all.
+        seed: of the choice among them.
+        subjects: names, or none for all.
+
+    Raises:
+        UsageError: a subject that is not there, or numbers out of range.
+        InputError: a file is missing, empty or not sound, no question is, or a subject
+            has too few examples.
+        ToolError: pyarrow is missing for a parquet file.
+    """
+    if not 0 <= n_shots <= MAX_SHOTS or (limit is not None and limit < 1):
+        problem = f"{n_shots} shots and a limit of {limit} are out of range"
+        raise UsageError(STAGE, "mmlu", problem, "0 to 5 shots, a limit of 1 or more")
+    faults: list[RowFault] = []
+    files = _select(_find(folder, "test"), subjects)
+    questions = {
+        subject: _read(subject, path, faults) for subject, path in files.items()
+    }
+    examples: dict[str, list[Question]] = {}
+    if n_shots:
+        examples = {
+            subject: _read(subject, path, faults)
+            for subject, path in _find(folder, "dev").items()
+            if questions.get(subject)
+        }
+    if not any(questions.values()):
+        problem = f"none of its {len(files)} subjects has a sound question"
+        raise InputError(STAGE, folder, problem, _REMEDY)
+    chosen = (choose(found, limit, seed) for found in questions.values())
+    return MmluTask(
+        prompts=make_prompts((q for some in chosen for q in some), examples, n_shots),
+        n_shots=n_shots,
+        limit=limit,
+        seed=seed,
+        n_available=sum(len(found) for found in questions.values()),
+        faults=tuple(faults),
+    )
+
+
+def choose(
+    questions: Sequence[Question], limit: int | None, seed: int
+) -> list[Question]:
+    """The same `limit` questions of a subject on every machine, in the file's order.
+
+    Those with the smallest hashes of seed and question are taken, so a lower limit
+    takes some of a higher one's, and other rows of the file change nothing.
+    """
+    if limit is None or limit >= len(questions):
+        return list(questions)
+
+    def rank(question: Question) -> tuple[bytes, int]:
+        key = f"{seed}\0{question.subject}\0{question.block}"
+        return hashlib.sha256(key.encode()).digest(), question.row
+
+    return sorted(sorted(questions, key=rank)[:limit], key=lambda q: q.row)
+
+
+def make_prompts(
+    questions: Iterable[Question],
+    examples: Mapping[str, Sequence[Question]],
+    n_shots: int,
+) -> tuple[Prompt, ...]:
+    """The standard prompt of each question.
+
+    Args:
+        questions: of any subjects.
+        examples: by subject, those of dev.
+        n_shots: how many of them come first.
+
+    Raises:
+        InputError: a subject has fewer examples.
+    """
+    prompts = []
+    for subject, asked in groupby(questions, key=lambda question: question.subject):
+        shown = examples.get(subject, ())[:n_shots]
+        if len(shown) < n_shots:
+            problem = f"dev has {len(shown)} sound examples, {n_shots} are needed"
+            raise InputError(STAGE, subject, problem, "ask with fewer --shots")
+        header = (
+            "The following are multiple choice questions (with answers) about "
+            f"{subject.replace('_', ' ')}.\n\n"
+        )
+        prefix = header + "".join(f"{q.block} {q.answer}\n\n" for q in shown)
+        prompts += [Prompt(question, prefix, question.block) for question in asked]
+    return tuple(prompts)
+
+
+def n_shared_tokens(prompts: Iterable[Sequence[int]]) -> int:
+    """How many tokens at their beginning all prompts share.
+
+    The last token of each is never counted: its logits are asked for.
+    """
+    token_lists = [list(tokens) for tokens in prompts]
+    first, last = min(token_lists), max(token_lists)  # all others lie between them
+    n_room = min(len(tokens) for tokens in token_lists) - 1
+    return min(common_prefix(first, last), max(n_room, 0))
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens before the first that differs."""
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    return next((n for n, (one, other) in pairs if one != other), shorter)
+
+
+def letter_tokens(tokenize: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
+    """The tokens that ` A` to ` D` are after `Answer:`.
+
+    Args:
+        tokenize: a text without special tokens before or after it.
+
+    Raises:
+        InputError: the tokenizer needs more than one token for a letter, or the same.
+    """
+    before = list(tokenize("Answer:"))
+    found = [list(tokenize(f"Answer: {letter}")) for letter in LETTERS]
+    tokens = tuple(with_letter[-1] for with_letter in found)
+    if any(some[:-1] != before for some in found) or len(set(tokens)) < len(LETTERS):
+        raise InputError(
+            STAGE,
+            "tokenizer",
+            "has no single tokens ` A` to ` D` after `Answer:`",
+            "leave mmlu out of --tasks",
+        )
+    return tokens
+
+
+def _find(folder: Path, split: str) -> dict[str, Path]:
+    """Files of a split by subject, in the order of names."""
+    ending = f"_{split}.csv"
+    found = {
+        path.name.removesuffix(ending): path
+        for path in sorted((folder / split).glob(f"*{ending}"))
+    } or {
+        path.parent.name: path
+        for path in sorted(folder.glob(f"*/{split}-*.parquet"))
+        if path.parent.name not in _NO_SUBJECTS
+    }
+    if not found:
+        problem = f"has no {split}/SUBJECT{ending}"
+        raise InputError(STAGE, folder, problem, _REMEDY)
+    return found
+
+
+def _select(files: Mapping[str, Path], subjects: Sequence[str]) -> dict[str, Path]:
+    """The subjects asked for; all where none is named."""
+    for subject in subjects:
+        if subject not in files:
+            near = difflib.get_close_matches(subject, files, 1)
+            remedy = f"the nearest is {near[0]}" if near else "see the files' names"
+            raise UsageError(STAGE, subject, "is not a subject here", remedy)
+    return {name: files[name] for name in files if name in subjects or not subjects}
+
+
+def _read(subject: str, path: Path, faults: list[RowFault]) -> list[Question]:
+    """A file's sound rows; what is wrong with the others goes to `faults`."""
+
+    def fault(row: int, problem: str, *, is_left_out: bool = True) -> None:
+        name = f"{path.parent.name}/{path.name}"
+        faults.append(
+            RowFault(file=name, row=row, problem=problem, is_left_out=is_left_out)
+        )
+
+    questions: list[Question] = []
+    known: dict[tuple[str, ...], Question] = {}
+    rows = (_parquet_rows if path.suffix == ".parquet" else _csv_rows)(path)
+    for row, fields in enumerate(rows, 1):
+        if problem := _problem(fields):
+            fault(row, problem)
+            continue
+        text, *choices, answer = fields
+        question = Question(
+            subject, row, text, tuple(choices), cast("Letter", answer.strip())
+        )
+        same = known.setdefault((text.strip(), *choices), question)
+        if same is not question:
+            other = "" if same.answer == question.answer else " with another answer"
+            fault(row, f"repeats row {same.row}{other}", is_left_out=False)
+        questions.append(question)
+    if not subject.strip():
+        fault(0, "has no subject in its name")
+        return []
+    if not questions:
+        fault(0, "has no sound question")
+    return questions
+
+
+def _problem(fields: Sequence[str]) -> str:
+    """What is wrong with a row; nothing is an empty text."""
+    if len(fields) != _N_FIELDS:
+        return f"has {len(fields)} fields, not question, four choices and answer"
+    text, *choices, answer = fields
+    if not text.strip():
+        return "has no question"
+    for letter, choice in zip(LETTERS, choices, strict=True):
+        if not choice.strip():
+            return f"has no choice {letter}"
+    if answer.strip() not in LETTERS:
+        return f"has the answer {answer[:20]!r}, not A, B, C or D"
+    return ""
+
+
+def _csv_rows(path: Path) -> list[list[str]]:
+    text = io.StringIO(read_text(path, STAGE), newline="")
+    reader = csv.reader(text, strict=True)
+    rows = []
+    try:
+        for fields in reader:
+            # CRLF may end a row, as RFC 4180 has it, but inside a question it would
+            # silently change the prompt.
+            if any("\r" in field for field in fields):
+                problem = f"line {reader.line_num}: has a carriage return in a field"
+                raise InputError(STAGE, path, problem, "write LF inside fields")
+            if fields:
+                rows.append(fields)
+    except csv.Error as error:
+        problem = f"line {reader.line_num}: is not CSV ({error})"
+        raise InputError(STAGE, path, problem, _REMEDY) from error
+    return rows
+
+
+def _parquet_rows(path: Path) -> list[list[str]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        remedy = 'pip install "ewq-gguf[eval]"'
+        raise ToolError(STAGE, "pyarrow", "is not installed", remedy) from error
+    try:
+        table = pyarrow.parquet.read_table(
+            path, columns=["question", "choices", "answer"]
+        )
+        return [
+            [
+                str(row["question"]),
+                *map(str, row["choices"]),
+                # Numbers out of range stay numbers, and are named as such.
+                dict(enumerate(LETTERS)).get(row["answer"], str(row["answer"])),
+            ]
+            for row in table.to_pylist()
+        ]
+    except (OSError, pyarrow.ArrowException, KeyError, TypeError) as error:
+        problem = f"is not a sound parquet file ({error})"
+        raise InputError(STAGE, path, problem, "download it again") from error

@@ -1,0 +1,194 @@
+"""Is one model better than another, or is it chance?
+
+Two models are asked the same questions and read the same text: paired, their difference
+is far more certain than two separate intervals suggest. Everything random is seeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import atanh, sqrt, tanh
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ewq_gguf.records.scores import PairedAccuracy, PairedMean, RankCorrelation
+from ewq_gguf.significance import Z95, t_test_p
+
+Floats = NDArray[np.float64]
+
+#: Below it a difference is called distinguishable: that of a 95 % interval.
+ALPHA = 0.05
+N_RESAMPLES = 10_000
+SEED = 0
+#: Numbers held at once: 32 MiB.
+_MAX_DRAWS = 1 << 22
+
+
+def mcnemar(
+    first: Sequence[bool], second: Sequence[bool], n_unpaired: int = 0
+) -> PairedAccuracy:
+    """The exact test of two models' right answers to the same questions.
+
+    Only questions that one of them got right count: under no difference each is as
+    likely to be the one's as the other's. The interval is Agresti and Min's, which
+    adds half a question to each of the four cells.
+
+    Args:
+        first: whether right, per question; at least one.
+        second: the same questions.
+        n_unpaired: questions that only one was asked, for the record.
+
+    Source: McNemar 1947; Agresti and Min, Statistics in Medicine 24 (2005).
+    """
+    pairs = list(zip(first, second, strict=True))
+    n = len(pairs)
+    only_first = sum(a and not b for a, b in pairs)
+    only_second = sum(b and not a for a, b in pairs)
+    n_split, fewer = only_first + only_second, min(only_first, only_second)
+    # Binomial coefficients as whole numbers, divided once at the end: exact.
+    tail = term = 1
+    for k in range(fewer):
+        term = term * (n_split - k) // (k + 1)
+        tail += term
+    b, c, m = only_first + 0.5, only_second + 0.5, n + 2
+    middle = (b - c) / m
+    half = Z95 * sqrt(b + c - (b - c) ** 2 / m) / m
+    return PairedAccuracy(
+        n=n,
+        n_unpaired=n_unpaired,
+        n_only_first=only_first,
+        n_only_second=only_second,
+        difference=(only_first - only_second) / n,
+        difference_low=max(middle - half, -1.0),
+        difference_high=min(middle + half, 1.0),
+        p=min(2 * tail / 2**n_split, 1.0),
+    )
+
+
+def paired_bootstrap(
+    first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None
+) -> PairedMean:
+    """How sure the difference of two models' means over the same pieces is.
+
+    Pieces are drawn with replacement. Fewer than about 20 give too narrow an interval,
+    and neighbouring chunks of one text are taken as independent. For perplexities give
+    mean negative log-likelihoods: exp of the difference is the perplexities' ratio.
+
+    Args:
+        first: (n,), such as mean KLD per chunk.
+        second: (n,), of the same chunks.
+        weights: (n,), such as tokens per chunk; equal ones where None.
+    """
+    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    weight = np.ones_like(difference) if weights is None else np.asarray(weights)
+    sums = np.stack([weight * difference, weight], axis=1, dtype=np.float64)
+    low, high = bootstrap_interval(sums, lambda drawn: drawn[:, 0] / drawn[:, 1])
+    return PairedMean(
+        n=len(difference),
+        difference=float(sums[:, 0].sum() / sums[:, 1].sum()),
+        difference_low=low,
+        difference_high=high,
+    )
+
+
+def bootstrap_interval(
+    items: Floats,
+    statistic: Callable[[Floats], Floats],
+    n_resamples: int = N_RESAMPLES,
+) -> tuple[float, float] | tuple[None, None]:
+    """95 % percentile interval of a statistic of sums over items, seeded.
+
+    Args:
+        items: (n, k), what each item adds to k sums.
+        statistic: (m, k) sums of m resamples -> (m,) values.
+        n_resamples: how many.
+
+    Returns:
+        None twice for fewer than two items: one says nothing about chance.
+    """
+    n = len(items)
+    if n < 2:
+        return None, None
+    rng = np.random.default_rng(SEED)
+    values = []
+    for start in range(0, n_resamples, block := max(_MAX_DRAWS // items.size, 1)):
+        size = (min(block, n_resamples - start), n)
+        values.append(statistic(items[rng.integers(n, size=size)].sum(axis=1)))
+    low, high = np.quantile(np.concatenate(values), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def spearman(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
+    """Correlation of ranks, equal values sharing their mean rank.
+
+    Source: of the interval, Bonett and Wright, Psychometrika 65 (2000).
+    """
+    ranks = np.stack([_ranks(np.asarray(v, np.float64)) for v in (first, second)])
+    n = ranks.shape[1]
+    if n < 2 or not np.ptp(ranks, axis=1).all():
+        return RankCorrelation(n=n, rho=None, low=None, high=None, p=None)
+    x, y = ranks - ranks.mean(axis=1, keepdims=True)
+    rho = float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
+    low = high = p = None
+    if n > 3:
+        half = Z95 * sqrt((1 + rho**2 / 2) / (n - 3))
+        # atanh of a perfect correlation is infinite: its interval has no width.
+        low, high = (
+            tanh(atanh(rho) + shift) if abs(rho) < 1 else rho for shift in (-half, half)
+        )
+    if n > 2:
+        p = t_test_p(rho * sqrt((n - 2) / (1 - rho**2)), n - 2) if abs(rho) < 1 else 0.0
+    return RankCorrelation(n=n, rho=rho, low=low, high=high, p=p)
+
+
+def accuracy_sentence(first: str, second: str, test: PairedAccuracy) -> str:
+    """What McNemar's test allows to say.
+
+    Args:
+        first: its name.
+        second: its name.
+        test: of both.
+    """
+    counts = (
+        f"of {test.n} questions {first} alone answers {test.n_only_first} right and "
+        f"{second} alone {test.n_only_second} (difference "
+        f"{_points(test.difference)}, 95 % {_points(test.difference_low)} to "
+        f"{_points(test.difference_high)} points, p = {test.p:.2g})"
+    )
+    if test.p >= ALPHA:
+        return f"{first} and {second} cannot be told apart by accuracy: {counts}."
+    better, worse = (first, second) if test.difference > 0 else (second, first)
+    return f"{better} is more accurate than {worse}: {counts}."
+
+
+def mean_sentence(name: str, first: str, second: str, test: PairedMean) -> str:
+    """What the bootstrap allows to say of a measure.
+
+    Args:
+        name: of the measure, such as `KLD`.
+        first: a model's name.
+        second: another's.
+        test: of both.
+    """
+    if test.difference_low is None or test.difference_high is None:
+        return f"{first} and {second} cannot be compared by {name}: one piece of text."
+    numbers = (
+        f"difference {test.difference:+.4g}, 95 % {test.difference_low:+.4g} to "
+        f"{test.difference_high:+.4g}, {test.n} pieces"
+    )
+    if test.difference_low <= 0 <= test.difference_high:
+        return f"{first} and {second} cannot be told apart by {name} ({numbers})."
+    side = "higher" if test.difference > 0 else "lower"
+    return f"{first} has a {side} {name} than {second} ({numbers})."
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _ranks(values: Floats) -> Floats:
+    """(n,) values -> (n,) ranks from 1; equal ones share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = np.cumsum(counts) - (counts - 1) / 2
+    return ranks[places]
