@@ -56,10 +56,14 @@ RESERVED = {
     "llama_cpp": {"llamacpp", "bench"},
     "sklearn": {"plan"},
     "xgboost": {"plan"},
+    "jinja2": {"bench"},
+    "pyarrow": {"bench"},
+    "rouge_score": {"bench"},
+    "sacrebleu": {"bench"},
 }
 HEAVY = (
     "torch", "numba", "llama_cpp", "transformers", "scipy", "sklearn", "xgboost",
-    "distributed",
+    "distributed", "jinja2", "nltk", "pyarrow", "sacrebleu",
 )  # fmt: skip
 
 
@@ -175,6 +179,7 @@ def test_nobody_calls_a_shell_or_prints_from_the_library(path):
         "from ewq_gguf.cli import main; main(['--help'])",
         "import ewq_gguf.errors, ewq_gguf.records, ewq_gguf.plan.build",
         "import ewq_gguf.dataset, ewq_gguf.plan.classify, ewq_gguf.plan.paper",
+        "import ewq_gguf.bench.mmlu, ewq_gguf.bench.generation, ewq_gguf.bench.chat",
     ],
 )
 def test_nothing_heavy_is_imported_for_the_help(code):

@@ -16,16 +16,14 @@ from ewq_gguf.bench.mmlu import (
     compare_mmlu,
     mmlu_scores,
     score_question,
-    too_long,
 )
 from ewq_gguf.bench.mmlu_data import (
     Question,
     choose,
-    common_prefix,
     letter_tokens,
     load_task,
-    n_shared_tokens,
 )
+from ewq_gguf.bench.tokens import common_prefix, n_shared_tokens, too_long
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records.scores import MmluOutcome
 
@@ -399,7 +397,7 @@ def test_chance_is_inside_the_interval_or_not(task, n_right, is_at_chance):
 
 @pytest.mark.fault(68)
 def test_prompts_longer_than_the_context_are_counted_not_cut(task):
-    skipped = too_long(task, [5, 99, 100, 101], 100)
+    skipped = too_long(task.ids, [5, 99, 100, 101], 100)
 
     assert [(one.id, one.n_tokens, one.n_ctx) for one in skipped] == [
         ("maths/3", 101, 100)

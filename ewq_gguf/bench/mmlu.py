@@ -70,21 +70,6 @@ def score_question(
     )
 
 
-def too_long(task: MmluTask, n_tokens: Sequence[int], n_ctx: int) -> list[TooLong]:
-    """The prompts that a context cannot hold; they must not be asked.
-
-    Args:
-        task: with the prompts.
-        n_tokens: of each prompt.
-        n_ctx: tokens of context; the answer needs none, its logits are enough.
-    """
-    return [
-        TooLong(id=prompt.question.id, n_tokens=n, n_ctx=n_ctx)
-        for prompt, n in zip(task.prompts, n_tokens, strict=True)
-        if n > n_ctx
-    ]
-
-
 def mmlu_scores(
     task: MmluTask, outcomes: Sequence[MmluOutcome], skipped: Sequence[TooLong]
 ) -> MmluScores:

@@ -71,8 +71,8 @@ class Question:
 class Prompt:
     """What a model is given: it is asked for the next token.
 
-    A tokenizer may join characters across the seam: tokenize `text` and look for the
-    tokens that a subject's prompts share (`n_shared_tokens`), rather than the halves.
+    A tokenizer may join characters across the seam: tokenize `text`, not the halves,
+    and look for the tokens that a subject's prompts share (`tokens.n_shared_tokens`).
 
     Attributes:
         question: asked.
@@ -111,8 +111,13 @@ class MmluTask:
     faults: tuple[RowFault, ...]
 
     @property
+    def ids(self) -> list[str]:
+        """Of its questions."""
+        return [prompt.question.id for prompt in self.prompts]
+
+    @property
     def sha256(self) -> str:
-        """Of all prompts and answers."""
+        """Of all prompts and answers; equal where two models can be compared."""
         texts = (f"{p.text} {p.question.answer}\0" for p in self.prompts)
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
@@ -216,24 +221,6 @@ def make_prompts(
         prefix = header + "".join(f"{q.block} {q.answer}\n\n" for q in shown)
         prompts += [Prompt(question, prefix, question.block) for question in asked]
     return tuple(prompts)
-
-
-def n_shared_tokens(prompts: Iterable[Sequence[int]]) -> int:
-    """How many tokens at their beginning all prompts share.
-
-    The last token of each is never counted: its logits are asked for.
-    """
-    token_lists = [list(tokens) for tokens in prompts]
-    first, last = min(token_lists), max(token_lists)  # all others lie between them
-    n_room = min(len(tokens) for tokens in token_lists) - 1
-    return min(common_prefix(first, last), max(n_room, 0))
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens before the first that differs."""
-    pairs = enumerate(zip(first, second, strict=False))
-    shorter = min(len(first), len(second))
-    return next((n for n, (one, other) in pairs if one != other), shorter)
 
 
 def letter_tokens(tokenize: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
