@@ -181,6 +181,7 @@ def sweep(source: str, factors: str, as_json: bool, **values: Any) -> None:
 def show(plan_path: Path, as_json: bool) -> None:
     """Print a plan as a table and a layer x role map."""
     record = load_record(Plan, plan_path, "plan")
+    check_sound(record)
     show_record(record, plan_view, as_json=as_json)
 
 
@@ -206,6 +207,8 @@ def _source(
 def diff(one: Path, two: Path, as_json: bool) -> None:
     """Compare two plans: which tensors change, and the bytes they gain or lose."""
     a, b = (load_record(Plan, path, "plan") for path in (one, two))
+    for record in (a, b):
+        check_sound(record)
     if as_json:
         click.echo(json.dumps(plan_diff_values(a, b), indent=1, sort_keys=True))
         return

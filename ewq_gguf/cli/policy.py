@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from math import inf
 from typing import Any
 
 import click
@@ -277,14 +278,18 @@ def factors_of(text: str) -> list[float]:
     """The factors of `FROM:TO:STEP`, both ends included, or of a list.
 
     Raises:
-        click.BadParameter: it is neither, or names none or more than a thousand.
+        click.BadParameter: it is neither, or names none, more than a thousand, or one
+            below 0.
     """
     try:
         if ":" not in text:
-            return [float(part) for part in text.split(",")]
+            factors = [float(part) for part in text.split(",")]
+            if len(factors) > _MAX_FACTORS or not all(0 <= x < inf for x in factors):
+                raise ValueError
+            return factors
         first, last, step = (Decimal(part) for part in text.split(":"))
         n_steps = int((last - first) / step)
-        if step <= 0 or not 0 <= n_steps < _MAX_FACTORS:
+        if step <= 0 or first < 0 or not 0 <= n_steps < _MAX_FACTORS:
             raise ValueError
         return [float(first + step * i) for i in range(n_steps + 1)]
     except (ValueError, ArithmeticError):

@@ -74,12 +74,13 @@ def assemble(
         thresholds=dict(thresholds or {}),
         budget=budget,
         tensors=tensors,
-        layers=tuple(layers) or _layers_of(tensors),
+        layers=tuple(layers) or layers_of(tensors),
         totals=totals_of(tensors, header_of(subject)),
     )
 
 
-def _layers_of(tensors: Iterable[PlanTensor]) -> tuple[PlanLayer, ...]:
+def layers_of(tensors: Iterable[PlanTensor]) -> tuple[PlanLayer, ...]:
+    """Layers without decisions: each one's type, where its tensors agree on one."""
     types: dict[int, set[str]] = defaultdict(set)
     for tensor in tensors:
         if tensor.layer_idx is not None and tensor.is_quantizable:

@@ -244,5 +244,8 @@ def _check_measures(scan: Scan, policy: EwqPolicy) -> None:
     )
     if wrong:
         raise InputError(
-            "plan", "SCAN", f"was measured with {wrong}", "scan again with the same"
+            "plan",
+            scan.model.name,
+            f"the scan was measured with {wrong}",
+            "scan again with the same",
         )

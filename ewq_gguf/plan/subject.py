@@ -42,13 +42,7 @@ class Subject:
         Raises:
             InputError: it is a part of a scan.
         """
-        if scan.part is not None:
-            raise InputError(
-                "plan",
-                scan.model.name,
-                f"the scan is part {scan.part} only",
-                "join the parts first: `ewq scan merge PART...`",
-            )
+        check_whole(scan)
         found = (
             layout_tensor(t.name, t.shape, t.dtype, t.hf_names) for t in scan.tensors
         )
@@ -105,6 +99,25 @@ def _raw_type(scan: Scan) -> str:
         return base
     largest = max(max(-tensor.min, tensor.max) for tensor in scan.tensors)
     return "F16" if largest <= _F16_MAX else "BF16"
+
+
+def check_whole(scan: Scan) -> None:
+    """Refuse a part of a scan, and one of nothing.
+
+    Raises:
+        InputError: it is one.
+    """
+    if scan.part is not None:
+        raise InputError(
+            "plan",
+            scan.model.name,
+            f"the scan is part {scan.part} only",
+            "join the parts first: `ewq scan merge PART...`",
+        )
+    if not scan.tensors:
+        raise InputError(
+            "plan", scan.model.name, "the scan is of no tensor", "scan again"
+        )
 
 
 def layout_tensor(

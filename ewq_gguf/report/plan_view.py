@@ -101,7 +101,8 @@ def _head(plan: Plan) -> Table:
             f"mu {limits.mean:.9g}, sigma {limits.std:.3g}, "
             f"mu - {policy.factor:g} sigma {limits.low:.9g}{high} {unit}",
         )
-    table.add_row("layers", layer_counts(plan))
+    if plan.layers:
+        table.add_row("layers", layer_counts(plan))
     if plan.budget is not None:
         table.add_row("budget", Text(_budget_text(plan, plan.budget)))
     estimate = " (estimate: header not known)" if totals.is_estimate else ""
@@ -137,8 +138,14 @@ def _policy_text(plan: Plan) -> str:
     if isinstance(policy, ImportedPolicy):
         return f"imported from {printable(policy.file_name)}"
     ladder = f"ladder {', '.join(policy.ladder)}"
+    for what, asked in (
+        ("embedding", policy.embedding_type),
+        ("output", policy.output_type),
+    ):
+        ladder += "" if asked == "auto" else f", {what} {asked}"
     if isinstance(policy, FastEwqPolicy):
-        return f"fastewq, variant {policy.variant}, {ladder}"
+        low = f", {policy.n_low} low" if policy.n_low else ""
+        return f"fastewq, variant {policy.variant}{low}, {ladder}"
     measure = (
         f"softmax, epsilon {policy.epsilon:g}"
         if policy.measure == "softmax"
