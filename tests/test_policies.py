@@ -271,3 +271,67 @@ def test_factors_that_are_none_are_a_usage_error(factors, capsys):
 
     assert code == 2
     assert "FROM:TO:STEP" in err
+
+
+def test_a_budget_needs_the_header_that_a_scan_alone_does_not_tell(
+    own_cache, tmp_path, capsys, monkeypatch
+):
+    scan = tmp_path / "scan.json"
+    assert main(["scan", "demo", "-q", "-o", str(scan)]) == 0
+    monkeypatch.setenv("EWQ_CACHE", str(tmp_path / "empty"))
+    capsys.readouterr()
+    for policy in ("ewq", "fastewq"):
+        out = tmp_path / f"{policy}.json"
+        args = [scan, "-q", "-o", out, "--policy", policy]
+
+        assert run(capsys, *args)[0] == 0
+        assert load_record(Plan, out, "test").totals.is_estimate
+        code, _, err = run(capsys, *args, "--force", "--budget", "200MB")
+        assert (code, err.count("\n")) == (3, 1)
+        assert "header is not known" in err
+
+
+def test_the_same_machine_makes_the_same_plan(own_cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["demo", "-q", "--budget", "auto", "--device", "cpu", "--ctx", "512"]
+
+    first, again = run(capsys, *args), run(capsys, *args)
+
+    assert first[0] == 0
+    assert again == first
+
+
+def test_what_a_plan_depends_on_is_in_its_name(
+    own_cache, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    every = (
+        [],
+        ["--budget", "60%"],
+        ["--bpw", "7"],
+        ["--budget", "auto", "--device", "cpu"],
+        ["--budget", "auto", "--device", "cpu", "--ctx", "512"],
+        ["--machine", "a=200MB", "--machine", "b=150MB", "--ctx", "512"],
+        ["--machine", "a=250MB", "--machine", "b=150MB", "--ctx", "512"],
+        ["--policy", "fastewq"],
+        ["--policy", "fastewq", "--low-layers", "1"],
+        ["--rule", "q75"],
+        ["--granularity", "tensor"],
+        ["--embedding-type", "raw"],
+    )
+    names = {run(capsys, "demo", "-q", *args)[1] for args in every}
+
+    assert len(names) == len(every)
+
+
+def test_a_classifier_decides_alike_from_model_and_scan(own_cache, tmp_path, capsys):
+    scan, plans = tmp_path / "scan.json", []
+    assert main(["scan", "demo", "-q", "-o", str(scan)]) == 0
+    capsys.readouterr()
+    for source in ("demo", scan):
+        out = tmp_path / "plan.json"
+        args = [source, "-q", "--force", "-o", out, "--policy", "fastewq"]
+        assert run(capsys, *args)[0] == 0
+        plans.append(load_record(Plan, out, "test"))
+
+    assert plans[0] == plans[1]

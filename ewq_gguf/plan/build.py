@@ -223,9 +223,14 @@ def _fitted(
         other_bytes=other_bytes,
         demote_decision=isinstance(policy, FastEwqPolicy),
     )
+    of_file = other_bytes + sum(
+        unit_bytes(unit.tensors, name)
+        for unit, name in zip(units, fitted.types, strict=True)
+    )
     return list(fitted.types), Budget(
         asked=limit.asked,
-        limit_bytes=limit.n_bytes,
+        # Room that nothing can fill is none: it varies from one minute to the next.
+        limit_bytes=of_file if fitted.case == 1 else limit.n_bytes,
         case=fitted.case,
         start=fitted.start,
         n_steps=fitted.n_steps,

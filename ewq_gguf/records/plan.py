@@ -101,7 +101,7 @@ class Budget(Part):
 
     Attributes:
         asked: as it was given: `6GiB`, `80%`, `4.5 bpw`, `auto`, or the machines.
-        limit_bytes: of the file.
+        limit_bytes: of the file; no more than it takes unquantised.
         case: 1 everything fits raw; 2 the decision fits and was promoted; 3 it does
             not: a uniform type was promoted; 4 not even the lowest uniform type fits:
             demoted below the ladder.
