@@ -49,6 +49,8 @@ from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
 from ewq_gguf.report.sweep_view import sweep_rows, sweep_view
 
+#: A file of another name is a scan.
+_WEIGHT_FILES = (".safetensors", ".gguf")
 _FORMATS: dict[str, Callable[[Plan], str]] = {
     "sh": export_sh,
     "tensor-type-file": tensor_types,
@@ -193,8 +195,10 @@ def _source(
     reads_weights: bool = True,
 ) -> Checkpoint | Scan:
     """A scan's file, or a model."""
-    if source.endswith(".json"):
-        return load_record(Scan, Path(source), "plan")
+    path = Path(source)
+    is_other_file = path.is_file() and path.suffix not in _WEIGHT_FILES
+    if is_other_file or path.suffix == ".json":
+        return load_record(Scan, path, "plan")
     return pipeline.open_model(
         source, reads_weights=reads_weights, options=options, progress=progress
     )
