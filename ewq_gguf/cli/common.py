@@ -107,6 +107,12 @@ llama_cpp_option = click.option(
 nonfinite_option = click.option(
     "--allow-nonfinite", is_flag=True, help="Count NaN and infinities, do not refuse."
 )
+imatrix_option = click.option(
+    "--imatrix",
+    type=PATH,
+    metavar="FILE",
+    help="An importance matrix of the model, as llama-imatrix writes it.",
+)
 no_load_option = click.option(
     "--no-load", is_flag=True, help="Do not load the file and let it answer."
 )
@@ -132,6 +138,7 @@ def options_of(values: dict[str, Any]) -> Options:
         force=values.get("force", False),
         load=not values.get("no_load", False),
         is_streamed=values.get("stream", False),
+        imatrix=values.get("imatrix"),
         scheduler=values.get("scheduler"),
     )
 

@@ -15,6 +15,7 @@ from ewq_gguf.cli.common import (
     console,
     explicit,
     force_option,
+    imatrix_option,
     json_option,
     llama_cpp_option,
     no_load_option,
@@ -44,6 +45,7 @@ from ewq_gguf.report.made_view import made_view
 @click.option(
     "--plan", "plan_path", type=PATH, metavar="PLAN", help="Use a finished plan."
 )
+@imatrix_option
 @threads_option
 @nonfinite_option
 @llama_cpp_option

@@ -13,6 +13,7 @@ from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     force_option,
+    imatrix_option,
     json_option,
     llama_cpp_option,
     no_load_option,
@@ -31,6 +32,7 @@ from ewq_gguf.records import Plan, load_record
 @click.argument("plan_path", type=PATH, metavar="PLAN")
 @click.argument("base", type=PATH)
 @click.option("-o", "--out", type=PATH, required=True, help="Where to write the GGUF.")
+@imatrix_option
 @llama_cpp_option
 @threads_option
 @no_load_option
@@ -76,6 +78,7 @@ def quantize(
             toolchain,
             n_threads=options.n_threads,
             load=options.load,
+            imatrix=options.imatrix,
             on_progress=share,
         )
     click.echo(verification.to_json() if as_json else out, nl=not as_json)

@@ -24,6 +24,8 @@ def plan_name(plan: Plan) -> str:
         parts.append(f"budget-{asked.replace('%', 'pct').replace(' ', '')}")
     if plan.raw_type not in bases and "F32" not in bases:
         parts.append(f"raw-{plan.raw_type}")
+    if plan.imatrix is not None:
+        parts.append("imatrix")
     return f"{plan.model.name}.{'-'.join(parts)}"
 
 

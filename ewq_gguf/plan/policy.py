@@ -12,7 +12,7 @@ from ewq_gguf.records import EwqPolicy, ImportedPolicy, Policy, UniformPolicy
 _MAX_RUNGS = 12
 
 
-def check_policy(policy: Policy, *, has_budget: bool = False) -> None:
+def check_policy(policy: Policy, *, has_budget: bool = False, has_imatrix: bool = False) -> None:
     """Refuse unknown types and impossible parameters before any work.
 
     Raises:
@@ -29,13 +29,13 @@ def check_policy(policy: Policy, *, has_budget: bool = False) -> None:
     if isinstance(policy, ImportedPolicy):
         return
     if isinstance(policy, UniformPolicy):
-        _check_type(policy.ggml_type)
+        _check_type(policy.ggml_type, has_imatrix)
         return
     for name in policy.ladder:
-        _check_type(name)
+        _check_type(name, has_imatrix)
     for name in (policy.embedding_type, policy.output_type):
         if name != "auto":
-            _check_type(name)
+            _check_type(name, has_imatrix)
     _check_ladder(policy.ladder)
     if isinstance(policy, EwqPolicy):
         _check_at_least("--factor", policy.factor, 0)
@@ -79,7 +79,7 @@ def _check_at_least(flag: str, value: float, least: int) -> None:
         )
 
 
-def _check_type(name: str) -> None:
+def _check_type(name: str, has_imatrix: bool) -> None:
     if name == "raw":
         return
     if name not in ggml_types.PLANNABLE:
@@ -89,10 +89,10 @@ def _check_type(name: str) -> None:
             "is not a ggml type",
             f"use raw or one of {', '.join(ggml_types.PLANNABLE)}",
         )
-    if name in ggml_types.IMATRIX_TYPES:
+    if name in ggml_types.IMATRIX_TYPES and not has_imatrix:
         raise InputError(
             "plan",
             name,
             "needs an importance matrix, and none is given",
-            "choose a type that needs none, such as Q2_K or IQ3_S",
+            "choose a type that needs none, such as Q2_K or IQ3_S, or give --imatrix",
         )

@@ -120,6 +120,26 @@ class Budget(Part):
     context_bytes: int | None = None
 
 
+class Imatrix(Part):
+    """The importance matrix a file is made with.
+
+    The file itself says the same, but for the hash: `quantize.imatrix.*`.
+
+    Attributes:
+        file_name: without its folder.
+        file_sha256: of its bytes.
+        n_entries: how many tensors it weighs.
+        n_chunks: of the text it was computed on; 0 where it does not say.
+        dataset: the text's name, cut as llama-quantize cuts it; None without one.
+    """
+
+    file_name: str
+    file_sha256: str
+    n_entries: int
+    n_chunks: int
+    dataset: str | None
+
+
 class PlanTensor(Part):
     """One tensor of the file.
 
@@ -216,6 +236,7 @@ class Plan(Record):
             one by one; empty where the policy has none.
         budget: the limit and how it was reached; None without one.
         placement: on a cluster's machines; None without one.
+        imatrix: that the file is made with; None without one.
         tensors: every tensor of the file.
         layers: the decisions.
         totals: the prediction.
@@ -233,6 +254,7 @@ class Plan(Record):
     thresholds: dict[str, Thresholds]
     budget: Budget | None
     placement: Placement | None = None
+    imatrix: Imatrix | None = None
     tensors: tuple[PlanTensor, ...]
     layers: tuple[PlanLayer, ...]
     totals: Totals
