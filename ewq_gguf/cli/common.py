@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from rich.progress import (
 )
 
 from ewq_gguf.pipeline import Options
+from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.records import Record
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,6 +128,11 @@ def explicit(names: Iterable[str]) -> list[str]:
         for name in names
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     ]
+
+
+def imatrix_link(path: Path) -> str:
+    """The shell command that gives an importance matrix its name in every file."""
+    return shlex.join(["ln", "-s", str(path), IMATRIX_FILE])
 
 
 def options_of(values: dict[str, Any]) -> Options:

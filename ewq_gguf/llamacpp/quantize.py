@@ -29,7 +29,7 @@ from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.plan.assemble import provenance
 from ewq_gguf.plan.check import check_sound
-from ewq_gguf.plan.importance import FILE
+from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.process import run
 from ewq_gguf.records import Plan, Verification
 from ewq_gguf.tensor_names import nearest_name
@@ -102,7 +102,7 @@ def quantize_argv(
         for key, value in sorted(pairs.items())
         for argument in ("--override-kv", f"{key}=str:{value}")
     ]
-    imatrix = ["--imatrix", FILE] if plan.imatrix else []
+    imatrix = ["--imatrix", IMATRIX_FILE] if plan.imatrix else []
     return [
         str(tool),
         "--tensor-type-file",
@@ -156,7 +156,7 @@ def quantize(
         (inside / _BASE).symlink_to(base.resolve())
         (inside / _TYPES).write_text(types)
         if imatrix:
-            (inside / FILE).symlink_to(imatrix.resolve())
+            (inside / IMATRIX_FILE).symlink_to(imatrix.resolve())
         argv = quantize_argv(
             plan, tool, base=_BASE, types=_TYPES, out=_OUT, n_threads=work["n_threads"]
         )
@@ -249,7 +249,7 @@ set -eu
 : "${{LLAMA_CPP:?set LLAMA_CPP to the folder of convert_hf_to_gguf.py}}"
 PATH="${{LLAMA_BIN:-$LLAMA_CPP/build/bin}}:$PATH"
 [ ! -e "$2" ] || {{ echo "$2 exists" >&2; exit 2; }}
-full() {{ (cd -- "$(dirname -- "$1")" && echo "$PWD/$(basename -- "$1")"); }}
+full() {{ (cd -- "$(dirname -- "$1")" && printf '%s\\n' "$PWD/$(basename -- "$1")"); }}
 out=$(full "$2")
 quantize=$(full "$(command -v llama-quantize)")
 work=$(mktemp -d)
@@ -268,7 +268,7 @@ def _imatrix_sh(plan: Plan) -> str:
     sha256 = shlex.quote(plan.imatrix.file_sha256)
     return f"""[ "$(sha256sum < "$3")" = {sha256}"  -" ] || {{
   echo "$3 is not the plan's importance matrix" >&2; exit 3; }}
-ln -s "$(full "$3")" "$work/{FILE}"
+ln -s "$(full "$3")" "$work/{IMATRIX_FILE}"
 """
 
 

@@ -120,8 +120,11 @@ def make_gguf(
         check_sound(policy)
         check_imatrix(policy, options.imatrix)
     else:
-        has_imatrix = options.imatrix is not None
-        check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
+        check_policy(
+            policy,
+            has_budget=budget is not None,
+            has_imatrix=options.imatrix is not None,
+        )
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)

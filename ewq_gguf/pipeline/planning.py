@@ -55,7 +55,7 @@ def plan(
     where this machine has laid the same checkpoint out before; else an estimate.
     """
     options = options or Options()
-    importance = options.imatrix and read_imatrix(options.imatrix)
+    importance = read_imatrix(options.imatrix) if options.imatrix else None
     has_imatrix = importance is not None
     check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
     if isinstance(policy, FastEwqPolicy):

@@ -80,7 +80,7 @@ def assemble(
         ftype=ftype_of(tensors),
         thresholds=dict(thresholds or {}),
         budget=budget,
-        imatrix=importance and importance.record,
+        imatrix=importance.record if importance else None,
         tensors=tensors,
         layers=tuple(layers) or _layers_of(tensors),
         totals=totals_of(tensors, header_of(subject)),

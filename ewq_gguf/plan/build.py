@@ -228,7 +228,7 @@ def _fitted(
         limit,
         other_bytes=other_bytes,
         demote_decision=isinstance(policy, FastEwqPolicy),
-        entries=subject.importance and subject.importance.n_values.keys(),
+        entries=subject.importance.n_values.keys() if subject.importance else None,
     )
     return list(fitted.types), Budget(
         asked=limit.asked,

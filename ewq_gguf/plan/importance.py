@@ -16,7 +16,7 @@ from ewq_gguf.records import Imatrix, PlanTensor
 
 _KEY = "quantize.imatrix."
 #: The matrix's name in every work folder, so that no path can enter the file.
-FILE = "imatrix.gguf"
+IMATRIX_FILE = "imatrix.gguf"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Importance:
 
 def file_keys(imatrix: Imatrix) -> dict[str, str | int]:
     """The keys that llama-quantize writes about a matrix (tools/quantize)."""
-    keys: dict[str, str | int] = {f"{_KEY}file": FILE}
+    keys: dict[str, str | int] = {f"{_KEY}file": IMATRIX_FILE}
     if imatrix.dataset is not None:
         keys[f"{_KEY}dataset"] = imatrix.dataset
     keys[f"{_KEY}entries_count"] = imatrix.n_entries

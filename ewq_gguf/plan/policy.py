@@ -12,7 +12,9 @@ from ewq_gguf.records import EwqPolicy, ImportedPolicy, Policy, UniformPolicy
 _MAX_RUNGS = 12
 
 
-def check_policy(policy: Policy, *, has_budget: bool = False, has_imatrix: bool = False) -> None:
+def check_policy(
+    policy: Policy, *, has_budget: bool = False, has_imatrix: bool = False
+) -> None:
     """Refuse unknown types and impossible parameters before any work.
 
     Raises:
