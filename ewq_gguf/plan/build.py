@@ -27,6 +27,7 @@ from ewq_gguf.records import (
     Scan,
     UniformPolicy,
 )
+from ewq_gguf.tensor_names import layer_idx
 
 
 def make_plan(
@@ -68,10 +69,22 @@ def make_plan(
             )
             for layer in scan.layers
         ]
-        types = {tensor.name: wanted for tensor in subject.tensors}
+        types = {
+            tensor.name: subject.plain(_uniform_type(policy, tensor.name))
+            for tensor in subject.tensors
+        }
         return assemble(subject, policy, types, layers=layers)
     _check_measures(scan, policy)
     return _planned(subject, policy, decide_ewq(policy, scan, subject.tensors), budget)
+
+
+def _uniform_type(policy: UniformPolicy, name: str) -> str:
+    """The type of a tensor; one outside the layers may have its own."""
+    if layer_idx(name) is not None:
+        return policy.ggml_type
+    is_output = name == "output.weight"
+    asked = policy.output_type if is_output else policy.embedding_type
+    return policy.ggml_type if asked == "auto" else asked
 
 
 def make_fast_plan(

@@ -31,13 +31,14 @@ def plan_name(plan: Plan) -> str:
 
 def policy_label(policy: Policy) -> str:
     """What differs from the policy's defaults."""
-    if isinstance(policy, UniformPolicy):
-        return f"uniform-{policy.ggml_type}"
     if isinstance(policy, ImportedPolicy):
         return f"imported-{policy.file_sha256[:8]}"
-    parts = [policy.name, *_own_parts(policy)]
-    if policy.ladder != EwqPolicy().ladder:
-        parts.append("-".join(policy.ladder))
+    if isinstance(policy, UniformPolicy):
+        parts = [policy.name, policy.ggml_type]
+    else:
+        parts = [policy.name, *_own_parts(policy)]
+        if policy.ladder != EwqPolicy().ladder:
+            parts.append("-".join(policy.ladder))
     if policy.embedding_type != "auto":
         parts.append(f"embd-{policy.embedding_type}")
     if policy.output_type != "auto":

@@ -30,14 +30,14 @@ def check_policy(
         )
     if isinstance(policy, ImportedPolicy):
         return
+    for name in (policy.embedding_type, policy.output_type):
+        if name != "auto":
+            _check_type(name, has_imatrix)
     if isinstance(policy, UniformPolicy):
         _check_type(policy.ggml_type, has_imatrix)
         return
     for name in policy.ladder:
         _check_type(name, has_imatrix)
-    for name in (policy.embedding_type, policy.output_type):
-        if name != "auto":
-            _check_type(name, has_imatrix)
     _check_ladder(policy.ladder)
     if isinstance(policy, EwqPolicy):
         _check_at_least("--factor", policy.factor, 0)

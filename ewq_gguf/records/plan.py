@@ -69,10 +69,15 @@ class UniformPolicy(Part):
 
     Attributes:
         ggml_type: `raw` or a ggml type.
+        embedding_type: of what is outside the layers, the output head left out: `raw`,
+            a ggml type, or `auto`: the same.
+        output_type: of the output head, likewise.
     """
 
     name: Literal["uniform"] = "uniform"
     ggml_type: str
+    embedding_type: str = "auto"
+    output_type: str = "auto"
 
 
 class ImportedPolicy(Part):
