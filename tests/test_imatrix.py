@@ -317,8 +317,13 @@ def hand_made(policy, importance, n_bytes=None):
 def weighing(names):
     """A matrix with entries for these tensors."""
     values = {n: 256 if n.startswith("blk") else 576 for n in names}
-    text = {"file_name": "i.gguf", "file_sha256": "0" * 64, "dataset": None}
-    record = Imatrix(n_entries=len(values), n_chunks=1, **text)
+    record = Imatrix(
+        file_name="i.gguf",
+        file_sha256="0" * 64,
+        n_entries=len(values),
+        n_chunks=1,
+        dataset=None,
+    )
     return Importance(record, values, 0)
 
 
