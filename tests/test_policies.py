@@ -305,7 +305,7 @@ def test_what_a_plan_depends_on_is_in_its_name(
     own_cache, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    every = (
+    every: tuple[list[str], ...] = (
         [],
         ["--budget", "60%"],
         ["--bpw", "7"],

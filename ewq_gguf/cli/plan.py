@@ -18,6 +18,7 @@ from ewq_gguf.cli.common import (
     DefaultGroup,
     explicit,
     force_option,
+    imatrix_option,
     json_option,
     llama_cpp_option,
     nonfinite_option,
@@ -67,6 +68,7 @@ def plan() -> None:
 @plan.command(name="make", hidden=True)
 @click.argument("source", metavar="MODEL|SCAN")
 @policy_options
+@imatrix_option
 @out_option("the plan.  [default: plans/NAME.POLICY.json]")
 @stream_option
 @threads_option

@@ -85,7 +85,8 @@ _TYPES = (
     _option(
         "--embedding-type",
         default="auto",
-        help="Of the embedding: raw, a type, or auto: raw, with a budget the ladder's.",
+        help="Of the embedding: raw, a type, or auto: raw, with a budget the ladder's, "
+        "of policy uniform its own.",
     ),
     _option("--output-type", default="auto", help="Of the output head, likewise."),
 )
@@ -167,7 +168,7 @@ POLICY_OPTIONS = (
 _FOREIGN = {
     "ewq": _FAST_NAMES,
     "fastewq": _ENTROPY_NAMES,
-    "uniform": (*_ENTROPY_NAMES, *_FAST_NAMES, *_TYPE_NAMES, *_BUDGET_NAMES),
+    "uniform": (*_ENTROPY_NAMES, *_FAST_NAMES, "ladder", *_BUDGET_NAMES),
 }
 
 
@@ -195,7 +196,9 @@ def policy_of(values: dict[str, Any]) -> RulePolicy:
             f"{given[0]} does not go with policy {values['policy']}"
         )
     if is_uniform:
-        return UniformPolicy(ggml_type=_type_name(argument))
+        types = _types(values)
+        del types["ladder"]
+        return UniformPolicy(ggml_type=_type_name(argument), **types)
     if name == "fastewq":
         return FastEwqPolicy(
             variant=values["variant"], n_low=values["low_layers"], **_types(values)

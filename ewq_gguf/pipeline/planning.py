@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ewq_gguf.errors import (
     VerificationError,
 )
 from ewq_gguf.llamacpp.devices import free_memory
+from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
@@ -52,15 +54,24 @@ def plan(
     With a checkpoint and a toolchain the prediction is exact. From a Scan alone it is,
     where this machine has laid the same checkpoint out before; else an estimate.
     """
-    check_policy(policy, has_budget=budget is not None)
     options = options or Options()
+    importance = read_imatrix(options.imatrix) if options.imatrix else None
+    has_imatrix = importance is not None
+    check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
     if budget is not None:
         _need_header(source, options, progress)
     if isinstance(policy, FastEwqPolicy):
         subject = _unread(source, raw_type, options, progress)
-        return _fast_plan(subject, policy, budget)
+        return _fast_plan(replace(subject, importance=importance), policy, budget)
     scanned, laid_out = measured(source, policy, options=options, progress=progress)
-    return make_plan(scanned, policy, laid_out, raw_type=raw_type, budget=budget)
+    return make_plan(
+        scanned,
+        policy,
+        laid_out,
+        raw_type=raw_type,
+        budget=budget,
+        importance=importance,
+    )
 
 
 def _unread(

@@ -11,6 +11,7 @@ from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import assemble, header_of
 from ewq_gguf.plan.budget import fit, unit_bytes
 from ewq_gguf.plan.cluster import place
+from ewq_gguf.plan.importance import Importance
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.subject import Subject
@@ -26,6 +27,7 @@ from ewq_gguf.records import (
     Scan,
     UniformPolicy,
 )
+from ewq_gguf.tensor_names import layer_idx
 
 
 def make_plan(
@@ -35,6 +37,7 @@ def make_plan(
     *,
     raw_type: str = "auto",
     budget: Ask | None = None,
+    importance: Importance | None = None,
 ) -> Plan:
     """Plan every tensor of the file and predict its size.
 
@@ -44,14 +47,17 @@ def make_plan(
         layout: the converter's; without it the size is an estimate.
         raw_type: what `raw` means: `F16`, `BF16`, or `auto` for the source's own.
         budget: what the file may take; only of policy `ewq`.
+        importance: the matrix the file is made with.
 
     Raises:
         UsageError: the policy names an unknown type or an impossible ladder.
-        InputError: a type needs an importance matrix, the scan has other measures, or
-            the budget cannot be met.
+        InputError: a type needs an importance matrix or an entry of it, the scan has
+            other measures, or the budget cannot be met.
     """
-    check_policy(policy, has_budget=budget is not None)
+    has_budget, has_imatrix = budget is not None, importance is not None
+    check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
     subject = Subject.of_scan(scan, layout, raw_type)
+    subject = replace(subject, importance=importance)
     if isinstance(policy, UniformPolicy):
         wanted = subject.plain(policy.ggml_type)
         layers = [
@@ -63,10 +69,22 @@ def make_plan(
             )
             for layer in scan.layers
         ]
-        types = {tensor.name: wanted for tensor in subject.tensors}
+        types = {
+            tensor.name: subject.plain(_uniform_type(policy, tensor.name))
+            for tensor in subject.tensors
+        }
         return assemble(subject, policy, types, layers=layers)
     _check_measures(scan, policy)
     return _planned(subject, policy, decide_ewq(policy, scan, subject.tensors), budget)
+
+
+def _uniform_type(policy: UniformPolicy, name: str) -> str:
+    """The type of a tensor; one outside the layers may have its own."""
+    if layer_idx(name) is not None:
+        return policy.ggml_type
+    is_output = name == "output.weight"
+    asked = policy.output_type if is_output else policy.embedding_type
+    return policy.ggml_type if asked == "auto" else asked
 
 
 def make_fast_plan(
@@ -87,7 +105,8 @@ def make_fast_plan(
     Raises:
         UsageError, InputError: as of `make_plan`.
     """
-    check_policy(policy, has_budget=budget is not None)
+    has_budget, has_imatrix = budget is not None, subject.importance is not None
+    check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
     decision = decide_fast(policy, selected, subject.tensors)
     return _planned(subject, policy, decision, budget)
 
@@ -222,6 +241,7 @@ def _fitted(
         limit,
         other_bytes=other_bytes,
         demote_decision=isinstance(policy, FastEwqPolicy),
+        entries=subject.importance.n_values.keys() if subject.importance else None,
     )
     of_file = other_bytes + sum(
         unit_bytes(unit.tensors, name)

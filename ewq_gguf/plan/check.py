@@ -88,7 +88,7 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, pointer: str) -> None:
         raise _wrong(plan, f"{pointer}/base_type", base, "is no 16- or 32-bit type")
     if asked not in ggml_types.PLANNABLE:
         raise _wrong(plan, f"{pointer}/ggml_type", asked, "is no ggml type")
-    if asked in ggml_types.IMATRIX_TYPES:
+    if asked in ggml_types.IMATRIX_TYPES and plan.imatrix is None:
         problem = "needs an importance matrix, and none is given"
         raise _wrong(plan, f"{pointer}/ggml_type", asked, problem)
     made = plan_tensor(

@@ -30,6 +30,8 @@ def plan_label(plan: Plan) -> str:
         parts.append(_budget_label(plan, plan.budget))
     if plan.raw_type not in bases and "F32" not in bases:
         parts.append(f"raw-{plan.raw_type}")
+    if plan.imatrix is not None:
+        parts.append("imatrix")
     if plan.totals.is_estimate:
         parts.append("estimate")
     return "-".join(parts)
@@ -47,13 +49,14 @@ def _budget_label(plan: Plan, budget: Budget) -> str:
 
 def _policy_label(policy: Policy) -> str:
     """What differs from the policy's defaults."""
-    if isinstance(policy, UniformPolicy):
-        return f"uniform-{policy.ggml_type}"
     if isinstance(policy, ImportedPolicy):
         return f"imported-{policy.file_sha256[:8]}"
-    parts = [policy.name, *_own_parts(policy)]
-    if policy.ladder != EwqPolicy().ladder:
-        parts.append("-".join(policy.ladder))
+    if isinstance(policy, UniformPolicy):
+        parts = [policy.name, policy.ggml_type]
+    else:
+        parts = [policy.name, *_own_parts(policy)]
+        if policy.ladder != EwqPolicy().ladder:
+            parts.append("-".join(policy.ladder))
     if policy.embedding_type != "auto":
         parts.append(f"embd-{policy.embedding_type}")
     if policy.output_type != "auto":

@@ -10,6 +10,7 @@ from math import prod
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.plan.importance import Importance
 from ewq_gguf.records import Layout, LayoutTensor, ModelIdentity, Scan, Source
 from ewq_gguf.tensor_names import is_quantizable
 
@@ -27,6 +28,7 @@ class Subject:
         raw_type: what `raw` means.
         weights_sha256: which weights, or None where none was read.
         layout: the converter's, or None: then the header's bytes are not known.
+        importance: the matrix the file is made with, or None.
     """
 
     model: ModelIdentity
@@ -34,6 +36,7 @@ class Subject:
     raw_type: str
     weights_sha256: str | None
     layout: Layout | None
+    importance: Importance | None = None
 
     @classmethod
     def of_scan(cls, scan: Scan, layout: Layout | None, raw_type: str) -> Subject:

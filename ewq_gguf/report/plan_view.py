@@ -16,6 +16,7 @@ from ewq_gguf.records import (
     Budget,
     EwqPolicy,
     FastEwqPolicy,
+    Imatrix,
     ImportedPolicy,
     Plan,
     PlanTensor,
@@ -103,6 +104,8 @@ def _head(plan: Plan) -> Table:
         )
     if plan.layers:
         table.add_row("layers", layer_counts(plan))
+    if plan.imatrix is not None:
+        table.add_row("imatrix", Text(_imatrix_text(plan.imatrix)))
     if plan.budget is not None:
         table.add_row("budget", Text(_budget_text(plan, plan.budget)))
     estimate = " (estimate: header not known)" if totals.is_estimate else ""
@@ -111,6 +114,14 @@ def _head(plan: Plan) -> Table:
         f"{totals.file_size_bytes:,} bytes, {totals.bpw:.3f} bits per weight{estimate}",
     )
     return table
+
+
+def _imatrix_text(imatrix: Imatrix) -> str:
+    name, text = printable(imatrix.file_name), printable(imatrix.dataset or "no name")
+    return (
+        f"{name}, {imatrix.n_entries} tensors, {imatrix.n_chunks} chunks of {text}, "
+        f"SHA-256 {printable(imatrix.file_sha256[:12])}"
+    )
 
 
 def _budget_text(plan: Plan, budget: Budget) -> str:
