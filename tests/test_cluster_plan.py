@@ -15,7 +15,7 @@ from rich.console import Console
 from ewq_gguf.cli.machines import machines_of
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.rpc import rpc_commands, rpc_flags
-from ewq_gguf.plan.cluster import place
+from ewq_gguf.plan.cluster import can_place, place
 from ewq_gguf.plan.machines import check_machines, machines_of_tables, parse_machine
 from ewq_gguf.plan.memory import compute_bytes, context_bytes, kv_bytes, padded_context
 from ewq_gguf.records.layout import LayoutTensor
@@ -204,6 +204,43 @@ def test_126_layers_on_8_machines():
     assert found.hops == len(found.stages) - 1
 
 
+@pytest.mark.parametrize("differ", [0, 1])
+def test_126_layers_on_16_machines_that_are_all_needed(differ):
+    """As many sets of workers as there can be, or only 16 where they are alike."""
+    tensors = model([10**9 + i for i in range(126)])
+    cluster = [
+        machine(
+            str(i),
+            8 * (10**9 + KV) + differ * i * 10**7 + 4000,
+            head=True,
+            speed=10**9 * (1 + differ * i),
+        )
+        for i in range(16)
+    ]
+
+    found = place(tensors, cluster, 256)
+
+    assert found is not None
+    assert found.hops == 15
+    check_consistent(found, 126)
+    assert not can_place(tensors, cluster[1:], 256)
+
+
+def test_a_model_without_an_input_embedding():
+    tensors = model([100, 100])[2:]
+    only = machine("a", HEAD + 200 + 2 * KV, head=True, tensors=tensors)
+    untied = [t for t in tensors if t.name != "output.weight"]
+
+    found = place(tensors, [only], 256)
+
+    assert found is not None
+    assert found.stages[0].weight_bytes == HEAD + 200
+    assert compute_bytes(tensors, 256) == compute_bytes(tensors, 256, has_output=False)
+    rest = place(untied, [only], 256)
+    assert rest is not None
+    assert rest.stages[0].weight_bytes == 200
+
+
 @pytest.mark.parametrize("n", [0, 17])
 def test_llama_cpp_takes_16_servers(n):
     with pytest.raises(UsageError, match="1 to 16 machines"):
@@ -253,21 +290,27 @@ def every_placement(tensors, layers, machines):
 @settings(max_examples=300, deadline=None)
 @given(
     layers=st.lists(st.integers(1, 40).map(lambda n: 1000 * n), min_size=1, max_size=5),
-    rooms=st.lists(st.integers(1, 8), min_size=1, max_size=4),
-    speeds=st.lists(st.integers(1, 5), min_size=4, max_size=4),
+    kinds=st.lists(
+        st.tuples(st.integers(1, 8), st.integers(1, 5)), min_size=1, max_size=4
+    ),
+    members=st.lists(st.integers(0, 3), min_size=1, max_size=5),
     disk=st.none() | st.integers(1000, 90_000),
     is_tied=st.booleans(),
 )
-def test_no_placement_is_better(layers, rooms, speeds, disk, is_tied):
+def test_no_placement_is_better(layers, kinds, members, disk, is_tied):
+    """Of machines that may be alike: several of one kind."""
     tensors = model(layers, is_tied=is_tied)
-    machines = [
-        machine(str(i), 20_000 * room, head=True, speed=speed, disk=disk)
-        for i, (room, speed) in enumerate(zip(rooms, speeds, strict=False))
-    ]
+    machines = []
+    for i, member in enumerate(members):
+        room, speed = kinds[member % len(kinds)]
+        machines.append(
+            machine(str(i), 20_000 * room, head=True, speed=speed, disk=disk)
+        )
 
     found = place(tensors, machines, 256)
     best = min(every_placement(tensors, layers, machines), default=None)
 
+    assert can_place(tensors, machines, 256) == (best is not None)
     if best is None:
         assert found is None
         return

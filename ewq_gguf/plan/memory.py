@@ -140,5 +140,5 @@ def _output_width(shapes: Mapping[str, _Shape]) -> int:
 
 
 def _embedding_shape(tensors: Iterable[Tensor]) -> _Shape:
-    """Tokens and values per token, of the input embedding."""
-    return next(t.shape for t in tensors if t.name == "token_embd.weight")
+    """Tokens and values per token, of the input embedding; 0 where there is none."""
+    return next((t.shape for t in tensors if t.name == "token_embd.weight"), (0, 0))
