@@ -138,8 +138,9 @@ def machine_budget(
     Raises:
         ToolError, UsageError: there is no such device.
     """
-    n_bytes, what = free_memory(device, (options or Options()).llama_cpp)
-    return Ask(f"auto ({what})", memory_bytes=n_bytes, n_ctx=n_ctx)
+    n_bytes, names = free_memory(device, (options or Options()).llama_cpp)
+    text = f"auto ({', '.join(names)})"
+    return Ask(text, memory_bytes=n_bytes, n_devices=len(names), n_ctx=n_ctx)
 
 
 def policy_measures(policy: Policy) -> Measures:
