@@ -129,6 +129,7 @@ def test_a_cluster_is_planned_and_shown(own_cache, tmp_path, capsys):
     _, shown, _ = run(capsys, "show", out)
     assert "10.0.0.2  4-29+out" in shown
     assert "1 between machines" in shown
+    assert "unused" not in shown
     _, commands, _ = run(capsys, "export", out, "--format", "rpc", "--gguf", "m.gguf")
     assert "ggml-rpc-server -H 10.0.0.2 -p 50052 -c\n" in commands
     assert "-m m.gguf -c 256 -fit off -ngl 27 --rpc 10.0.0.2:50052" in commands
@@ -160,7 +161,7 @@ def test_a_worker_that_the_internet_reaches_must_be_allowed(
 
 def test_a_cluster_that_holds_nothing_is_refused(own_cache, tmp_path, capsys):
     for machines, words in (
-        (["main=1MB"], "do not hold more than"),
+        (["main=1MB"], "--machine: 1,000,000 bytes of memory do not hold more than"),
         (["main=110MB"], "can be placed on 1 machines with 256"),
     ):
         args = [a for machine in machines for a in ("--machine", machine)]
@@ -209,6 +210,8 @@ def test_the_machines_own_memory_is_a_budget(own_cache, tmp_path, capsys):
         (["--policy", "uniform"], 2, "unknown policy"),
         (["--machine", "a"], 2, "a"),
         (["--machine", "a=1GB", "--machine", "a=2GB"], 2, "a"),
+        (["--machine", "a=1GB", "--machine", "127.1=1GB"], 2, "address of a worker"),
+        (["--machine", "a=1GB", "--machine", "0.0.0.0=1GB"], 2, "address of a worker"),
         (["--machines", "none.toml"], 3, "none.toml"),
         pytest.param(
             ["--budget", "1GB"], 3, "84,165,312 to 327,509,184",

@@ -173,11 +173,16 @@ def machine_budget(
     Raises:
         ToolError, UsageError: there is no such device.
     """
-    n_bytes, what = free_memory(device, (options or Options()).llama_cpp)
+    n_bytes, names = free_memory(device, (options or Options()).llama_cpp)
     # A thirty-second less at most: what is free moves from one minute to the next, and
     # the same machine should make the same plan.
     step = 1 << max(n_bytes.bit_length() - 6, 0)
-    return Ask(f"auto ({what})", memory_bytes=n_bytes // step * step, n_ctx=n_ctx)
+    return Ask(
+        f"auto ({', '.join(names)})",
+        memory_bytes=n_bytes // step * step,
+        n_devices=len(names),
+        n_ctx=n_ctx,
+    )
 
 
 def policy_measures(policy: Policy) -> Measures:

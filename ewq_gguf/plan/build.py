@@ -10,7 +10,7 @@ from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import assemble, header_of
 from ewq_gguf.plan.budget import fit, unit_bytes
-from ewq_gguf.plan.cluster import place
+from ewq_gguf.plan.cluster import can_place, place
 from ewq_gguf.plan.importance import Importance
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.sizes import padded
@@ -21,7 +21,6 @@ from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
     Layout,
-    Placement,
     Plan,
     PlanLayer,
     Scan,
@@ -125,29 +124,28 @@ def _planned(
     plan = _decided(subject, policy, decision, ask)
     if ask is None or not ask.machines:
         return plan
-    budget = plan.budget
-    assert budget is not None
-    placement = place(plan.tensors, ask.machines, ask.n_ctx)
-    if placement is None:
+    if not can_place(plan.tensors, ask.machines, ask.n_ctx):
+        whole = plan.budget
         smaller = replace(ask, machines=(), may_exceed=True)
-        plan, placement = _placed(
+        plan = _placeable(
             lambda n: _decided(subject, policy, decision, replace(smaller, n_bytes=n)),
             plan.totals.file_size_bytes,
             ask,
         )
+        assert whole is not None
         assert plan.budget is not None
         kept = {"limit_bytes", "n_ctx", "context_bytes"}
-        budget = plan.budget.model_copy(update=budget.model_dump(include=kept))
-    return plan.model_copy(update={"budget": budget, "placement": placement})
+        budget = plan.budget.model_copy(update=whole.model_dump(include=kept))
+        plan = plan.model_copy(update={"budget": budget})
+    placement = place(plan.tensors, ask.machines, ask.n_ctx)
+    return plan.model_copy(update={"placement": placement})
 
 
-def _placed(
-    plan_of: Callable[[int], Plan], too_large: int, ask: Ask
-) -> tuple[Plan, Placement]:
+def _placeable(plan_of: Callable[[int], Plan], too_large: int, ask: Ask) -> Plan:
     """The largest plan that can be placed, to a 65 536th of its bytes.
 
     Together machines have room that no run of layers on each of them fills: halve what
-    lies between a plan that was placed and one that was not.
+    lies between a plan that can be placed and one that cannot.
     """
     small, best = 0, None
     while too_large - small > too_large >> 16:
@@ -157,11 +155,10 @@ def _placed(
         except InputError:  # less than the ladder reaches
             small = n_bytes
             continue
-        placement = place(plan.tensors, ask.machines, ask.n_ctx)
-        if placement is None:
-            too_large = plan.totals.file_size_bytes
+        if can_place(plan.tensors, ask.machines, ask.n_ctx):
+            small, best = n_bytes, plan
         else:
-            small, best = n_bytes, (plan, placement)
+            too_large = plan.totals.file_size_bytes
     if best is None:
         raise InputError(
             "plan",

@@ -137,9 +137,9 @@ def _budget_text(plan: Plan, budget: Budget) -> str:
         if budget.context_bytes is not None
         else ""
     )
-    return (
-        f"{budget.asked}, {budget.limit_bytes:,} bytes{context}, {gap:,} unused: {how}"
-    )
+    # A cluster's machines have more to hold than the file: their own table tells.
+    unused = "" if plan.placement else f", {gap:,} unused"
+    return f"{budget.asked}, {budget.limit_bytes:,} bytes{context}{unused}: {how}"
 
 
 def _policy_text(plan: Plan) -> str:
