@@ -42,6 +42,7 @@ from ewq_gguf.records import (
 from ewq_gguf.tensor_names import layer_idx, role
 
 _N_RUNS = 5
+_LADDER = ("TQ1_0", "Q2_K", "Q3_K", "Q4_K", "Q8_0", "raw")
 
 
 def least(function: Callable[[], object]) -> float:
@@ -77,23 +78,34 @@ def plan_405b(folder: Path) -> None:
     write_checkpoint(folder, SHAPE_405B, "BF16", n_shards=8, sparse=True)
     checkpoint = open_checkpoint(str(folder))
     scan = scan_of_headers(checkpoint)
-    machines = tuple(
-        Machine(name=f"10.0.0.{i}", memory_bytes=64 << 30) for i in range(1, 9)
-    )
     asks = {
         "no budget": None,
         "50%": parse_budget("50%"),
-        "8 machines": Ask("8 machines", machines=machines, may_exceed=True),
+        "8 machines": machines(8, 30 * 10**9),
+        "16 machines": machines(16, 17 * 10**9),
     }
     print(f"\n{checkpoint.identity.n_layers} layers, {len(scan.tensors)} tensors")
     by: tuple[Literal["layer", "tensor"], ...] = ("layer", "tensor")
     for granularity in by:
-        policy = EwqPolicy(granularity=granularity)
+        policy = EwqPolicy(granularity=granularity, ladder=_LADDER)
         for name, ask in asks.items():
             took = least(partial(make_plan, scan, policy, budget=ask))
-            print(f"by {granularity:6}  {name:10}  {took:6.3f} s")
+            print(f"by {granularity:6}  {name:11}  {took:6.3f} s")
     took = least(lambda: pipeline.plan(checkpoint, FastEwqPolicy()))
-    print(f"fastewq    no budget   {took:6.3f} s")
+    print(f"fastewq    no budget    {took:6.3f} s")
+
+
+def machines(n: int, memory_bytes: int) -> Ask:
+    """Machines of which no two are alike, each with so much memory or a little more."""
+    cluster = tuple(
+        Machine(
+            name=f"10.0.0.{i + 1}",
+            memory_bytes=memory_bytes + i * 30_000_000,
+            bytes_per_second=10**10 * (1 + 7 * i % 16),
+        )
+        for i in range(n)
+    )
+    return Ask(f"{n} machines", machines=cluster, may_exceed=True)
 
 
 def scan_of_headers(checkpoint: Checkpoint) -> Scan:

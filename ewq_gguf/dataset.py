@@ -122,10 +122,12 @@ def rows_sha256(rows: Iterable[Row]) -> str:
 def _read(path: Path) -> tuple[Row, ...]:
     if not path.exists():
         return ()
+    remedy = "delete it, and run `ewq fastewq add`, then `train`, again"
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            STAGE, path, f"cannot be read ({error})", "delete it, and add anew"
-        ) from error
-    return parse_rows(csv.DictReader(text.splitlines()), path.name)
+        rows = parse_rows(csv.DictReader(text.splitlines()), path.name)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(STAGE, path, f"cannot be read ({error})", remedy) from error
+    if path == trained_path() and len({row.quantized for row in rows}) != 2:
+        raise InputError(STAGE, path, "has layers of one label only", remedy)
+    return rows

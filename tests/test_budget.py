@@ -173,11 +173,20 @@ def test_steps_that_the_fallback_makes_void_do_not_count():
 
 
 def test_a_ladder_of_the_edge_has_its_own_ends():
-    policy = EwqPolicy(ladder=("TQ1_0", "Q3_K"), embedding_type="Q3_K")
+    policy = EwqPolicy(ladder=("TQ1_0", "Q3_K"))
+    decision = make_plan(make_scan(ENTROPIES, layer=LAYER), policy)
 
-    plan = planned(200_000, policy)
+    same = planned(decision.totals.file_size_bytes, policy)
+    less = planned(decision.totals.file_size_bytes - 1, policy)
 
-    assert set(decisions(plan)) <= {"TQ1_0", "Q3_K"}
+    # What is outside the layers is raw with and without a budget that holds it.
+    assert [t.ggml_type for t in same.tensors] == [
+        t.ggml_type for t in decision.tensors
+    ]
+    assert seen(same)[0].endswith("BF16 BF16")
+    # Q3_K everywhere leaves room for the head alone.
+    assert seen(less)[0] == "Q3_K Q3_K Q3_K Q3_K Q3_K Q3_K BF16"
+    assert less.totals.file_size_bytes < decision.totals.file_size_bytes
     with pytest.raises(InputError, match="112,896 to"):
         planned(1000, EwqPolicy(ladder=("TQ1_0", "Q3_K")))
 
@@ -227,7 +236,8 @@ def problems(draw):
             for i, shape in enumerate(shapes[:3])
         )
         priority = (draw(st.integers(0, 2)), -index)
-        units.append(Unit(index, tensors, draw(st.integers(0, 1)), priority))
+        rung = draw(st.sampled_from([None, 0, 1]))
+        units.append(Unit(index, tensors, rung, priority))
     ladder = [
         *draw(st.lists(st.sampled_from(_TYPES), min_size=2, max_size=4, unique=True))
     ]
@@ -257,13 +267,18 @@ def slowly(units, ladder, limit):
     def of_unit(unit, name):
         return size({**dict.fromkeys(range(len(units)), "F32"), unit.key: name})
 
+    def rungs(unit):
+        return (
+            ladder if unit.rung is not None else list(dict.fromkeys([*ladder, "F16"]))
+        )
+
     def promote(types):
         changed = True
         while changed:
             changed = False
             for unit in sorted(units, key=lambda u: u.priority, reverse=True):
                 now = types[unit.key]
-                for name in ladder[ladder.index(now) + 1 :]:
+                for name in rungs(unit)[rungs(unit).index(now) + 1 :]:
                     larger = of_unit(unit, name) >= of_unit(unit, now)
                     if larger and written(unit, name) != written(unit, now):
                         if size({**types, unit.key: name}) <= limit:
@@ -275,7 +290,7 @@ def slowly(units, ladder, limit):
     raw = {u.key: "F16" for u in units}
     if size(raw) <= limit:
         return raw
-    decision = {u.key: ladder[u.rung] for u in units}
+    decision = {u.key: "F16" if u.rung is None else ladder[u.rung] for u in units}
     if size(decision) <= limit:
         return promote(decision)
     uniform = [{u.key: name for u in units} for name in ladder if name != "F16"]

@@ -15,7 +15,8 @@ from rich.console import Console
 from ewq_gguf.cli.machines import machines_of
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.rpc import rpc_commands, rpc_flags
-from ewq_gguf.plan.cluster import place
+from ewq_gguf.plan.ask import Ask
+from ewq_gguf.plan.cluster import can_place, place
 from ewq_gguf.plan.machines import check_machines, machines_of_tables, parse_machine
 from ewq_gguf.plan.memory import compute_bytes, context_bytes, kv_bytes, padded_context
 from ewq_gguf.records.layout import LayoutTensor
@@ -204,6 +205,43 @@ def test_126_layers_on_8_machines():
     assert found.hops == len(found.stages) - 1
 
 
+@pytest.mark.parametrize("differ", [0, 1])
+def test_126_layers_on_16_machines_that_are_all_needed(differ):
+    """As many sets of workers as there can be, or only 16 where they are alike."""
+    tensors = model([10**9 + i for i in range(126)])
+    cluster = [
+        machine(
+            str(i),
+            8 * (10**9 + KV) + differ * i * 10**7 + 4000,
+            head=True,
+            speed=10**9 * (1 + differ * i),
+        )
+        for i in range(16)
+    ]
+
+    found = place(tensors, cluster, 256)
+
+    assert found is not None
+    assert found.hops == 15
+    check_consistent(found, 126)
+    assert not can_place(tensors, cluster[1:], 256)
+
+
+def test_a_model_without_an_input_embedding():
+    tensors = model([100, 100])[2:]
+    only = machine("a", HEAD + 200 + 2 * KV, head=True, tensors=tensors)
+    untied = [t for t in tensors if t.name != "output.weight"]
+
+    found = place(tensors, [only], 256)
+
+    assert found is not None
+    assert found.stages[0].weight_bytes == HEAD + 200
+    assert compute_bytes(tensors, 256) == compute_bytes(tensors, 256, has_output=False)
+    rest = place(untied, [only], 256)
+    assert rest is not None
+    assert rest.stages[0].weight_bytes == 200
+
+
 @pytest.mark.parametrize("n", [0, 17])
 def test_llama_cpp_takes_16_servers(n):
     with pytest.raises(UsageError, match="1 to 16 machines"):
@@ -253,21 +291,27 @@ def every_placement(tensors, layers, machines):
 @settings(max_examples=300, deadline=None)
 @given(
     layers=st.lists(st.integers(1, 40).map(lambda n: 1000 * n), min_size=1, max_size=5),
-    rooms=st.lists(st.integers(1, 8), min_size=1, max_size=4),
-    speeds=st.lists(st.integers(1, 5), min_size=4, max_size=4),
+    kinds=st.lists(
+        st.tuples(st.integers(1, 8), st.integers(1, 5)), min_size=1, max_size=4
+    ),
+    members=st.lists(st.integers(0, 3), min_size=1, max_size=5),
     disk=st.none() | st.integers(1000, 90_000),
     is_tied=st.booleans(),
 )
-def test_no_placement_is_better(layers, rooms, speeds, disk, is_tied):
+def test_no_placement_is_better(layers, kinds, members, disk, is_tied):
+    """Of machines that may be alike: several of one kind."""
     tensors = model(layers, is_tied=is_tied)
-    machines = [
-        machine(str(i), 20_000 * room, head=True, speed=speed, disk=disk)
-        for i, (room, speed) in enumerate(zip(rooms, speeds, strict=False))
-    ]
+    machines = []
+    for i, member in enumerate(members):
+        room, speed = kinds[member % len(kinds)]
+        machines.append(
+            machine(str(i), 20_000 * room, head=True, speed=speed, disk=disk)
+        )
 
     found = place(tensors, machines, 256)
     best = min(every_placement(tensors, layers, machines), default=None)
 
+    assert can_place(tensors, machines, 256) == (best is not None)
     if best is None:
         assert found is None
         return
@@ -339,7 +383,35 @@ def test_the_cache_of_a_layer(shapes, width, asked, cells):
 def test_context_bytes_is_cache_and_buffer():
     tensors = model([1, 1])
 
-    assert context_bytes(tensors, 256) == 2 * KV + compute_bytes(tensors, 256)
+    buffer = compute_bytes(tensors, 256)
+    assert context_bytes(tensors, 256) == 2 * KV + buffer
+    assert context_bytes(tensors, 256, n_devices=3) == 2 * KV + 3 * buffer
+
+
+def test_the_memory_of_several_devices_holds_a_buffer_in_each():
+    tensors = [
+        LayoutTensor(name=t.name, shape=t.shape, ggml_type="F16") for t in model([1, 1])
+    ]
+    room = 10 * context_bytes(tensors, 256)
+
+    one, two = (
+        Ask("auto", memory_bytes=room, n_devices=n, n_ctx=256).limit(room, tensors)
+        for n in (1, 2)
+    )
+
+    assert one.n_bytes - two.n_bytes == compute_bytes(tensors, 256)
+
+
+@pytest.mark.parametrize(
+    ("ask", "option"),
+    [
+        (Ask("auto", memory_bytes=1), "--budget"),
+        (Ask("1 machines", machines=(parse_machine("a=1B"),)), "--machine"),
+    ],
+)
+def test_too_little_memory_is_said_of_the_option_that_was_given(ask, option):
+    with pytest.raises(InputError, match=f"{option}: 1 bytes of memory do not hold"):
+        ask.limit(1, model([1, 1]))
 
 
 def test_experts_are_counted_as_often_as_one_token_meets_them():
@@ -393,6 +465,16 @@ def test_a_machine_is_named_once():
         check_machines([parse_machine("a=1GB"), parse_machine("a=2GB")])
 
 
+def test_workers_of_one_address_are_refused_before_planning():
+    main = parse_machine("10.0.0.2=1GB")  # whose own worker may have its address
+
+    check_machines([main, parse_machine("10.0.0.2:50052=2GB")])
+    for first, second in (("10.0.0.2", "10.0.0.2:50052"), ("gpu1:9", "GPU1:9")):
+        two = [parse_machine(f"{name}=2GB") for name in (first, second)]
+        with pytest.raises(UsageError, match="two workers' address"):
+            check_machines([main.model_copy(update={"name": "main"}), *two])
+
+
 def test_machines_of_a_file():
     text = '[[machine]]\nname="a"\nmemory="1GB"\n[[machine]]\nname="b"\nmemory="2GB"\n'
     text += 'disk = "3GB"\nspeed = "4GB/s"\n'
@@ -408,6 +490,7 @@ def test_machines_of_a_file():
         ({}, "is not a list"),
         ({"machine": [], "x": 1}, "is not a list"),
         ({"machine": 3}, "is not a list"),
+        ({"machine": []}, "is not a list"),
         ({"machine": [3]}, "machine 1: is not a"),
         ({"machine": [{"name": "a"}]}, "has no memory"),
         ({"machine": [{"memory": "1GB"}]}, "has no name"),
@@ -457,7 +540,7 @@ def test_no_file_of_machines(tmp_path, content, problem):
 # What is printed.
 
 
-def two_stages(worker):
+def two_stages(worker, *, buffers=0):
     return Placement(
         machines=(
             Machine(name="main", memory_bytes=10**9),
@@ -474,7 +557,7 @@ def two_stages(worker):
                 last_layer=9,
                 weight_bytes=6 * 10**8,
                 kv_bytes=10**6,
-                compute_bytes=0,
+                compute_bytes=buffers,
                 has_output=False,
             ),
             Stage(
@@ -483,20 +566,26 @@ def two_stages(worker):
                 last_layer=10,
                 weight_bytes=9 * 10**8,
                 kv_bytes=10**6,
-                compute_bytes=0,
+                compute_bytes=buffers,
                 has_output=True,
             ),
         ),
     )
 
 
-def test_the_view_fits_80_columns():
-    console = Console(width=80, file=StringIO(), record=True)
-    console.print(placement_view(two_stages("worker.example.com:50052")))
+@pytest.mark.parametrize("width", [80, 40])
+@pytest.mark.parametrize("worker", ["10.0.0.2", "worker.example.com:50052"])
+def test_the_view_fits_its_columns(width, worker):
+    console = Console(width=width, file=StringIO(), record=True)
+    console.print(placement_view(two_stages(worker, buffers=2 * 10**7)))
     text = console.export_text()
 
-    assert all(len(line) <= 80 for line in text.splitlines())
-    for part in ("0-9", "10+out", "60%", "90%", "1 between", "12.5 ms", "idle"):
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    for part in (
+        "0-9", "10+out", "62%", "92%", "20.00 MB", "buffers", "1 between", "12.5 ms",
+        "idle",
+    ):  # fmt: skip
         assert part in text
 
 
@@ -512,6 +601,20 @@ def test_the_commands_of_a_placement():
         "--tensor-split 2",
         "# Or, to measure its speed:",
         "llama-bench -m 'm o.gguf' -ngl 2 --rpc 10.0.0.2:50053 -ts 2",
+    ]
+
+
+def test_the_commands_of_one_machine_name_no_workers():
+    two = two_stages("unused")
+    alone = two.stages[0].model_copy(update={"has_output": True})
+    one = two.model_copy(update={"stages": (alone,), "hops": 0})
+
+    assert rpc_commands("m.gguf", one).splitlines() == [
+        "# The main machine: layers 0 to 9 and the output head, 600,000,000 bytes of "
+        "weights, and the input embedding.",
+        "llama-server -m m.gguf -c 4096 -fit off -ngl 0",
+        "# Or, to measure its speed:",
+        "llama-bench -m m.gguf -ngl 0",
     ]
 
 
@@ -531,14 +634,21 @@ def test_a_private_address_needs_no_leave(name):
     assert "WARNING" not in rpc_commands("m.gguf", two_stages(name))
 
 
+@pytest.mark.fault(96)
 @pytest.mark.parametrize(
     "name",
     ["", "a b", "a;b", "a$(x)", "-H", "a:0", "a:65536", "a:1:2", "::1", "8.8.2056",
-     "0x8080808", "134744072", "a.0x8", "256.1.1.1", "a:٣"],
+     "0x8080808", "134744072", "a.0x8", "256.1.1.1", "a:٣",
+     "0.0.0.0", "0.0.0.0:1", "0.1.2.3", "224.0.0.1", "239.1.1.1", "240.0.0.1",
+     "255.255.255.255", "127.1", "10.0.0.2\n", "a\nb"],
 )  # fmt: skip
 def test_what_is_no_address(name):
     with pytest.raises(UsageError, match="is not the address of a worker"):
         rpc_commands("m.gguf", two_stages(name), allow_public=True)
+    main, worker = (Machine(name=of, memory_bytes=1) for of in ("main", name))
+    check_machines([worker])
+    with pytest.raises(UsageError, match="is not the address of a worker"):
+        check_machines([main, worker])
 
 
 def test_two_workers_of_one_address():

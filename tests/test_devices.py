@@ -9,6 +9,7 @@ from ewq_gguf import process
 from ewq_gguf.errors import ToolError, UsageError
 from ewq_gguf.llamacpp import devices
 from ewq_gguf.llamacpp.devices import Device, free_memory, list_devices, parse_devices
+from ewq_gguf.pipeline import planning
 from ewq_gguf.process import available_memory
 
 pytest_plugins = ["tests.toolchain_fixtures"]
@@ -39,9 +40,9 @@ def test_the_real_llama_bench_lists_its_devices(toolchain, own_cache):
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ("auto", (80655 << 20, "CUDA0, CUDA1")),
-        ("cuda1", (100 << 20, "CUDA1")),
-        ("CUDA1, CUDA0", (80655 << 20, "CUDA1, CUDA0")),
+        ("auto", (80655 << 20, ("CUDA0", "CUDA1"))),
+        ("cuda1", (100 << 20, ("CUDA1",))),
+        ("CUDA1, CUDA0", (80655 << 20, ("CUDA1", "CUDA0"))),
     ],
 )
 def test_free_memory_is_that_of_the_devices_chosen(
@@ -52,6 +53,8 @@ def test_free_memory_is_that_of_the_devices_chosen(
     assert free_memory(asked) == expected
     with pytest.raises(UsageError, match="CUDA0, CUDA1"):
         free_memory("CUDA7")
+    with pytest.raises(UsageError, match="'CUDA0,cuda0' names one twice"):
+        free_memory("CUDA0,cuda0")
 
 
 @pytest.mark.llamacpp
@@ -60,10 +63,20 @@ def test_without_a_device_auto_is_ram_and_a_name_is_an_error(toolchain, monkeypa
 
     for asked in ("auto", "cpu"):
         n_bytes, what = free_memory(asked)
-        assert what == "RAM"
+        assert what == ("RAM",)
         assert 0 < n_bytes <= psutil.virtual_memory().total
     with pytest.raises(ToolError):
         free_memory("CUDA0")
+
+
+def test_a_budget_counts_the_devices(monkeypatch):
+    found = (9 << 20, ("CUDA0", "CUDA1"))
+    monkeypatch.setattr(planning, "free_memory", lambda *_: found)
+
+    ask = planning.machine_budget(256)
+
+    assert ask.text == "auto (CUDA0, CUDA1)"
+    assert (ask.memory_bytes, ask.n_devices) == (9 << 20, 2)
 
 
 @pytest.mark.parametrize(

@@ -463,3 +463,27 @@ def test_the_documentation_says_what_a_new_model_may_expect():
     # Another version of scikit-learn may draw other trees.
     assert found.accuracy == pytest.approx(int(stated[1]) / 100, abs=0.05)
     assert found.accuracy < 82 / 147
+
+
+def test_a_model_without_layers_has_none_to_select():
+    assert select_layers(ROWS, []) == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 200_000,
+        "m,28,5,{},raw,0,scan,".format("9" * 400),
+        "m,28,5,100,raw,0,scan,",
+    ],
+)
+def test_trained_rows_that_cannot_be_learned_from_are_refused(
+    text, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("EWQ_CACHE", str(tmp_path))
+    path = dataset.trained_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(",".join(dataset.COLUMNS) + f"\n{text}\n")
+
+    with pytest.raises(InputError, match="ewq fastewq add"):
+        dataset.rows_in_use()

@@ -37,7 +37,7 @@ FOUNDATION = {("tensor_names", "errors"), ("ggml_types", "errors")}
 PURE = {"entropy", "plan"}
 PURE_LIBRARIES = {
     "__future__", "collections", "dataclasses", "enum", "fractions", "functools",
-    "itertools", "math", "re", "statistics", "typing", "zlib",
+    "ipaddress", "itertools", "math", "re", "statistics", "typing", "zlib",
     "numpy", "numba",
 }  # fmt: skip
 #: What one module may have besides, inside its functions only.

@@ -326,7 +326,7 @@ def test_raw_of_a_mixed_source_is_what_most_weights_have():
         (UniformPolicy(ggml_type="F16"), "F16"),
         # Two float types: overrides need a quantised base type.
         (UniformPolicy(ggml_type="raw"), "BF16"),
-        (EwqPolicy(ladder=("F16", "F32"), embedding_type="BF16"), "Q8_0"),
+        (UniformPolicy(ggml_type="F16", embedding_type="BF16"), "Q8_0"),
     ],
 )
 def test_the_base_type_takes_overrides_unless_all_is_one_float_type(policy, ftype):

@@ -14,8 +14,9 @@ from ewq_gguf import pipeline
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
+from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_plan
-from ewq_gguf.records import Plan, UniformPolicy, load_record
+from ewq_gguf.records import EwqPolicy, Machine, Plan, UniformPolicy, load_record
 from tests.checkpoints import write_llama
 from tests.scans import make_layout, make_scan
 
@@ -239,3 +240,51 @@ def test_a_huge_or_deep_plan_is_refused_at_once(
     line = refusal(capsys, *command.replace("{}", str(path)).split())
     assert time.monotonic() - begin < 5
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer"),
+    [
+        (lambda v: v["layers"][0].update(ggml_type="FOO"), "/layers"),
+        (lambda v: v["layers"][0].update(decision="FOO"), "/layers/0/decision"),
+        (lambda v: v["layers"].pop(), "/layers"),
+        (lambda v: v["totals"].update(n_weights=0), "/totals/n_weights"),
+        (lambda v: v["totals"].update(file_size_bytes=0), "/totals/file_size_bytes"),
+        (lambda v: v["tensors"][0].update(size_bytes=10**400), "/tensors/0/size_bytes"),
+        (lambda v: v["budget"].update(limit_bytes=5), "/budget/limit_bytes"),
+        (lambda v: v["placement"].update(machines=[]), "/placement/stages"),
+        (lambda v: v["placement"].update(stages=[]), "/placement/stages"),
+        (lambda v: v["placement"].update(n_ctx=-1), "/placement/n_ctx"),
+        (
+            lambda v: v["placement"]["machines"][0].update(memory_bytes=0),
+            "/placement/stages/0",
+        ),
+        (
+            lambda v: v["placement"]["stages"][1].update(machine="elsewhere"),
+            "/placement/stages",
+        ),
+        (
+            lambda v: v["placement"]["stages"][1].update(first_layer=0),
+            "/placement/stages/1/first_layer",
+        ),
+        (
+            lambda v: v["placement"]["stages"][0].update(last_layer=10**18),
+            "/placement/stages/1/first_layer",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["show", "diff", "export"])
+def test_an_edited_plan_is_one_line(change, pointer, command, tmp_path, capsys):
+    machines = (
+        Machine(name="main", memory_bytes=60_000_000),
+        Machine(name="10.0.0.2", memory_bytes=120_000_000),
+    )
+    scan = make_scan([1.0, 2.0, 3.0, 4.0] * 4)
+    ask = Ask("2 machines", machines=machines, n_ctx=256, may_exceed=True)
+    path = tmp_path / "plan.json"
+    path.write_text(make_plan(scan, EwqPolicy(), budget=ask).to_json())
+    edit(path, change)
+
+    files = [path] * (2 if command == "diff" else 1)
+
+    assert f"at {pointer}: " in refusal(capsys, "plan", command, *files)

@@ -173,7 +173,7 @@ def test_precisions_have_many_names(subject, value, ggml_type):
             marks=pytest.mark.fault(43),
         ),
         pytest.param({"0": "gut"}, "at /0: 'gut' is no type", id="type"),
-        pytest.param({"0": "3-bit"}, "at /0: '3-bit' is no type", id="three"),
+        pytest.param({"0": "5-bit"}, "at /0: '5-bit' is no type", id="five"),
         pytest.param({"0": 4}, "at /0: 4 is no type", id="number"),
         pytest.param({"0": {"a": 1}}, "at /0: .* is no type", id="object"),
         pytest.param(
@@ -438,3 +438,8 @@ def test_the_plan_itself_in_canonical_form(plan_file, tmp_path, capsys):
     args = ["plan", "export", str(plan_file), "--format", "json", "-o", str(out)]
     assert main(args) == 0
     assert out.read_text() == load_record(Plan, plan_file, "test").to_json()
+
+
+def test_a_layer_has_one_spelling(subject):
+    with pytest.raises(InputError, match="has no tensor 01"):
+        poc_types({"1": "4-bit", "01": "8-bit"}, subject, "plan.json")

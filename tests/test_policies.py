@@ -129,6 +129,7 @@ def test_a_cluster_is_planned_and_shown(own_cache, tmp_path, capsys):
     _, shown, _ = run(capsys, "show", out)
     assert "10.0.0.2  4-29+out" in shown
     assert "1 between machines" in shown
+    assert "unused" not in shown
     _, commands, _ = run(capsys, "export", out, "--format", "rpc", "--gguf", "m.gguf")
     assert "ggml-rpc-server -H 10.0.0.2 -p 50052 -c\n" in commands
     assert "-m m.gguf -c 256 -fit off -ngl 27 --rpc 10.0.0.2:50052" in commands
@@ -160,7 +161,7 @@ def test_a_worker_that_the_internet_reaches_must_be_allowed(
 
 def test_a_cluster_that_holds_nothing_is_refused(own_cache, tmp_path, capsys):
     for machines, words in (
-        (["main=1MB"], "do not hold more than"),
+        (["main=1MB"], "--machine: 1,000,000 bytes of memory do not hold more than"),
         (["main=110MB"], "can be placed on 1 machines with 256"),
     ):
         args = [a for machine in machines for a in ("--machine", machine)]
@@ -209,6 +210,8 @@ def test_the_machines_own_memory_is_a_budget(own_cache, tmp_path, capsys):
         (["--policy", "uniform"], 2, "unknown policy"),
         (["--machine", "a"], 2, "a"),
         (["--machine", "a=1GB", "--machine", "a=2GB"], 2, "a"),
+        (["--machine", "a=1GB", "--machine", "127.1=1GB"], 2, "address of a worker"),
+        (["--machine", "a=1GB", "--machine", "0.0.0.0=1GB"], 2, "address of a worker"),
         (["--machines", "none.toml"], 3, "none.toml"),
         pytest.param(
             ["--budget", "1GB"], 3, "84,165,312 to 327,509,184",
@@ -271,3 +274,67 @@ def test_factors_that_are_none_are_a_usage_error(factors, capsys):
 
     assert code == 2
     assert "FROM:TO:STEP" in err
+
+
+def test_a_budget_needs_the_header_that_a_scan_alone_does_not_tell(
+    own_cache, tmp_path, capsys, monkeypatch
+):
+    scan = tmp_path / "scan.json"
+    assert main(["scan", "demo", "-q", "-o", str(scan)]) == 0
+    monkeypatch.setenv("EWQ_CACHE", str(tmp_path / "empty"))
+    capsys.readouterr()
+    for policy in ("ewq", "fastewq"):
+        out = tmp_path / f"{policy}.json"
+        args = [scan, "-q", "-o", out, "--policy", policy]
+
+        assert run(capsys, *args)[0] == 0
+        assert load_record(Plan, out, "test").totals.is_estimate
+        code, _, err = run(capsys, *args, "--force", "--budget", "200MB")
+        assert (code, err.count("\n")) == (3, 1)
+        assert "header is not known" in err
+
+
+def test_the_same_machine_makes_the_same_plan(own_cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["demo", "-q", "--budget", "auto", "--device", "cpu", "--ctx", "512"]
+
+    first, again = run(capsys, *args), run(capsys, *args)
+
+    assert first[0] == 0
+    assert again == first
+
+
+def test_what_a_plan_depends_on_is_in_its_name(
+    own_cache, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    every: tuple[list[str], ...] = (
+        [],
+        ["--budget", "60%"],
+        ["--bpw", "7"],
+        ["--budget", "auto", "--device", "cpu"],
+        ["--budget", "auto", "--device", "cpu", "--ctx", "512"],
+        ["--machine", "a=200MB", "--machine", "b=150MB", "--ctx", "512"],
+        ["--machine", "a=250MB", "--machine", "b=150MB", "--ctx", "512"],
+        ["--policy", "fastewq"],
+        ["--policy", "fastewq", "--low-layers", "1"],
+        ["--rule", "q75"],
+        ["--granularity", "tensor"],
+        ["--embedding-type", "raw"],
+    )
+    names = {run(capsys, "demo", "-q", *args)[1] for args in every}
+
+    assert len(names) == len(every)
+
+
+def test_a_classifier_decides_alike_from_model_and_scan(own_cache, tmp_path, capsys):
+    scan, plans = tmp_path / "scan.json", []
+    assert main(["scan", "demo", "-q", "-o", str(scan)]) == 0
+    capsys.readouterr()
+    for source in ("demo", scan):
+        out = tmp_path / "plan.json"
+        args = [source, "-q", "--force", "-o", out, "--policy", "fastewq"]
+        assert run(capsys, *args)[0] == 0
+        plans.append(load_record(Plan, out, "test"))
+
+    assert plans[0] == plans[1]

@@ -23,6 +23,8 @@ _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
     10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
+#: Where the key-value pairs begin: after the magic, the version and two counts.
+KV_OFFSET = 24
 _U32, _STRING, _ARRAY = 4, 8, 9
 _MAX_ALIGNMENT = 1 << 20
 _MAX_NAME_BYTES = 1 << 16

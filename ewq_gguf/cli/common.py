@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from rich.progress import (
 )
 
 from ewq_gguf.pipeline import Options
+from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.records import Record
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -107,6 +109,12 @@ llama_cpp_option = click.option(
 nonfinite_option = click.option(
     "--allow-nonfinite", is_flag=True, help="Count NaN and infinities, do not refuse."
 )
+imatrix_option = click.option(
+    "--imatrix",
+    type=PATH,
+    metavar="FILE",
+    help="An importance matrix of the model, as llama-imatrix writes it.",
+)
 no_load_option = click.option(
     "--no-load", is_flag=True, help="Do not load the file and let it answer."
 )
@@ -122,6 +130,11 @@ def explicit(names: Iterable[str]) -> list[str]:
     ]
 
 
+def imatrix_link(path: Path) -> str:
+    """The shell command that gives an importance matrix its name in every file."""
+    return shlex.join(["ln", "-s", str(path), IMATRIX_FILE])
+
+
 def options_of(values: dict[str, Any]) -> Options:
     """The run's Options from whichever of the shared options a command has."""
     threads = values.get("threads")
@@ -132,6 +145,7 @@ def options_of(values: dict[str, Any]) -> Options:
         force=values.get("force", False),
         load=not values.get("no_load", False),
         is_streamed=values.get("stream", False),
+        imatrix=values.get("imatrix"),
         scheduler=values.get("scheduler"),
     )
 

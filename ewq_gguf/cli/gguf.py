@@ -15,6 +15,8 @@ from ewq_gguf.cli.common import (
     console,
     explicit,
     force_option,
+    imatrix_link,
+    imatrix_option,
     json_option,
     llama_cpp_option,
     no_load_option,
@@ -31,6 +33,7 @@ from ewq_gguf.cli.policy import (
     policy_options,
     raw_type_of,
 )
+from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.records import Plan, RulePolicy, load_record
@@ -44,6 +47,7 @@ from ewq_gguf.report.made_view import made_view
 @click.option(
     "--plan", "plan_path", type=PATH, metavar="PLAN", help="Use a finished plan."
 )
+@imatrix_option
 @threads_option
 @nonfinite_option
 @llama_cpp_option
@@ -105,8 +109,10 @@ def _dry_run(
 ) -> str:
     """The commands that do the same, for a shell; the plan is made to show its size."""
     plan, typed = policy, ""
-    if not isinstance(plan, Plan):
-        names = explicit(POLICY_OPTIONS)
+    if isinstance(plan, Plan):
+        check_imatrix(plan, options.imatrix)
+    else:
+        names = explicit((*POLICY_OPTIONS, "imatrix"))
         context = click.get_current_context()
         values = [str(context.params[n[2:].replace("-", "_")]) for n in names]
         typed = " ".join(
@@ -131,12 +137,14 @@ def _dry_run(
         n_threads=options.n_threads,
     )
     quoted = shlex.quote(model)
+    link = [imatrix_link(options.imatrix)] if options.imatrix else []
     lines = [
         f"# {plan.totals.file_size_bytes} bytes, {plan.totals.bpw:.3f} bits per weight",
         f"ewq convert {quoted} -o base.gguf",
         f"ewq plan {quoted}{typed} -o {shlex.quote(path)}",
         f"ewq plan export {shlex.quote(path)} --format tensor-type-file "
         "-o tensor-types.txt",
+        *link,
         shlex.join(argv),
     ]
     if isinstance(policy, Plan):

@@ -18,6 +18,7 @@ from ewq_gguf.cli.common import (
     DefaultGroup,
     explicit,
     force_option,
+    imatrix_option,
     json_option,
     llama_cpp_option,
     nonfinite_option,
@@ -49,6 +50,8 @@ from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
 from ewq_gguf.report.sweep_view import sweep_rows, sweep_view
 
+#: A file of another name is a scan.
+_WEIGHT_FILES = (".safetensors", ".gguf")
 _FORMATS: dict[str, Callable[[Plan], str]] = {
     "sh": export_sh,
     "tensor-type-file": tensor_types,
@@ -65,6 +68,7 @@ def plan() -> None:
 @plan.command(name="make", hidden=True)
 @click.argument("source", metavar="MODEL|SCAN")
 @policy_options
+@imatrix_option
 @out_option("the plan.  [default: plans/NAME.POLICY.json]")
 @stream_option
 @threads_option
@@ -181,6 +185,7 @@ def sweep(source: str, factors: str, as_json: bool, **values: Any) -> None:
 def show(plan_path: Path, as_json: bool) -> None:
     """Print a plan as a table and a layer x role map."""
     record = load_record(Plan, plan_path, "plan")
+    check_sound(record)
     show_record(record, plan_view, as_json=as_json)
 
 
@@ -192,8 +197,10 @@ def _source(
     reads_weights: bool = True,
 ) -> Checkpoint | Scan:
     """A scan's file, or a model."""
-    if source.endswith(".json"):
-        return load_record(Scan, Path(source), "plan")
+    path = Path(source)
+    is_other_file = path.is_file() and path.suffix not in _WEIGHT_FILES
+    if is_other_file or path.suffix == ".json":
+        return load_record(Scan, path, "plan")
     return pipeline.open_model(
         source, reads_weights=reads_weights, options=options, progress=progress
     )
@@ -206,6 +213,8 @@ def _source(
 def diff(one: Path, two: Path, as_json: bool) -> None:
     """Compare two plans: which tensors change, and the bytes they gain or lose."""
     a, b = (load_record(Plan, path, "plan") for path in (one, two))
+    for record in (a, b):
+        check_sound(record)
     if as_json:
         click.echo(json.dumps(plan_diff_values(a, b), indent=1, sort_keys=True))
         return

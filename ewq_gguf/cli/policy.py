@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from math import inf
 from typing import Any
 
 import click
@@ -84,7 +85,8 @@ _TYPES = (
     _option(
         "--embedding-type",
         default="auto",
-        help="Of the embedding: raw, a type, or auto: raw, with a budget the ladder's.",
+        help="Of the embedding: raw, a type, or auto: raw, with a budget the ladder's, "
+        "of policy uniform its own.",
     ),
     _option("--output-type", default="auto", help="Of the output head, likewise."),
 )
@@ -166,7 +168,7 @@ POLICY_OPTIONS = (
 _FOREIGN = {
     "ewq": _FAST_NAMES,
     "fastewq": _ENTROPY_NAMES,
-    "uniform": (*_ENTROPY_NAMES, *_FAST_NAMES, *_TYPE_NAMES, *_BUDGET_NAMES),
+    "uniform": (*_ENTROPY_NAMES, *_FAST_NAMES, "ladder", *_BUDGET_NAMES),
 }
 
 
@@ -194,7 +196,9 @@ def policy_of(values: dict[str, Any]) -> RulePolicy:
             f"{given[0]} does not go with policy {values['policy']}"
         )
     if is_uniform:
-        return UniformPolicy(ggml_type=_type_name(argument))
+        types = _types(values)
+        del types["ladder"]
+        return UniformPolicy(ggml_type=_type_name(argument), **types)
     if name == "fastewq":
         return FastEwqPolicy(
             variant=values["variant"], n_low=values["low_layers"], **_types(values)
@@ -277,14 +281,18 @@ def factors_of(text: str) -> list[float]:
     """The factors of `FROM:TO:STEP`, both ends included, or of a list.
 
     Raises:
-        click.BadParameter: it is neither, or names none or more than a thousand.
+        click.BadParameter: it is neither, or names none, more than a thousand, or one
+            below 0.
     """
     try:
         if ":" not in text:
-            return [float(part) for part in text.split(",")]
+            factors = [float(part) for part in text.split(",")]
+            if len(factors) > _MAX_FACTORS or not all(0 <= x < inf for x in factors):
+                raise ValueError
+            return factors
         first, last, step = (Decimal(part) for part in text.split(":"))
         n_steps = int((last - first) / step)
-        if step <= 0 or not 0 <= n_steps < _MAX_FACTORS:
+        if step <= 0 or first < 0 or not 0 <= n_steps < _MAX_FACTORS:
             raise ValueError
         return [float(first + step * i) for i in range(n_steps + 1)]
     except (ValueError, ArithmeticError):

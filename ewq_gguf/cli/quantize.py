@@ -13,6 +13,8 @@ from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     force_option,
+    imatrix_link,
+    imatrix_option,
     json_option,
     llama_cpp_option,
     no_load_option,
@@ -20,6 +22,7 @@ from ewq_gguf.cli.common import (
     quiet_option,
     threads_option,
 )
+from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.quantize import quantize as quantize_plan
 from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
@@ -31,6 +34,7 @@ from ewq_gguf.records import Plan, load_record
 @click.argument("plan_path", type=PATH, metavar="PLAN")
 @click.argument("base", type=PATH)
 @click.option("-o", "--out", type=PATH, required=True, help="Where to write the GGUF.")
+@imatrix_option
 @llama_cpp_option
 @threads_option
 @no_load_option
@@ -50,6 +54,7 @@ def quantize(
     options = options_of(values)
     record = load_record(Plan, plan_path, "quantize")
     check_sound(record)
+    check_imatrix(record, options.imatrix)
     toolchain = find_toolchain(options.llama_cpp)
     if dry_run:
         argv = quantize_argv(
@@ -62,6 +67,8 @@ def quantize(
         )
         export = shlex.join(["ewq", "plan", "export", str(plan_path)])
         click.echo(f"{export} --format tensor-type-file -o tensor-types.txt")
+        if options.imatrix:
+            click.echo(imatrix_link(options.imatrix))
         click.echo(shlex.join(argv))
         return
     store.check_writable(out, "quantize")
@@ -76,6 +83,7 @@ def quantize(
             toolchain,
             n_threads=options.n_threads,
             load=options.load,
+            imatrix=options.imatrix,
             on_progress=share,
         )
     click.echo(verification.to_json() if as_json else out, nl=not as_json)

@@ -59,8 +59,10 @@ def parse_devices(text: str) -> tuple[Device, ...]:
     )
 
 
-def free_memory(device: str, llama_cpp: Path | None = None) -> tuple[int, str]:
-    """Free bytes for a model, and of what.
+def free_memory(
+    device: str, llama_cpp: Path | None = None
+) -> tuple[int, tuple[str, ...]]:
+    """Free bytes for a model, and the names of the devices that have them.
 
     Args:
         device: `cpu`, names of devices with commas between them, or `auto`: all
@@ -69,10 +71,10 @@ def free_memory(device: str, llama_cpp: Path | None = None) -> tuple[int, str]:
 
     Raises:
         ToolError: devices are named and this llama.cpp has none.
-        UsageError: there is no device of that name.
+        UsageError: there is no device of that name, or one is named twice.
     """
     if device == "cpu":
-        return available_memory(), "RAM"
+        return available_memory(), ("RAM",)
     try:
         devices = list_devices(find_toolchain(llama_cpp))
     except ToolError:
@@ -81,7 +83,7 @@ def free_memory(device: str, llama_cpp: Path | None = None) -> tuple[int, str]:
         devices = ()
     if not devices:
         if device == "auto":
-            return available_memory(), "RAM"
+            return available_memory(), ("RAM",)
         raise ToolError(
             STAGE,
             "--device",
@@ -89,7 +91,7 @@ def free_memory(device: str, llama_cpp: Path | None = None) -> tuple[int, str]:
             "run `ewq toolchain build --backend cuda` (or vulkan), or use --device cpu",
         )
     chosen = devices if device == "auto" else _named(devices, device)
-    return sum(d.free_bytes for d in chosen), ", ".join(d.name for d in chosen)
+    return sum(d.free_bytes for d in chosen), tuple(d.name for d in chosen)
 
 
 def _named(devices: Sequence[Device], names: str) -> list[Device]:
@@ -103,4 +105,9 @@ def _named(devices: Sequence[Device], names: str) -> list[Device]:
                 f"there is no {name!r}",
                 f"use cpu, auto or one of {', '.join(d.name for d in devices)}",
             )
-    return [known[name.lower()] for name in wanted]
+    chosen = [known[name.lower()] for name in wanted]
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(
+            STAGE, "--device", f"{names!r} names one twice", "name each device once"
+        )
+    return chosen

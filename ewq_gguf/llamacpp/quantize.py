@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Required, TypedDict, Unpack
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import read_gguf
@@ -22,17 +23,37 @@ from ewq_gguf.errors import (
     VerificationError,
     printable,
 )
+from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.plan.assemble import provenance
 from ewq_gguf.plan.check import check_sound
+from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.process import run
 from ewq_gguf.records import Plan, Verification
 from ewq_gguf.tensor_names import nearest_name
 
 # Fixed relative names inside the work folder: no path can enter the file.
 _BASE, _TYPES, _OUT = "base.gguf", "tensor-types.txt", "out.gguf"
+
+
+class Work(TypedDict, total=False):
+    """How `quantize` works, as its keyword arguments.
+
+    Attributes:
+        n_threads: for llama-quantize.
+        load: also load the file and let it answer; the default.
+        imatrix: the plan's importance matrix.
+        on_progress: told the finished share, 0 to 1.
+    """
+
+    n_threads: Required[int]
+    load: bool
+    imatrix: Path | None
+    on_progress: Callable[[float], None] | None
+
+
 _PROGRESS = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]")
 
 
@@ -71,17 +92,22 @@ def tensor_types(plan: Plan) -> str:
 def quantize_argv(
     plan: Plan, tool: str | Path, *, base: str, types: str, out: str, n_threads: int
 ) -> list[str]:
-    """llama-quantize's command line for a plan."""
+    """llama-quantize's command line for a plan.
+
+    The importance matrix stands under its fixed name where the command runs.
+    """
     pairs = provenance(plan.model, plan.ewq_version, plan.sha256)
     overrides = [
         argument
         for key, value in sorted(pairs.items())
         for argument in ("--override-kv", f"{key}=str:{value}")
     ]
+    imatrix = ["--imatrix", IMATRIX_FILE] if plan.imatrix else []
     return [
         str(tool),
         "--tensor-type-file",
         types,
+        *imatrix,
         *overrides,
         base,
         out,
@@ -95,10 +121,7 @@ def quantize(
     base: Path,
     out: Path,
     toolchain: Toolchain,
-    *,
-    n_threads: int,
-    load: bool = True,
-    on_progress: Callable[[float], None] | None = None,
+    **work: Unpack[Work],
 ) -> Verification:
     """Write the mixed GGUF; it appears at `out` only when it is what the plan says.
 
@@ -107,12 +130,11 @@ def quantize(
         base: the 16- or 32-bit GGUF of the same checkpoint.
         out: the final path; replaced when the new file is verified.
         toolchain: whose llama-quantize to use.
-        n_threads: for llama-quantize.
-        load: also load the file and let it answer.
-        on_progress: told the finished share, 0 to 1.
+        work: see Work.
 
     Raises:
-        InputError: the base GGUF is another model's, or the plan contradicts itself.
+        InputError: the base GGUF is another model's, the importance matrix not the
+            plan's, or the plan contradicts itself.
         ChildError: llama-quantize failed.
         VerificationError: it wrote something else than planned.
         ResourceError: the disk is full.
@@ -120,7 +142,9 @@ def quantize(
     tool = toolchain.tool("llama-quantize")
     types = tensor_types(plan)
     check_base(plan, base)
-    store.check_distinct(out, [base], "quantize")
+    imatrix, on_progress = work.get("imatrix"), work.get("on_progress")
+    check_imatrix(plan, imatrix)
+    store.check_distinct(out, [base, *([imatrix] if imatrix else [])], "quantize")
     folder = store.ensure_dir(out.absolute().parent, "quantize")
     store.check_free(folder, plan.totals.file_size_bytes, "quantize")
 
@@ -128,15 +152,17 @@ def quantize(
         if on_progress and (match := _PROGRESS.match(text)):
             on_progress(int(match[1]) / int(match[2]))
 
-    with store.work_dir(out, stage="quantize") as work:
-        (work / _BASE).symlink_to(base.resolve())
-        (work / _TYPES).write_text(types)
+    with store.work_dir(out, stage="quantize") as inside:
+        (inside / _BASE).symlink_to(base.resolve())
+        (inside / _TYPES).write_text(types)
+        if imatrix:
+            (inside / IMATRIX_FILE).symlink_to(imatrix.resolve())
         argv = quantize_argv(
-            plan, tool, base=_BASE, types=_TYPES, out=_OUT, n_threads=n_threads
+            plan, tool, base=_BASE, types=_TYPES, out=_OUT, n_threads=work["n_threads"]
         )
         try:
             with child_log("quantize", out) as log_path:
-                run(argv, stage="quantize", log_path=log_path, cwd=work, on_line=line)
+                run(argv, stage="quantize", log_path=log_path, cwd=inside, on_line=line)
         except ChildError as error:
             # All that llama-quantize says of a full disk; its folder is there.
             if any("iostream error" in text for text in error.log_tail):
@@ -144,8 +170,8 @@ def quantize(
                     "quantize", folder, "the disk is full", "free some space"
                 ) from error
             raise
-        verification = verify_file(plan, work / _OUT, load=load)
-        store.publish(work / _OUT, out)
+        verification = verify_file(plan, inside / _OUT, load=work.get("load", True))
+        store.publish(inside / _OUT, out)
     return verification
 
 
@@ -191,8 +217,9 @@ def export_sh(plan: Plan) -> str:
     """A shell script that makes the plan's file by hand.
 
     It needs llama.cpp's converter (LLAMA_CPP), llama-quantize (LLAMA_BIN) and a Python
-    with the converter's packages (PYTHON), the checkpoint's folder as $1 and the output
-    as $2, and gives the same bytes. With a GGUF source as $1, nothing is converted.
+    with the converter's packages (PYTHON), the checkpoint's folder as $1, the output as
+    $2 and the plan's importance matrix, if it has one, as $3, and gives the same bytes.
+    With a GGUF source as $1, nothing is converted.
 
     Raises:
         InputError: the plan contradicts itself.
@@ -200,30 +227,48 @@ def export_sh(plan: Plan) -> str:
     types = tensor_types(plan)
     argv = quantize_argv(
         plan,
-        "llama-quantize",
-        base='"$1"' if plan.model.is_gguf else '"$work/base.gguf"',
-        types='"$work/tensor-types.txt"',
-        out='"$2"',
+        '"$quantize"',
+        base=_BASE,
+        types=_TYPES,
+        out='"$out"',
         n_threads=0,
     )
     quoted = [arg if arg.startswith('"$') else shlex.quote(arg) for arg in argv]
-    source, conversion = (
-        ("GGUF", "") if plan.model.is_gguf else ("FOLDER", _convert_sh(plan))
+    source, base = (
+        ("GGUF", f'ln -s "$(full "$1")" "$work/{_BASE}"\n')
+        if plan.model.is_gguf
+        else ("FOLDER", _convert_sh(plan))
     )
+    usage = f"{source} OUT{' IMATRIX' if plan.imatrix else ''}"
     title = printable(plan.model.name)
     return f"""#!/bin/sh
 # {title}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
-# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh {source} OUT
+# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh {usage}
 # (`ewq toolchain info` names its source_dir and bin_dir)
 set -eu
 : "${{LLAMA_CPP:?set LLAMA_CPP to the folder of convert_hf_to_gguf.py}}"
 PATH="${{LLAMA_BIN:-$LLAMA_CPP/build/bin}}:$PATH"
 [ ! -e "$2" ] || {{ echo "$2 exists" >&2; exit 2; }}
+full() {{ (cd -- "$(dirname -- "$1")" && printf '%s\\n' "$PWD/$(basename -- "$1")"); }}
+out=$(full "$2")
+quantize=$(full "$(command -v llama-quantize)")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-{conversion}cat > "$work/tensor-types.txt" <<'TYPES'
+{_imatrix_sh(plan)}{base}cat > "$work/{_TYPES}" <<'TYPES'
 {types}TYPES
+cd "$work"
 {" ".join(quoted)}
+"""
+
+
+def _imatrix_sh(plan: Plan) -> str:
+    """The lines of the script that check and place the importance matrix."""
+    if plan.imatrix is None:
+        return ""
+    sha256 = shlex.quote(plan.imatrix.file_sha256)
+    return f"""[ "$(sha256sum < "$3")" = {sha256}"  -" ] || {{
+  echo "$3 is not the plan's importance matrix" >&2; exit 3; }}
+ln -s "$(full "$3")" "$work/{IMATRIX_FILE}"
 """
 
 
@@ -234,7 +279,7 @@ def _convert_sh(plan: Plan) -> str:
     return f"""mkdir "$work"/{name}
 ln -s "$(cd "$1" && pwd)"/* "$work"/{name}/
 "${{PYTHON:-python3}}" "$LLAMA_CPP/convert_hf_to_gguf.py" "$work"/{name} \\
-  --outfile "$work/base.gguf" --outtype {outtype} \\
+  --outfile "$work/{_BASE}" --outtype {outtype} \\
   --model-name={name}
 """
 

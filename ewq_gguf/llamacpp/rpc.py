@@ -10,18 +10,17 @@ The layers before them and the input embedding stay on the main machine's CPU.
 
 from __future__ import annotations
 
-import re
 import shlex
 from ipaddress import IPv4Address
 
 from ewq_gguf.errors import UsageError
+from ewq_gguf.plan.machines import endpoints
 from ewq_gguf.records.placement import Placement, Stage
 
-DEFAULT_PORT = 50052
-
-_ENDPOINT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)(?::([0-9]{1,5}))?")
-# inet_addr also reads `8.8.2056` and `0x8080808` as addresses.
-_NUMERIC_HOST = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)")
+_WORKERS_FIRST = (
+    "# The workers first. All machines need the same build of llama.cpp, and each",
+    "# worker one device: name it with -d where there are several.",
+)
 
 
 def rpc_flags(placement: Placement) -> tuple[str, ...]:
@@ -31,7 +30,7 @@ def rpc_flags(placement: Placement) -> tuple[str, ...]:
     neither `-c` nor `-fit`. llama-perplexity multiplies `-c` unless `-b` is the same.
 
     Raises:
-        UsageError: a worker's name is no address.
+        UsageError: a worker's name is no address, or two have the same.
     """
     # Fitting, which is on by default, may change what is not given here.
     flags = ["-c", str(placement.n_ctx), "-fit", "off"]
@@ -52,15 +51,13 @@ def rpc_commands(gguf: str, placement: Placement, *, allow_public: bool = False)
         allow_public: whether workers may have addresses that the internet reaches.
 
     Raises:
-        UsageError: a worker's name is no address, or a public one that is not allowed.
+        UsageError: as of `rpc_flags`, or an address is public and that is not allowed.
     """
-    lines = [
-        "# The workers first. All machines need the same build of llama.cpp, and each",
-        "# worker one device: name it with -d where there are several.",
-    ]
-    for stage in placement.stages[1:]:
+    main, *workers = placement.stages
+    lines = [*_WORKERS_FIRST] if workers else []
+    for stage in workers:
         lines += _worker_lines(stage, allow_public=allow_public)
-    main, shares = placement.stages[0], _shares(placement)
+    shares = _shares(placement)
     lines += [f"# The main machine: {_held(main)}, and the input embedding."]
     lines += [shlex.join(["llama-server", "-m", gguf, *rpc_flags(placement)])]
     bench = ["llama-bench", "-m", gguf, "-ngl", str(sum(shares))]
@@ -70,7 +67,7 @@ def rpc_commands(gguf: str, placement: Placement, *, allow_public: bool = False)
 
 
 def _worker_lines(stage: Stage, *, allow_public: bool) -> list[str]:
-    host, port = _endpoint(stage.machine)
+    ((host, port),) = endpoints([stage.machine])
     lines = [f"# {host}: {_held(stage)}."]
     try:
         address = IPv4Address("127.0.0.1" if host == "localhost" else host)
@@ -109,48 +106,9 @@ def _shares(placement: Placement) -> list[int]:
 
 
 def _servers(placement: Placement) -> str:
-    """The list for `--rpc`.
-
-    Raises:
-        UsageError: two workers have one address: llama.cpp would use it twice.
-    """
-    names = [_endpoint(stage.machine) for stage in placement.stages[1:]]
-    servers = [f"{host}:{port}" for host, port in names]
-    for server in servers:
-        if servers.count(server) > 1:
-            raise UsageError(
-                "plan", server, "is two workers' address", "name each worker once"
-            )
-    return ",".join(servers)
-
-
-def _endpoint(name: str) -> tuple[str, int]:
-    """Host and port of a worker's name; llama.cpp knows no IPv6.
-
-    Raises:
-        UsageError: it has neither form.
-    """
-    match = _ENDPOINT.fullmatch(name)
-    port = int(match[2] or DEFAULT_PORT) if match else 0
-    if match is None or not 1 <= port <= 65535 or not _is_host(match[1]):
-        raise UsageError(
-            "plan",
-            name,
-            "is not the address of a worker",
-            "name workers by host or host:port, such as 10.0.0.2:50052",
-        )
-    return match[1], port
-
-
-def _is_host(host: str) -> bool:
-    """Whether it is a host name, or an IPv4 address in its usual form."""
-    if not _NUMERIC_HOST.fullmatch(host):
-        return True
-    try:
-        IPv4Address(host)
-    except ValueError:
-        return False
-    return True
+    """The list for `--rpc`."""
+    workers = endpoints(stage.machine for stage in placement.stages[1:])
+    return ",".join(f"{host}:{port}" for host, port in workers)
 
 
 def _held(stage: Stage) -> str:

@@ -12,6 +12,7 @@ from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import ChildError, VerificationError
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.plan.importance import file_keys
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Plan, Verification, VerifiedTensor
 
@@ -86,6 +87,9 @@ def _differences(plan: Plan, gguf: GgufFile) -> Iterator[str]:
     sha256 = gguf.kv.get("ewq.plan.sha256")
     if sha256 != plan.sha256:
         yield f"ewq.plan.sha256: planned {plan.sha256}, found {sha256}"
+    for key, value in (file_keys(plan.imatrix) if plan.imatrix else {}).items():
+        if gguf.kv.get(key) != value:
+            yield f"{key}: planned {value}, found {gguf.kv.get(key)}"
     totals = plan.totals
     if not totals.is_estimate and gguf.file_bytes != totals.file_size_bytes:
         yield f"size: planned {totals.file_size_bytes}, found {gguf.file_bytes} bytes"

@@ -19,6 +19,7 @@ from ewq_gguf.llamacpp.convert import (
     check_is_local,
     convert,
 )
+from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
@@ -117,8 +118,13 @@ def make_gguf(
         store.check_writable(out, "gguf")
     if isinstance(policy, Plan):
         check_sound(policy)
+        check_imatrix(policy, options.imatrix)
     else:
-        check_policy(policy, has_budget=budget is not None)
+        check_policy(
+            policy,
+            has_budget=budget is not None,
+            has_imatrix=options.imatrix is not None,
+        )
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)
@@ -166,6 +172,7 @@ def make_gguf(
                     toolchain,
                     n_threads=options.n_threads,
                     load=options.load,
+                    imatrix=options.imatrix,
                     on_progress=share,
                 )
             _keep(made_plan, verification)

@@ -51,6 +51,7 @@ class Options:
         force: replace outputs made from other inputs.
         load: load the finished file and let it answer.
         is_streamed: leave the weights on their server; only scans and plans can.
+        imatrix: the importance matrix that files are planned and made with.
         scheduler: the Dask scheduler whose workers scan, or None for this machine.
     """
 
@@ -60,4 +61,5 @@ class Options:
     force: bool = False
     load: bool = True
     is_streamed: bool = False
+    imatrix: Path | None = None
     scheduler: str | None = None

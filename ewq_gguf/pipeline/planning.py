@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ewq_gguf.errors import (
     VerificationError,
 )
 from ewq_gguf.llamacpp.devices import free_memory
+from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
@@ -24,7 +26,7 @@ from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.fastewq import layer_features, select_layers
 from ewq_gguf.plan.naming import plan_name
 from ewq_gguf.plan.policy import check_policy
-from ewq_gguf.plan.subject import Subject, layout_tensor
+from ewq_gguf.plan.subject import Subject, check_whole, layout_tensor
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
@@ -52,39 +54,72 @@ def plan(
     With a checkpoint and a toolchain the prediction is exact. From a Scan alone it is,
     where this machine has laid the same checkpoint out before; else an estimate.
     """
-    check_policy(policy, has_budget=budget is not None)
     options = options or Options()
+    importance = read_imatrix(options.imatrix) if options.imatrix else None
+    has_imatrix = importance is not None
+    check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
+    if budget is not None:
+        _need_header(source, options, progress)
     if isinstance(policy, FastEwqPolicy):
-        subject = _unread(source, raw_type, budget, options, progress)
-        return _fast_plan(subject, policy, budget)
+        subject = _unread(source, raw_type, options, progress)
+        return _fast_plan(replace(subject, importance=importance), policy, budget)
     scanned, laid_out = measured(source, policy, options=options, progress=progress)
-    return make_plan(scanned, policy, laid_out, raw_type=raw_type, budget=budget)
+    return make_plan(
+        scanned,
+        policy,
+        laid_out,
+        raw_type=raw_type,
+        budget=budget,
+        importance=importance,
+    )
 
 
 def _unread(
     source: Checkpoint | Scan,
     raw_type: str,
-    budget: Ask | None,
     options: Options,
     progress: Progress,
 ) -> Subject:
     """What is planned, from config and headers alone.
 
-    The converter takes seconds to lay a file out, so it is asked only where its answer
-    is needed: for names, or for a size that must not be exceeded.
+    The converter takes seconds to lay a file out, so it is asked only where names alone
+    do not say which tensor becomes which.
     """
     if isinstance(source, Scan):
-        known = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
-        return Subject.of_scan(source, known, raw_type)
-    laid_out = cached_layout(source.identity.fingerprint, LLAMA_CPP_COMMIT)
-    if laid_out is None and (budget or not source.is_mapped_by_name):
+        check_whole(source)
+    model = source.model if isinstance(source, Scan) else source.identity
+    laid_out = cached_layout(model.fingerprint, LLAMA_CPP_COMMIT)
+    if (
+        laid_out is None
+        and isinstance(source, Checkpoint)
+        and not source.is_mapped_by_name
+    ):
         laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
-    tensors = (
-        laid_out.tensors
-        if laid_out
-        else [layout_tensor(t.name, t.shape, t.dtype) for t in map_tensors(source)[0]]
-    )
-    return Subject.of_tensors(source.identity, tensors, laid_out, raw_type)
+    if laid_out is not None:
+        return Subject.of_tensors(model, laid_out.tensors, laid_out, raw_type)
+    found = source.tensors if isinstance(source, Scan) else map_tensors(source)[0]
+    known = [layout_tensor(t.name, t.shape, t.dtype) for t in found]
+    return Subject.of_tensors(model, known, None, raw_type)
+
+
+def _need_header(
+    source: Checkpoint | Scan, options: Options, progress: Progress
+) -> None:
+    """A budget counts every byte of the file, so the header's have to be known.
+
+    Raises:
+        InputError: only a scan is there, of a model that was not laid out here.
+        EwqError: the model cannot be laid out.
+    """
+    if isinstance(source, Checkpoint):
+        layout(source, find_toolchain(options.llama_cpp), progress)
+    elif cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT) is None:
+        raise InputError(
+            "plan",
+            source.model.name,
+            "the file's header is not known from a scan, and a budget counts its bytes",
+            "give the model in place of the scan, once",
+        )
 
 
 def _fast_plan(subject: Subject, policy: FastEwqPolicy, budget: Ask | None) -> Plan:
@@ -138,8 +173,16 @@ def machine_budget(
     Raises:
         ToolError, UsageError: there is no such device.
     """
-    n_bytes, what = free_memory(device, (options or Options()).llama_cpp)
-    return Ask(f"auto ({what})", memory_bytes=n_bytes, n_ctx=n_ctx)
+    n_bytes, names = free_memory(device, (options or Options()).llama_cpp)
+    # A thirty-second less at most: what is free moves from one minute to the next, and
+    # the same machine should make the same plan.
+    step = 1 << max(n_bytes.bit_length() - 6, 0)
+    return Ask(
+        f"auto ({', '.join(names)})",
+        memory_bytes=n_bytes // step * step,
+        n_devices=len(names),
+        n_ctx=n_ctx,
+    )
 
 
 def policy_measures(policy: Policy) -> Measures:

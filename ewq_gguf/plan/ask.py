@@ -45,6 +45,7 @@ class Ask:
         share: of the unquantised file.
         bpw: bits per weight of the whole file.
         memory_bytes: of a machine that holds the file and its context.
+        n_devices: that this memory belongs to.
         machines: of a cluster that does; the file is then placed on them too.
         n_ctx: tokens of that context.
         may_exceed: as of Limit.
@@ -55,6 +56,7 @@ class Ask:
     share: float | None = None
     bpw: float | None = None
     memory_bytes: int | None = None
+    n_devices: int = 1
     machines: tuple[Machine, ...] = ()
     n_ctx: int = 4096
     may_exceed: bool = False
@@ -66,7 +68,7 @@ class Ask:
             InputError: the memory does not even hold the context.
         """
         if self.memory_bytes is not None:
-            context = context_bytes(tensors, self.n_ctx)
+            context = context_bytes(tensors, self.n_ctx, n_devices=self.n_devices)
             return self._beside(context, self.memory_bytes, self.memory_bytes)
         if self.machines:
             context = sum(kv_bytes(tensors, self.n_ctx).values())
@@ -86,7 +88,7 @@ class Ask:
         if memory <= context:
             raise InputError(
                 "plan",
-                "--budget",
+                "--machine" if self.machines else "--budget",
                 f"{memory:,} bytes of memory do not hold more than the {context:,} "
                 f"that {self.n_ctx} tokens of context take",
                 "choose a smaller --ctx",

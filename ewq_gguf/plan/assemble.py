@@ -9,6 +9,7 @@ from math import prod
 from ewq_gguf import ggml_types
 from ewq_gguf._version import __version__
 from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.plan.importance import check_entries
 from ewq_gguf.plan.sizes import header_bytes, padded, string_kv_bytes
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import (
@@ -54,6 +55,9 @@ def assemble(
         thresholds: of the rule.
         entropies: by tensor name, where tensors were decided one by one.
         budget: the limit and how it was reached.
+
+    Raises:
+        InputError: the importance matrix is another model's, or lacks an entry.
     """
     entropies = entropies or {}
     tensors = tuple(
@@ -64,6 +68,9 @@ def assemble(
         )
         for tensor in subject.tensors
     )
+    importance = subject.importance
+    if importance is not None:
+        check_entries(tensors, importance)
     return Plan(
         ewq_version=__version__,
         model=subject.model,
@@ -73,13 +80,15 @@ def assemble(
         ftype=ftype_of(tensors),
         thresholds=dict(thresholds or {}),
         budget=budget,
+        imatrix=importance.record if importance else None,
         tensors=tensors,
-        layers=tuple(layers) or _layers_of(tensors),
+        layers=tuple(layers) or layers_of(tensors),
         totals=totals_of(tensors, header_of(subject)),
     )
 
 
-def _layers_of(tensors: Iterable[PlanTensor]) -> tuple[PlanLayer, ...]:
+def layers_of(tensors: Iterable[PlanTensor]) -> tuple[PlanLayer, ...]:
+    """Layers without decisions: each one's type, where its tensors agree on one."""
     types: dict[int, set[str]] = defaultdict(set)
     for tensor in tensors:
         if tensor.layer_idx is not None and tensor.is_quantizable:
@@ -102,6 +111,8 @@ def header_of(subject: Subject) -> int | None:
         return None
     pairs = provenance(subject.model, __version__)
     kv_bytes = layout.kv_bytes + layout.added_kv_bytes + string_kv_bytes(pairs)
+    if subject.importance is not None:
+        kv_bytes += subject.importance.kv_bytes
     return header_bytes(kv_bytes, ((t.name, t.shape) for t in layout.tensors))
 
 

@@ -5,6 +5,9 @@
 3. It does not: take the largest uniform type of the ladder that fits, and promote.
 4. None fits: demote below the ladder, lowest priority first, until it does.
 
+Below the ladder is TQ1_0; with an importance matrix IQ2_XXS and IQ1_M, which lose less.
+A unit with a tensor the matrix has no entry for passes over the steps that need one.
+
 To promote is to pass over the units again and again, highest priority first, one step
 each; what does not fit is skipped, and the passes end when one changes nothing. A step
 counts in types as written: where llama-quantize's fallback makes two rungs the same,
@@ -14,19 +17,22 @@ an acceptance of the larger one's, which is then ahead for good.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
 from ewq_gguf.plan.ask import Limit
+from ewq_gguf.plan.importance import needs_entry
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.units import Unit
 from ewq_gguf.records import LayoutTensor
 
 #: Below every ladder that does not go as low: the paper's 1.58-bit type.
 FLOOR = "TQ1_0"
+#: With an importance matrix, low to high.
+_IMATRIX_FLOOR = ("IQ1_M", "IQ2_XXS")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ def fit(
     *,
     other_bytes: int,
     demote_decision: bool = False,
+    entries: Collection[str] | None = None,
 ) -> Fitted:
     """Choose a type for every unit so that the file stays within the limit.
 
@@ -70,15 +77,32 @@ def fit(
         other_bytes: of the file without the units.
         demote_decision: before a uniform type is taken, demote what was decided below
             the highest rung, lowest priority first.
+        entries: names of the tensors that an importance matrix weighs; None without
+            one.
 
     Raises:
         InputError: the limit is below what can be reached, or above what raw takes.
     """
-    floor = [] if _bits(ladder[0]) <= _bits(FLOOR) else [FLOOR]
-    state = _State(units, [*floor, *ladder], limit.n_bytes - other_bytes)
-    top = len(state.types) - 1
+    floor = [
+        name
+        for name in ((FLOOR,) if entries is None else _IMATRIX_FLOOR)
+        if _bits(name) < _bits(ladder[0])
+    ]
+    rungs = [*floor, *ladder]
+    # What no rule decided is raw, whatever the ladder ends with.
+    top, undecided = len(rungs) - 1, [*rungs, raw]
+    choices = [
+        _Choices(
+            unit,
+            undecided if unit.rung is None else [*rungs, ladder[-1]],
+            raw,
+            entries or (),
+        )
+        for unit in units
+    ]
+    state = _State(units, undecided, choices, limit.n_bytes - other_bytes)
     uniform = sorted(
-        (i for i in range(len(floor), top + 1) if state.types[i] != raw),
+        (i for i in range(len(floor), top + 1) if _bits(rungs[i]) < _bits(raw)),
         key=lambda i: -state.bytes_at([i] * len(units)),
     )
     raw_types = tuple(unit.fixed or raw for unit in units)
@@ -97,7 +121,7 @@ def fit(
         )
     if limit.n_bytes >= most:
         return Fitted(raw_types, 1, "raw", 0)
-    state.begin([top if u.rung is None else u.rung + len(floor) for u in units])
+    state.begin([top + 1 if u.rung is None else u.rung + len(floor) for u in units])
     if state.room >= 0:
         return state.fitted(2, "decision", state.promote())
     if demote_decision:
@@ -115,11 +139,16 @@ def fit(
 class _State:
     """The units' rungs, and the room that is left."""
 
-    def __init__(self, units: Sequence[Unit], types: Sequence[str], room: int) -> None:
-        self.types = list(types)
-        self.units = units
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        types: Sequence[str],
+        choices: Sequence[_Choices],
+        room: int,
+    ) -> None:
+        self.types = types
         self.order = sorted(range(len(units)), key=lambda i: units[i].priority)
-        self.choices = [_Choices(unit, types) for unit in units]
+        self.choices = choices
         self.all_room = room
         self.begin([0] * len(units))
 
@@ -164,21 +193,29 @@ class _State:
 
     def fitted(self, case: Literal[2, 3, 4], start: str, n_steps: int) -> Fitted:
         types = tuple(
-            unit.fixed or self.types[rung]
-            for unit, rung in zip(self.units, self.rungs, strict=True)
+            choices.asked[rung]
+            for choices, rung in zip(self.choices, self.rungs, strict=True)
         )
         return Fitted(types, case, start, n_steps)
 
 
 class _Choices:
-    """One unit's bytes on each rung, and which rungs are steps."""
+    """What one unit is asked to be on each rung, its bytes, and which are steps."""
 
-    def __init__(self, unit: Unit, types: Sequence[str]) -> None:
-        asked = [unit.fixed] * len(types) if unit.fixed else list(types)
+    def __init__(
+        self, unit: Unit, types: Sequence[str], raw: str, entries: Collection[str]
+    ) -> None:
         columns = [tensor.shape[-1] for tensor in unit.tensors]
-        self.sizes = [unit_bytes(unit.tensors, name) for name in asked]
+        lacking = [t.shape[-1] for t in unit.tensors if t.name not in entries]
+        asked, name = [], raw
+        for kind in reversed(types):
+            if not any(needs_entry(kind, n) for n in lacking):
+                name = kind
+            asked.append(unit.fixed or name)
+        self.asked = asked[::-1]
+        self.sizes = [unit_bytes(unit.tensors, name) for name in self.asked]
         self.written = [
-            [ggml_types.written_type(name, n) for n in columns] for name in asked
+            [ggml_types.written_type(name, n) for n in columns] for name in self.asked
         ]
 
     def above(self, rung: int) -> int | None:

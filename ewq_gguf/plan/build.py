@@ -10,7 +10,8 @@ from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import assemble, header_of
 from ewq_gguf.plan.budget import fit, unit_bytes
-from ewq_gguf.plan.cluster import place
+from ewq_gguf.plan.cluster import can_place, place
+from ewq_gguf.plan.importance import Importance
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.subject import Subject
@@ -20,12 +21,12 @@ from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
     Layout,
-    Placement,
     Plan,
     PlanLayer,
     Scan,
     UniformPolicy,
 )
+from ewq_gguf.tensor_names import layer_idx
 
 
 def make_plan(
@@ -35,6 +36,7 @@ def make_plan(
     *,
     raw_type: str = "auto",
     budget: Ask | None = None,
+    importance: Importance | None = None,
 ) -> Plan:
     """Plan every tensor of the file and predict its size.
 
@@ -44,14 +46,17 @@ def make_plan(
         layout: the converter's; without it the size is an estimate.
         raw_type: what `raw` means: `F16`, `BF16`, or `auto` for the source's own.
         budget: what the file may take; only of policy `ewq`.
+        importance: the matrix the file is made with.
 
     Raises:
         UsageError: the policy names an unknown type or an impossible ladder.
-        InputError: a type needs an importance matrix, the scan has other measures, or
-            the budget cannot be met.
+        InputError: a type needs an importance matrix or an entry of it, the scan has
+            other measures, or the budget cannot be met.
     """
-    check_policy(policy, has_budget=budget is not None)
+    has_budget, has_imatrix = budget is not None, importance is not None
+    check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
     subject = Subject.of_scan(scan, layout, raw_type)
+    subject = replace(subject, importance=importance)
     if isinstance(policy, UniformPolicy):
         wanted = subject.plain(policy.ggml_type)
         layers = [
@@ -63,10 +68,22 @@ def make_plan(
             )
             for layer in scan.layers
         ]
-        types = {tensor.name: wanted for tensor in subject.tensors}
+        types = {
+            tensor.name: subject.plain(_uniform_type(policy, tensor.name))
+            for tensor in subject.tensors
+        }
         return assemble(subject, policy, types, layers=layers)
     _check_measures(scan, policy)
     return _planned(subject, policy, decide_ewq(policy, scan, subject.tensors), budget)
+
+
+def _uniform_type(policy: UniformPolicy, name: str) -> str:
+    """The type of a tensor; one outside the layers may have its own."""
+    if layer_idx(name) is not None:
+        return policy.ggml_type
+    is_output = name == "output.weight"
+    asked = policy.output_type if is_output else policy.embedding_type
+    return policy.ggml_type if asked == "auto" else asked
 
 
 def make_fast_plan(
@@ -87,7 +104,8 @@ def make_fast_plan(
     Raises:
         UsageError, InputError: as of `make_plan`.
     """
-    check_policy(policy, has_budget=budget is not None)
+    has_budget, has_imatrix = budget is not None, subject.importance is not None
+    check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
     decision = decide_fast(policy, selected, subject.tensors)
     return _planned(subject, policy, decision, budget)
 
@@ -106,29 +124,28 @@ def _planned(
     plan = _decided(subject, policy, decision, ask)
     if ask is None or not ask.machines:
         return plan
-    budget = plan.budget
-    assert budget is not None
-    placement = place(plan.tensors, ask.machines, ask.n_ctx)
-    if placement is None:
+    if not can_place(plan.tensors, ask.machines, ask.n_ctx):
+        whole = plan.budget
         smaller = replace(ask, machines=(), may_exceed=True)
-        plan, placement = _placed(
+        plan = _placeable(
             lambda n: _decided(subject, policy, decision, replace(smaller, n_bytes=n)),
             plan.totals.file_size_bytes,
             ask,
         )
+        assert whole is not None
         assert plan.budget is not None
         kept = {"limit_bytes", "n_ctx", "context_bytes"}
-        budget = plan.budget.model_copy(update=budget.model_dump(include=kept))
-    return plan.model_copy(update={"budget": budget, "placement": placement})
+        budget = plan.budget.model_copy(update=whole.model_dump(include=kept))
+        plan = plan.model_copy(update={"budget": budget})
+    placement = place(plan.tensors, ask.machines, ask.n_ctx)
+    return plan.model_copy(update={"placement": placement})
 
 
-def _placed(
-    plan_of: Callable[[int], Plan], too_large: int, ask: Ask
-) -> tuple[Plan, Placement]:
+def _placeable(plan_of: Callable[[int], Plan], too_large: int, ask: Ask) -> Plan:
     """The largest plan that can be placed, to a 65 536th of its bytes.
 
     Together machines have room that no run of layers on each of them fills: halve what
-    lies between a plan that was placed and one that was not.
+    lies between a plan that can be placed and one that cannot.
     """
     small, best = 0, None
     while too_large - small > too_large >> 16:
@@ -138,11 +155,10 @@ def _placed(
         except InputError:  # less than the ladder reaches
             small = n_bytes
             continue
-        placement = place(plan.tensors, ask.machines, ask.n_ctx)
-        if placement is None:
-            too_large = plan.totals.file_size_bytes
+        if can_place(plan.tensors, ask.machines, ask.n_ctx):
+            small, best = n_bytes, plan
         else:
-            small, best = n_bytes, (plan, placement)
+            too_large = plan.totals.file_size_bytes
     if best is None:
         raise InputError(
             "plan",
@@ -222,10 +238,16 @@ def _fitted(
         limit,
         other_bytes=other_bytes,
         demote_decision=isinstance(policy, FastEwqPolicy),
+        entries=subject.importance.n_values.keys() if subject.importance else None,
+    )
+    of_file = other_bytes + sum(
+        unit_bytes(unit.tensors, name)
+        for unit, name in zip(units, fitted.types, strict=True)
     )
     return list(fitted.types), Budget(
         asked=limit.asked,
-        limit_bytes=limit.n_bytes,
+        # Room that nothing can fill is none: it varies from one minute to the next.
+        limit_bytes=of_file if fitted.case == 1 else limit.n_bytes,
         case=fitted.case,
         start=fitted.start,
         n_steps=fitted.n_steps,
@@ -244,5 +266,8 @@ def _check_measures(scan: Scan, policy: EwqPolicy) -> None:
     )
     if wrong:
         raise InputError(
-            "plan", "SCAN", f"was measured with {wrong}", "scan again with the same"
+            "plan",
+            scan.model.name,
+            f"the scan was measured with {wrong}",
+            "scan again with the same",
         )

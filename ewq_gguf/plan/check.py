@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
-from ewq_gguf.plan.assemble import ftype_of, plan_tensor, totals_of
-from ewq_gguf.records import LayoutTensor, Plan, PlanTensor, Totals
+from ewq_gguf.plan.assemble import ftype_of, layers_of, plan_tensor, totals_of
+from ewq_gguf.records import LayoutTensor, Placement, Plan, PlanTensor, Totals
 
 
 def check_sound(plan: Plan) -> None:
@@ -28,11 +28,56 @@ def check_sound(plan: Plan) -> None:
     ftype = ftype_of(plan.tensors)
     if plan.ftype != ftype:
         raise _wrong(plan, "/ftype", plan.ftype, f"must be {ftype}")
+    found_layers = [(layer.layer_idx, layer.ggml_type) for layer in plan.layers]
+    needed_layers = [(x.layer_idx, x.ggml_type) for x in layers_of(plan.tensors)]
+    if found_layers != needed_layers:
+        raise _wrong(plan, "/layers", found_layers, f"must be {needed_layers}")
+    for i, layer in enumerate(plan.layers):
+        if layer.decision is not None and layer.decision not in ggml_types.PLANNABLE:
+            pointer = f"/layers/{i}/decision"
+            raise _wrong(plan, pointer, layer.decision, "is no ggml type")
     made = totals_of(plan.tensors, plan.totals.header_bytes)
     for key in Totals.model_fields:
         found, needed = getattr(plan.totals, key), getattr(made, key)
         if found != needed:
             raise _wrong(plan, f"/totals/{key}", found, f"must be {needed}")
+    if plan.budget and plan.budget.limit_bytes < plan.totals.file_size_bytes:
+        problem = f"is less than the file's {plan.totals.file_size_bytes}"
+        raise _wrong(plan, "/budget/limit_bytes", plan.budget.limit_bytes, problem)
+    if plan.placement:
+        _check_placement(plan, plan.placement)
+
+
+def _check_placement(plan: Plan, placement: Placement) -> None:
+    """Every layer on one machine, in order, and no machine with more than it holds."""
+    at = "/placement"
+    machines = {machine.name: machine for machine in placement.machines}
+    names = [stage.machine for stage in placement.stages]
+    if placement.n_ctx < 1:
+        raise _wrong(plan, f"{at}/n_ctx", placement.n_ctx, "is not 1 or more")
+    if len(machines) < len(placement.machines):
+        raise _wrong(plan, f"{at}/machines", list(machines), "has one name twice")
+    if not names or len(set(names)) < len(names) or not machines.keys() >= set(names):
+        raise _wrong(plan, f"{at}/stages", names, f"are not among {list(machines)}")
+    if names[0] != placement.machines[0].name:
+        raise _wrong(plan, f"{at}/stages/0", names[0], "is not the main machine")
+    n_placed = 0
+    for i, stage in enumerate(placement.stages):
+        pointer, machine = f"{at}/stages/{i}", machines[stage.machine]
+        used = stage.weight_bytes + stage.kv_bytes + stage.compute_bytes
+        if used > machine.memory_bytes:
+            raise _wrong(plan, pointer, used, f"is over {machine.memory_bytes}")
+        if stage.has_output != (i == len(names) - 1):
+            raise _wrong(plan, pointer, stage.machine, "has the head, or lacks it")
+        if stage.first_layer is None or stage.last_layer is None:
+            continue
+        if not n_placed == stage.first_layer <= stage.last_layer:
+            problem = f"must be {n_placed}, and not after {stage.last_layer}"
+            raise _wrong(plan, f"{pointer}/first_layer", stage.first_layer, problem)
+        n_placed = stage.last_layer + 1
+    n_layers = max((layer.layer_idx + 1 for layer in plan.layers), default=0)
+    if n_placed < n_layers:
+        raise _wrong(plan, f"{at}/stages", n_placed, f"layers of {n_layers} are placed")
 
 
 def _check_tensor(plan: Plan, tensor: PlanTensor, pointer: str) -> None:
@@ -43,7 +88,7 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, pointer: str) -> None:
         raise _wrong(plan, f"{pointer}/base_type", base, "is no 16- or 32-bit type")
     if asked not in ggml_types.PLANNABLE:
         raise _wrong(plan, f"{pointer}/ggml_type", asked, "is no ggml type")
-    if asked in ggml_types.IMATRIX_TYPES:
+    if asked in ggml_types.IMATRIX_TYPES and plan.imatrix is None:
         problem = "needs an importance matrix, and none is given"
         raise _wrong(plan, f"{pointer}/ggml_type", asked, problem)
     made = plan_tensor(

@@ -12,9 +12,10 @@ not against the disk, and tied embeddings count twice where llama.cpp stores the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,9 @@ _INPUT = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 _FIRST_LAYER = ("token_embd_norm", "per_layer_model_proj", "per_layer_proj_norm")
 _EVERYWHERE = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
-_Times = NDArray[np.float64]
-_Workers = tuple[int, ...]
+_Positions = NDArray[np.intp]
+#: Machine, first unit, and the one behind the last.
+_Run = tuple[int, int, int]
 
 
 def place(
@@ -55,19 +57,11 @@ def place(
         UsageError: there is no machine, or there are more than llama.cpp takes.
         InputError: the model has no layers.
     """
-    if not 1 <= len(machines) <= MOST_MACHINES:
-        raise UsageError(
-            "plan",
-            "--machine",
-            f"is given {len(machines)} times",
-            f"name 1 to {MOST_MACHINES} machines",
-        )
     load = _Load.of(tensors, n_ctx)
     speeds = [machine.bytes_per_second for machine in machines]
     is_timed = all(speeds)
     rates = np.array([1 / s if s and is_timed else 0.0 for s in speeds])
-    lows = [_lows(load, machine, is_main=i == 0) for i, machine in enumerate(machines)]
-    path = _Search(load.weights, rates, lows).best_path()
+    path = _Search(load, machines, rates).best_path()
     if path is None:
         return None
     stages = tuple(load.stage(machines[k].name, p, q, k == 0) for k, p, q in path)
@@ -79,6 +73,18 @@ def place(
         seconds_per_token=seconds if is_timed else None,
         stages=stages,
     )
+
+
+def can_place(
+    tensors: Sequence[PlanTensor], machines: Sequence[Machine], n_ctx: int
+) -> bool:
+    """Whether there is a placement at all: `place` without its search for the best.
+
+    Raises:
+        UsageError, InputError: as of `place`.
+    """
+    search = _Search(_Load.of(tensors, n_ctx), machines, np.zeros(len(machines)))
+    return search.reach()[0] is not None
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class _Load:
             else:
                 units[-1] += tensor.size_bytes
         sizes = {tensor.name: tensor.size_bytes for tensor in tensors}
-        tied = 0 if "output.weight" in sizes else sizes["token_embd.weight"]
+        tied = 0 if "output.weight" in sizes else sizes.get("token_embd.weight", 0)
         units[-1] += tied
         kv = [caches.get(layer, 0) for layer in range(n_layers)]
         return cls(
@@ -180,96 +186,162 @@ class _Load:
         )
 
 
-def _lows(load: _Load, machine: Machine, *, is_main: bool) -> list[int]:
+def _lows(load: _Load, machine: Machine, *, is_main: bool) -> _Positions:
     """For every stop the first unit at which a stage of this machine may start.
 
     A stage that cannot be is given a start behind its stop.
     """
-    used = load.weights + load.kv
-    disk_bytes = machine.disk_bytes
-    lows = []
-    for stop in range(len(used)):
-        extra = load.extra_bytes(stop, is_main=is_main)
-        beside = extra + load.compute(stop)
-        low = _low(used, stop, machine.memory_bytes - beside)
-        if disk_bytes is not None:
-            low = max(low, _low(load.weights, stop, disk_bytes - extra))
-        lows.append(low)
+    n_positions = len(load.weights)
+    stops = (0, n_positions - 1)  # of a body, and with the head
+    extras = [load.extra_bytes(stop, is_main=is_main) for stop in stops]
+    rooms = [
+        machine.memory_bytes - extra - load.compute(stop)
+        for stop, extra in zip(stops, extras, strict=True)
+    ]
+    lows = _first_units(load.weights + load.kv, *rooms)
+    if machine.disk_bytes is not None:
+        rooms = [machine.disk_bytes - extra for extra in extras]
+        lows = np.maximum(lows, _first_units(load.weights, *rooms))
     return lows
 
 
-def _low(sums: NDArray[np.int64], stop: int, room: int) -> int:
-    """The first unit from which all up to `stop` have room."""
-    over = max(int(sums[stop]) - room, 0)  # a user's room may be beyond 64 bits
-    return int(np.searchsorted(sums, over))
+def _first_units(sums: NDArray[np.int64], body_room: int, last_room: int) -> _Positions:
+    """The first units from which all up to each stop have room."""
+    most = int(sums[-1])  # a user's room may be beyond 64 bits
+    rooms = np.full(len(sums), min(body_room, most))
+    rooms[-1] = min(last_room, most)
+    firsts: _Positions = np.searchsorted(sums, np.maximum(sums - rooms, 0))
+    return firsts
 
 
 class _Search:
     """Dynamic programming over sets of workers and positions in the row of units.
 
-    times[n][workers][q] is the least time in which the main machine and these n workers
-    together compute the first q units, infinite if they cannot hold them. A stage of
-    worker k from p to q adds (W[q] - W[p]) r_k.
+    Workers are of one kind if they are equally fast and have room for the same runs.
+    A set is how many it has of each kind, numbered in mixed radix.
     """
 
     def __init__(
-        self, weights: NDArray[np.int64], rates: _Times, lows: Sequence[Sequence[int]]
+        self, load: _Load, machines: Sequence[Machine], rates: NDArray[np.float64]
     ) -> None:
-        """Keep the costs: W, r, and each machine's first start by stop."""
-        self._costs = np.outer(rates, weights)
-        self._lows = lows
-        self._workers = range(1, len(rates))
-        # The main machine holds the first units, or none.
-        starts_at_0 = np.array([low == 0 for low in lows[0]])
-        alone = np.where(starts_at_0, self._costs[0], np.inf)
-        self._times: list[dict[_Workers, _Times]] = [{(): alone}]
+        """Sort the workers into kinds, and their sets by size.
 
-    def best_path(self) -> list[tuple[int, int, int]] | None:
-        """(machine, start, stop) of every stage, or None."""
-        for _ in self._workers:
-            if self._is_found():
-                break
-            self._times.append(self._with_one_more())
-        if not self._is_found():
+        Args:
+            load: the model.
+            machines: the first is the main one.
+            rates: seconds per byte of each.
+
+        Raises:
+            UsageError: there is no machine, or there are more than llama.cpp takes.
+        """
+        if not 1 <= len(machines) <= MOST_MACHINES:
+            raise UsageError(
+                "plan",
+                "--machine",
+                f"is given {len(machines)} times",
+                f"name 1 to {MOST_MACHINES} machines",
+            )
+        main, *lows = (_lows(load, m, is_main=i == 0) for i, m in enumerate(machines))
+        kinds: dict[tuple[float, bytes], list[int]] = defaultdict(list)
+        for k, low in enumerate(lows, start=1):
+            kinds[rates[k], low.tobytes()].append(k)
+        self._kinds = list(kinds.values())
+        self._lows = [lows[members[0] - 1] for members in self._kinds]
+        self._costs = [rates[members[0]] * load.weights for members in self._kinds]
+        self._main_stops = main == 0  # it holds the first units, or none
+        self._main_costs = rates[0] * load.weights
+        self._last = len(load.weights) - 1
+        sizes = [len(members) + 1 for members in self._kinds]
+        self._strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
+        self._counts = np.indices(sizes).reshape(len(sizes), prod(sizes))
+        n_workers = self._counts.sum(axis=0)
+        self._sets = [np.flatnonzero(n_workers == n) for n in range(len(machines))]
+
+    def _having(self, sets: _Positions) -> Iterator[tuple[int, _Positions, _Positions]]:
+        """(kind, those sets that have it, the same with one of it less)."""
+        for kind, stride in enumerate(self._strides):
+            having = sets[self._counts[kind, sets] > 0]
+            yield kind, having, having - stride
+
+    def reach(self) -> tuple[int | None, _Positions]:
+        """(how many workers it takes, or None if all are too few; how far sets reach).
+
+        That is how many units, of all but the last, the main machine and a set can
+        hold: a stage that starts later may end later.
+        """
+        last, main = self._last, self._main_stops
+        reach = np.full(self._counts.shape[1], np.sum(main[:last]) - 1)
+        if main[last] or not main[0]:
+            return (0 if main[last] else None), reach
+        units = np.arange(last)
+        ends = [np.searchsorted(low[:last], units, "right") - 1 for low in self._lows]
+        for n, sets in enumerate(self._sets[1:], start=1):
+            for kind, having, less in self._having(sets):
+                if (self._lows[kind][last] <= reach[less]).any():
+                    return n, reach
+                reach[having] = np.maximum(reach[having], ends[kind][reach[less]])
+        return None, reach
+
+    def _needs(self, n_workers: int) -> _Positions:
+        """The least that sets must reach for so many workers to hold everything."""
+        needs = np.full(self._counts.shape[1], self._last)
+        for n in range(n_workers, 0, -1):
+            for kind, having, less in self._having(self._sets[n]):
+                starts = self._lows[kind][needs[having]]
+                needs[less] = np.minimum(needs[less], starts)
+        return needs
+
+    def best_path(self) -> list[_Run] | None:
+        """(machine, start, stop) of every stage, or None.
+
+        times[q, set] is the least time in which the main machine and these workers
+        compute the first q units, infinite if they cannot hold them. A stage of a
+        worker from p to q adds (W[q] - W[p]) r.
+        """
+        fewest, reach = self.reach()
+        if fewest is None:
             return None
-        last = self._times[-1]
-        workers = min(last, key=lambda some: last[some][-1])
-        return self._stages(workers)
+        reach[self._sets[fewest]] = self._last
+        needs = self._needs(fewest)
+        times = np.full((self._last + 1, len(reach)), np.inf)
+        times[:, 0] = np.where(self._main_stops, self._main_costs, np.inf)
+        for sets in self._sets[1 : fewest + 1]:
+            sets = sets[needs[sets] <= reach[sets]]
+            first, stop = needs[sets].min(), reach[sets].max() + 1
+            for kind, having, less in self._having(sets):
+                costs, lows = self._costs[kind], self._lows[kind]
+                start = min(lows[first], first)
+                before = times[start:stop, less] - costs[start:stop, None]
+                for q in range(first, stop):
+                    if lows[q] < q:
+                        took = before[lows[q] - start : q - start].min(axis=0)
+                        times[q, having] = np.minimum(times[q, having], took + costs[q])
+        sets = self._sets[fewest][::-1]  # of equals, those of earlier machines
+        return self._stages(times, sets[np.argmin(times[self._last, sets])])
 
-    def _is_found(self) -> bool:
-        return any(np.isfinite(times[-1]) for times in self._times[-1].values())
-
-    def _with_one_more(self) -> dict[_Workers, _Times]:
-        """Times of all sets that have one worker more."""
-        known = self._times[-1]
-        n_positions = self._costs.shape[1]
-        sets = list(combinations(self._workers, len(self._times)))
-        found = np.full((len(sets), n_positions), np.inf)
-        for k in self._workers:
-            rows = [row for row, workers in enumerate(sets) if k in workers]
-            costs = self._costs[k]
-            before = np.stack([known[_without(sets[row], k)] for row in rows]) - costs
-            for q, low in enumerate(self._lows[k]):
-                if low < q:
-                    times = before[:, low:q].min(axis=1) + costs[q]
-                    found[rows, q] = np.minimum(found[rows, q], times)
-        return dict(zip(sets, found, strict=True))
-
-    def _stages(self, workers: _Workers) -> list[tuple[int, int, int]]:
+    def _stages(self, times: NDArray[np.float64], workers: int) -> list[_Run]:
         """The way back from the last unit; of equals, fuller stages come first."""
         stages = []
-        q = self._costs.shape[1] - 1
+        q = self._last
         while workers:
-            costs, known = self._costs, self._times[len(workers) - 1]
-            _, p, k = min(
-                (known[_without(workers, k)][p] - costs[k, p] + costs[k, q], -p, -k)
-                for k in workers
-                for p in range(self._lows[k][q], q)
+            _, p, k, workers = min(
+                (
+                    times[p, workers - stride] - costs[p] + costs[q],
+                    -p,
+                    -members[count - 1],
+                    workers - stride,
+                )
+                for members, lows, costs, stride, count in zip(
+                    self._kinds,
+                    self._lows,
+                    self._costs,
+                    self._strides,
+                    self._counts[:, workers],
+                    strict=True,
+                )
+                if count
+                for p in range(lows[q], q)
             )
             stages.append((-k, -p, q))
-            workers, q = _without(workers, -k), -p
+            q = -p
         return [(0, 0, q), *reversed(stages)]
-
-
-def _without(workers: _Workers, worker: int) -> _Workers:
-    return tuple(k for k in workers if k != worker)

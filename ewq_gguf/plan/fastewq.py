@@ -19,6 +19,7 @@ import numpy as np
 
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.plan.ewq import decide, thresholds
+from ewq_gguf.plan.subject import check_whole
 from ewq_gguf.records import LayoutTensor, Scan, TensorScan
 from ewq_gguf.tensor_names import layer_idx
 
@@ -38,6 +39,8 @@ Features = tuple[int, int, int]
 #: Double the library's: another seed then moves fewer layers across one half.
 _N_TREES = 200
 _LABELS = ("4-bit", "8-bit", "raw")
+#: Of one layer; a classifier's numbers stay finite.
+_MOST_PARAMETERS = 10**15
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,16 @@ def _parse_row(values: Mapping[str, str], where: str) -> Row:
             row.quantization_type in _LABELS
             and int(values["quantized"]) == row.quantized
             and 2 <= row.exec_index <= row.num_blocks + 1
-            and row.num_parameters > 0
+            and 0 < row.num_parameters < _MOST_PARAMETERS
         )
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound:
         raise InputError(
-            STAGE, where, "is not a labelled layer", "delete the file, and add anew"
+            STAGE,
+            where,
+            "is not a labelled layer",
+            "delete the file, and run `ewq fastewq add`, then `train`, again",
         )
     return row
 
@@ -138,12 +144,10 @@ def rows_of_scan(scan: Scan) -> tuple[Row, ...]:
         InputError: the scan is a part, has no layers, or another epsilon.
     """
     model = scan.model
-    if scan.part is not None or not scan.layers:
+    check_whole(scan)
+    if not scan.layers:
         raise InputError(
-            STAGE,
-            model.name,
-            "is not the scan of a whole model with layers",
-            "join the parts first: `ewq scan merge PART...`",
+            STAGE, model.name, "the model has no layers", "scan another one"
         )
     if scan.measures.epsilon != 0.01:
         raise InputError(
@@ -229,6 +233,8 @@ def select_layers(
     Raises:
         ToolError: scikit-learn is missing.
     """
+    if not features:
+        return ()
     learned = split(rows, SEED)[0] if variant == "train" else rows
     scores = fit_and_score(FOREST, learned, features)
     return tuple(Selection(quantise=s > 0.5, probability=s) for s in scores)

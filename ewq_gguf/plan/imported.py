@@ -23,9 +23,9 @@ from ewq_gguf.plan.subject import Subject
 from ewq_gguf.tensor_names import is_quantizable, layer_idx, nearest_name
 
 #: What the proof of concept and the paper call precisions, as ggml types.
-_BY_BITS = {"8": "Q8_0", "4": "Q4_K", "1.58": FLOOR}
-_BITS = re.compile(r"([\d.]+)[- ]?bit")
-_LAYER = re.compile(r"[0-9]{1,6}")
+_BY_BITS = {"8": "Q8_0", "4": "Q4_K", "3": "Q3_K", "2": "Q2_K", "1.58": FLOOR}
+_BITS = re.compile(r"([0-9.]+)[-_ ]?bit")
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 _PRESET = re.compile(r".+_(XS|S|M|L|XL)")
 _HEAD = "output.weight"
 #: Endings of names that the proof of concept writes for tensors no file has.
@@ -181,7 +181,8 @@ def _type_of(value: object, pointer: str, file: str) -> str:
             "plan",
             file,
             f"at {pointer}: {value!r} is {what}",
-            f"use a ggml type such as {near}, or raw, 8-bit, 4-bit, 1.58-bit",
+            f"use a ggml type such as {near}, or raw, 8-bit, 4-bit, 3-bit, 2-bit, "
+            "1.58-bit",
         )
     return _plannable(name, pointer, file)
 

@@ -1,16 +1,26 @@
-"""Machines of a cluster as people type them: `NAME=MEMORY[,DISK][,SPEED]`."""
+"""Machines of a cluster as people type them: `NAME=MEMORY[,DISK][,SPEED]`.
+
+The first is the main one, and its name is free; the others are named by their address.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Address
 from typing import NoReturn
 
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.plan.size_text import parse_size
 from ewq_gguf.records.placement import Machine
 
+DEFAULT_PORT = 50052
+
 _FORM = "write NAME=MEMORY[,DISK][,SPEED], such as 10.0.0.2=64GiB,200GB,50GB/s"
 _KEYS = ("name", "memory", "disk", "speed")
+_ENDPOINT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)(?::([0-9]{1,5}))?")
+# inet_addr also reads `8.8.2056` and `0x8080808` as addresses.
+_NUMERIC_HOST = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)")
 
 
 def parse_machine(text: str) -> Machine:
@@ -42,13 +52,13 @@ def machines_of_tables(tables: Mapping[str, object]) -> tuple[Machine, ...]:
         UsageError: a size is none.
     """
     entries = tables.get("machine")
-    if set(tables) != {"machine"} or not isinstance(entries, list):
+    if set(tables) != {"machine"} or not isinstance(entries, list) or not entries:
         _refuse("machines", "is not a list of [[machine]] tables")
     return tuple(_machine_of(entry, i) for i, entry in enumerate(entries, start=1))
 
 
 def check_machines(machines: Sequence[Machine]) -> None:
-    """Refuse two machines of one name.
+    """Refuse two machines of one name, and workers that could not be reached.
 
     Raises:
         UsageError: naming it.
@@ -57,6 +67,52 @@ def check_machines(machines: Sequence[Machine]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UsageError("plan", name, "is given twice", "name each machine once")
+    endpoints(names[1:])
+
+
+def endpoints(workers: Iterable[str]) -> list[tuple[str, int]]:
+    """Hosts and ports of workers, by their names; llama.cpp knows no IPv6.
+
+    Raises:
+        UsageError: one is no address, or two are the same: llama.cpp would use it
+            twice.
+    """
+    found: list[tuple[str, int]] = []
+    for name in workers:
+        host, port = _endpoint(name)
+        if (host, port) in found:
+            raise UsageError(
+                "plan",
+                f"{host}:{port}",
+                "is two workers' address",
+                "name each worker once",
+            )
+        found.append((host, port))
+    return found
+
+
+def _endpoint(name: str) -> tuple[str, int]:
+    match = _ENDPOINT.fullmatch(name)
+    port = int(match[2] or DEFAULT_PORT) if match else 0
+    if match is None or not 1 <= port <= 65535 or not _is_host(match[1]):
+        raise UsageError(
+            "plan",
+            name,
+            "is not the address of a worker",
+            "name workers by host or host:port, such as 10.0.0.2:50052",
+        )
+    return match[1].lower(), port
+
+
+def _is_host(host: str) -> bool:
+    """Whether it is a host name, or one machine's IPv4 address in its usual form."""
+    if not _NUMERIC_HOST.fullmatch(host):
+        return True
+    try:
+        first = IPv4Address(host).packed[0]
+    except ValueError:
+        return False
+    return 0 < first < 224  # 0: any or none; from 224: multicast, reserved, broadcast
 
 
 def _machine_of(entry: object, number: int) -> Machine:

@@ -87,10 +87,15 @@ def compute_bytes(
     return n_tokens * (n_values * _F32_BYTES + masks)
 
 
-def context_bytes(tensors: Iterable[Tensor], n_ctx: int) -> int:
-    """Bytes one machine needs beside the weights: KV cache and compute buffer."""
+def context_bytes(tensors: Iterable[Tensor], n_ctx: int, *, n_devices: int = 1) -> int:
+    """Bytes that one machine needs beside the weights.
+
+    The KV cache, and each device's compute buffer: an upper bound, for only one of them
+    computes logits.
+    """
     known = tuple(tensors)
-    return sum(kv_bytes(known, n_ctx).values()) + compute_bytes(known, n_ctx)
+    buffers = n_devices * compute_bytes(known, n_ctx)
+    return sum(kv_bytes(known, n_ctx).values()) + buffers
 
 
 def _layer_shapes(tensors: Iterable[Tensor]) -> dict[int, dict[str, _Shape]]:
@@ -140,5 +145,5 @@ def _output_width(shapes: Mapping[str, _Shape]) -> int:
 
 
 def _embedding_shape(tensors: Iterable[Tensor]) -> _Shape:
-    """Tokens and values per token, of the input embedding."""
-    return next(t.shape for t in tensors if t.name == "token_embd.weight")
+    """Tokens and values per token, of the input embedding; 0 where there is none."""
+    return next((t.shape for t in tensors if t.name == "token_embd.weight"), (0, 0))

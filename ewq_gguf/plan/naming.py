@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import log
+from zlib import crc32
 
 from ewq_gguf.records import (
+    Budget,
     EwqPolicy,
     FastEwqPolicy,
     ImportedPolicy,
@@ -16,26 +18,45 @@ from ewq_gguf.records import (
 
 
 def plan_name(plan: Plan) -> str:
-    """`NAME.POLICY`, without what is the policy's default."""
+    """`NAME.POLICY`, for files."""
+    return f"{plan.model.name}.{plan_label(plan)}"
+
+
+def plan_label(plan: Plan) -> str:
+    """The policy and the budget, without what is their default."""
     bases = {t.base_type for t in plan.tensors if t.is_quantizable}
-    parts = [policy_label(plan.policy)]
+    parts = [_policy_label(plan.policy)]
     if plan.budget is not None:
-        asked, _, _ = plan.budget.asked.partition(" (")
-        parts.append(f"budget-{asked.replace('%', 'pct').replace(' ', '')}")
+        parts.append(_budget_label(plan, plan.budget))
     if plan.raw_type not in bases and "F32" not in bases:
         parts.append(f"raw-{plan.raw_type}")
-    return f"{plan.model.name}.{'-'.join(parts)}"
+    if plan.imatrix is not None:
+        parts.append("imatrix")
+    if plan.totals.is_estimate:
+        parts.append("estimate")
+    return "-".join(parts)
 
 
-def policy_label(policy: Policy) -> str:
+def _budget_label(plan: Plan, budget: Budget) -> str:
+    asked = budget.asked.partition(" (")[0].replace("%", "pct").replace(" ", "")
+    if budget.n_ctx is None:
+        return f"budget-{asked}"
+    # What else it depends on: the devices or machines, and the context.
+    machines = plan.placement.machines if plan.placement else ()
+    key = repr((budget.asked, budget.n_ctx, machines)).encode()
+    return f"budget-{asked}-{crc32(key):08x}"
+
+
+def _policy_label(policy: Policy) -> str:
     """What differs from the policy's defaults."""
-    if isinstance(policy, UniformPolicy):
-        return f"uniform-{policy.ggml_type}"
     if isinstance(policy, ImportedPolicy):
         return f"imported-{policy.file_sha256[:8]}"
-    parts = [policy.name, *_own_parts(policy)]
-    if policy.ladder != EwqPolicy().ladder:
-        parts.append("-".join(policy.ladder))
+    if isinstance(policy, UniformPolicy):
+        parts = [policy.name, policy.ggml_type]
+    else:
+        parts = [policy.name, *_own_parts(policy)]
+        if policy.ladder != EwqPolicy().ladder:
+            parts.append("-".join(policy.ladder))
     if policy.embedding_type != "auto":
         parts.append(f"embd-{policy.embedding_type}")
     if policy.output_type != "auto":

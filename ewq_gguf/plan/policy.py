@@ -12,7 +12,9 @@ from ewq_gguf.records import EwqPolicy, ImportedPolicy, Policy, UniformPolicy
 _MAX_RUNGS = 12
 
 
-def check_policy(policy: Policy, *, has_budget: bool = False) -> None:
+def check_policy(
+    policy: Policy, *, has_budget: bool = False, has_imatrix: bool = False
+) -> None:
     """Refuse unknown types and impossible parameters before any work.
 
     Raises:
@@ -28,14 +30,17 @@ def check_policy(policy: Policy, *, has_budget: bool = False) -> None:
         )
     if isinstance(policy, ImportedPolicy):
         return
+    for option, name in (
+        ("--embedding-type", policy.embedding_type),
+        ("--output-type", policy.output_type),
+    ):
+        if name != "auto":
+            _check_type(option, name, has_imatrix)
     if isinstance(policy, UniformPolicy):
-        _check_type(policy.ggml_type)
+        _check_type("--policy uniform", policy.ggml_type, has_imatrix)
         return
     for name in policy.ladder:
-        _check_type(name)
-    for name in (policy.embedding_type, policy.output_type):
-        if name != "auto":
-            _check_type(name)
+        _check_type("--ladder", name, has_imatrix)
     _check_ladder(policy.ladder)
     if isinstance(policy, EwqPolicy):
         _check_at_least("--factor", policy.factor, 0)
@@ -63,6 +68,13 @@ def _check_ladder(ladder: Sequence[str]) -> None:
     bits = [
         16.0 if name == "raw" else ggml_types.bits_per_weight(name) for name in ladder
     ]
+    if bits[-1] > 16:
+        raise UsageError(
+            "plan",
+            "--ladder",
+            f"{ladder[-1]} has more than the 16 bits of raw",
+            "let it end with raw, such as Q4_K,Q8_0,raw",
+        )
     if sorted(set(bits)) != bits:
         raise UsageError(
             "plan",
@@ -79,20 +91,20 @@ def _check_at_least(flag: str, value: float, least: int) -> None:
         )
 
 
-def _check_type(name: str) -> None:
+def _check_type(option: str, name: str, has_imatrix: bool) -> None:
     if name == "raw":
         return
     if name not in ggml_types.PLANNABLE:
         raise UsageError(
             "plan",
-            name,
-            "is not a ggml type",
+            option,
+            f"{name!r} is not a ggml type",
             f"use raw or one of {', '.join(ggml_types.PLANNABLE)}",
         )
-    if name in ggml_types.IMATRIX_TYPES:
+    if name in ggml_types.IMATRIX_TYPES and not has_imatrix:
         raise InputError(
             "plan",
-            name,
-            "needs an importance matrix, and none is given",
-            "choose a type that needs none, such as Q2_K or IQ3_S",
+            option,
+            f"{name} needs an importance matrix, and none is given",
+            "choose a type that needs none, such as Q2_K or IQ3_S, or give --imatrix",
         )

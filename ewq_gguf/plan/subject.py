@@ -10,6 +10,7 @@ from math import prod
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.plan.importance import Importance
 from ewq_gguf.records import Layout, LayoutTensor, ModelIdentity, Scan, Source
 from ewq_gguf.tensor_names import is_quantizable
 
@@ -27,6 +28,7 @@ class Subject:
         raw_type: what `raw` means.
         weights_sha256: which weights, or None where none was read.
         layout: the converter's, or None: then the header's bytes are not known.
+        importance: the matrix the file is made with, or None.
     """
 
     model: ModelIdentity
@@ -34,6 +36,7 @@ class Subject:
     raw_type: str
     weights_sha256: str | None
     layout: Layout | None
+    importance: Importance | None = None
 
     @classmethod
     def of_scan(cls, scan: Scan, layout: Layout | None, raw_type: str) -> Subject:
@@ -42,13 +45,7 @@ class Subject:
         Raises:
             InputError: it is a part of a scan.
         """
-        if scan.part is not None:
-            raise InputError(
-                "plan",
-                scan.model.name,
-                f"the scan is part {scan.part} only",
-                "join the parts first: `ewq scan merge PART...`",
-            )
+        check_whole(scan)
         found = (
             layout_tensor(t.name, t.shape, t.dtype, t.hf_names) for t in scan.tensors
         )
@@ -105,6 +102,25 @@ def _raw_type(scan: Scan) -> str:
         return base
     largest = max(max(-tensor.min, tensor.max) for tensor in scan.tensors)
     return "F16" if largest <= _F16_MAX else "BF16"
+
+
+def check_whole(scan: Scan) -> None:
+    """Refuse a part of a scan, and one of nothing.
+
+    Raises:
+        InputError: it is one.
+    """
+    if scan.part is not None:
+        raise InputError(
+            "plan",
+            scan.model.name,
+            f"the scan is part {scan.part} only",
+            "join the parts first: `ewq scan merge PART...`",
+        )
+    if not scan.tensors:
+        raise InputError(
+            "plan", scan.model.name, "the scan is of no tensor", "scan again"
+        )
 
 
 def layout_tensor(

@@ -69,10 +69,15 @@ class UniformPolicy(Part):
 
     Attributes:
         ggml_type: `raw` or a ggml type.
+        embedding_type: of what is outside the layers, the output head left out: `raw`,
+            a ggml type, or `auto`: the same.
+        output_type: of the output head, likewise.
     """
 
     name: Literal["uniform"] = "uniform"
     ggml_type: str
+    embedding_type: str = "auto"
+    output_type: str = "auto"
 
 
 class ImportedPolicy(Part):
@@ -101,7 +106,7 @@ class Budget(Part):
 
     Attributes:
         asked: as it was given: `6GiB`, `80%`, `4.5 bpw`, `auto`, or the machines.
-        limit_bytes: of the file.
+        limit_bytes: of the file; no more than it takes unquantised.
         case: 1 everything fits raw; 2 the decision fits and was promoted; 3 it does
             not: a uniform type was promoted; 4 not even the lowest uniform type fits:
             demoted below the ladder.
@@ -118,6 +123,26 @@ class Budget(Part):
     n_steps: int
     n_ctx: int | None = None
     context_bytes: int | None = None
+
+
+class Imatrix(Part):
+    """The importance matrix a file is made with.
+
+    The file itself says the same, but for the hash: `quantize.imatrix.*`.
+
+    Attributes:
+        file_name: without its folder.
+        file_sha256: of its bytes.
+        n_entries: how many tensors it weighs.
+        n_chunks: of the text it was computed on; 0 where it does not say.
+        dataset: the text's name, cut as llama-quantize cuts it; None without one.
+    """
+
+    file_name: str
+    file_sha256: str
+    n_entries: int
+    n_chunks: int
+    dataset: str | None
 
 
 class PlanTensor(Part):
@@ -216,6 +241,7 @@ class Plan(Record):
             one by one; empty where the policy has none.
         budget: the limit and how it was reached; None without one.
         placement: on a cluster's machines; None without one.
+        imatrix: that the file is made with; None without one.
         tensors: every tensor of the file.
         layers: the decisions.
         totals: the prediction.
@@ -233,6 +259,7 @@ class Plan(Record):
     thresholds: dict[str, Thresholds]
     budget: Budget | None
     placement: Placement | None = None
+    imatrix: Imatrix | None = None
     tensors: tuple[PlanTensor, ...]
     layers: tuple[PlanLayer, ...]
     totals: Totals

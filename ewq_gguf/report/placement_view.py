@@ -9,9 +9,7 @@ from rich.text import Text
 from ewq_gguf.errors import printable
 from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.report.scan_view import bar
-from ewq_gguf.report.text import size_text
-
-_NAME_CHARACTERS = 21
+from ewq_gguf.report.text import Column, Map, size_text
 
 
 def placement_view(placement: Placement) -> RenderableType:
@@ -19,27 +17,28 @@ def placement_view(placement: Placement) -> RenderableType:
     return Group(_stages(placement), Text(), _foot(placement))
 
 
-def _stages(placement: Placement) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("machine", no_wrap=True)
-    for heading in ("layers", "weights", "KV"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("of its limit", no_wrap=True)
-    table.add_column("speed", justify="right", no_wrap=True)
+def _stages(placement: Placement) -> Map:
     machines = {machine.name: machine for machine in placement.machines}
-    for stage in placement.stages:
-        machine = machines[stage.machine]
-        speed = machine.bytes_per_second
-        share = _share(stage, machine)
-        table.add_row(
-            Text(printable(stage.machine, _NAME_CHARACTERS)),
-            _layers_text(stage),
-            size_text(stage.weight_bytes),
-            size_text(stage.kv_bytes),
-            f"{bar(share)} {share:4.0%}",
-            "-" if speed is None else f"{size_text(speed)}/s",
-        )
-    return table
+    stages = placement.stages
+    speeds = [machines[stage.machine].bytes_per_second for stage in stages]
+    shares = [_share(stage, machines[stage.machine]) for stage in stages]
+    numbers = {
+        "layers": [_layers_text(stage) for stage in stages],
+        "weights": [size_text(stage.weight_bytes) for stage in stages],
+        "KV": [size_text(stage.kv_bytes) for stage in stages],
+        "buffers": [size_text(stage.compute_bytes) for stage in stages],
+        "of its limit": [f"{bar(share)} {share:4.0%}" for share in shares],
+        "speed": [
+            "-" if speed is None else f"{size_text(speed)}/s" for speed in speeds
+        ],
+    }
+    return Map(
+        [Column("machine", [Text(printable(stage.machine)) for stage in stages])],
+        [
+            Column(name, [Text(cell) for cell in cells], is_number=True)
+            for name, cells in numbers.items()
+        ],
+    )
 
 
 def _layers_text(stage: Stage) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ewq_gguf.errors import InputError, printable
-from ewq_gguf.plan.naming import policy_label
+from ewq_gguf.plan.naming import plan_label
 from ewq_gguf.records import Plan, PlanTensor
 from ewq_gguf.report.text import Column, Map, in_order, short_role, type_style
 
@@ -57,7 +57,7 @@ def plan_diff_values(a: Plan, b: Plan) -> dict[str, Any]:
         **{
             which: {
                 "model": plan.model.name,
-                "policy": policy_label(plan.policy),
+                "policy": plan_label(plan),
                 "sha256": plan.sha256,
                 "file_size_bytes": plan.totals.file_size_bytes,
                 "bpw": plan.totals.bpw,
@@ -121,7 +121,7 @@ def _gain(pair: Pair) -> int:
 def _head(a: Plan, b: Plan, pairs: dict[str, Pair], changed: Sequence[Pair]) -> Table:
     table = Table.grid(padding=(0, 2))
     for which, plan in (("A", a), ("B", b)):
-        label = f"{plan.model.name}, {policy_label(plan.policy)}"
+        label = f"{plan.model.name}, {plan_label(plan)}"
         table.add_row(which, Text(printable(label)))
         table.add_row(
             "",

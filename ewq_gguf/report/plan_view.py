@@ -16,6 +16,7 @@ from ewq_gguf.records import (
     Budget,
     EwqPolicy,
     FastEwqPolicy,
+    Imatrix,
     ImportedPolicy,
     Plan,
     PlanTensor,
@@ -101,7 +102,10 @@ def _head(plan: Plan) -> Table:
             f"mu {limits.mean:.9g}, sigma {limits.std:.3g}, "
             f"mu - {policy.factor:g} sigma {limits.low:.9g}{high} {unit}",
         )
-    table.add_row("layers", layer_counts(plan))
+    if plan.layers:
+        table.add_row("layers", layer_counts(plan))
+    if plan.imatrix is not None:
+        table.add_row("imatrix", Text(_imatrix_text(plan.imatrix)))
     if plan.budget is not None:
         table.add_row("budget", Text(_budget_text(plan, plan.budget)))
     estimate = " (estimate: header not known)" if totals.is_estimate else ""
@@ -110,6 +114,14 @@ def _head(plan: Plan) -> Table:
         f"{totals.file_size_bytes:,} bytes, {totals.bpw:.3f} bits per weight{estimate}",
     )
     return table
+
+
+def _imatrix_text(imatrix: Imatrix) -> str:
+    name, text = printable(imatrix.file_name), printable(imatrix.dataset or "no name")
+    return (
+        f"{name}, {imatrix.n_entries} tensors, {imatrix.n_chunks} chunks of {text}, "
+        f"SHA-256 {printable(imatrix.file_sha256[:12])}"
+    )
 
 
 def _budget_text(plan: Plan, budget: Budget) -> str:
@@ -125,9 +137,9 @@ def _budget_text(plan: Plan, budget: Budget) -> str:
         if budget.context_bytes is not None
         else ""
     )
-    return (
-        f"{budget.asked}, {budget.limit_bytes:,} bytes{context}, {gap:,} unused: {how}"
-    )
+    # A cluster's machines have more to hold than the file: their own table tells.
+    unused = "" if plan.placement else f", {gap:,} unused"
+    return f"{budget.asked}, {budget.limit_bytes:,} bytes{context}{unused}: {how}"
 
 
 def _policy_text(plan: Plan) -> str:
@@ -137,8 +149,14 @@ def _policy_text(plan: Plan) -> str:
     if isinstance(policy, ImportedPolicy):
         return f"imported from {printable(policy.file_name)}"
     ladder = f"ladder {', '.join(policy.ladder)}"
+    for what, asked in (
+        ("embedding", policy.embedding_type),
+        ("output", policy.output_type),
+    ):
+        ladder += "" if asked == "auto" else f", {what} {asked}"
     if isinstance(policy, FastEwqPolicy):
-        return f"fastewq, variant {policy.variant}, {ladder}"
+        low = f", {policy.n_low} low" if policy.n_low else ""
+        return f"fastewq, variant {policy.variant}{low}, {ladder}"
     measure = (
         f"softmax, epsilon {policy.epsilon:g}"
         if policy.measure == "softmax"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -30,14 +31,13 @@ def sweep_rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
 
 
 def sweep_view(plans: Sequence[Plan], presets: Mapping[str, int]) -> RenderableType:
-    """A table; lines that plan the same as the one above say so.
+    """A table; neighbouring factors that plan the same share a line.
 
     Args:
         plans: of policy `ewq`, alike but for the factor.
         presets: bytes of the standard presets, by name; may be empty.
     """
-    counts = [_counts(plan) for plan in plans]
-    types = sorted(set().union(*counts), key=lambda t: -bits_per_weight(t))
+    types = sorted(set().union(*map(_counts, plans)), key=lambda t: -bits_per_weight(t))
     largest = max(plan.totals.file_size_bytes for plan in plans)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("factor", justify="right")
@@ -47,19 +47,19 @@ def sweep_view(plans: Sequence[Plan], presets: Mapping[str, int]) -> RenderableT
         table.add_column(name, justify="right" if name else "left")
     if presets:
         table.add_column("nearest")
-    before = None
-    for plan, found in zip(plans, counts, strict=True):
+    for _, run in groupby(plans, key=lambda p: [t.ggml_type for t in p.tensors]):
+        alike = list(run)
+        plan, found = alike[0], _counts(alike[0])
         size = plan.totals.file_size_bytes
-        decided = [tensor.ggml_type for tensor in plan.tensors]
+        factors = dict.fromkeys(f"{_policy(p).factor:g}" for p in (plan, alike[-1]))
         table.add_row(
-            f"{_policy(plan).factor:g}",
+            " - ".join(factors),
             *(str(found[name] or "·") for name in types),
             f"{size / 1e6:,.1f}",
             f"{plan.totals.bpw:.3f}",
-            Text("same" if decided == before else "█" * round(16 * size / largest)),
+            Text("█" * round(16 * size / largest)),
             *([nearest_preset(size, presets)] if presets else []),
         )
-        before = decided
     unit = "tensors" if _policy(plans[0]).granularity == "tensor" else "layers"
     first = plans[0].totals.is_estimate
     end = "; sizes are estimates: the header is not known" if first else ""

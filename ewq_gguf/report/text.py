@@ -82,6 +82,7 @@ def _table(columns: Sequence[Column]) -> Table:
             column.name,
             justify="right" if column.is_number else "left",
             max_width=column.width,
+            overflow="fold",
         )
     for row in zip(*(column.cells for column in columns), strict=True):
         table.add_row(*row)
