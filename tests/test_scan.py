@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from decimal import Decimal, localcontext
 from itertools import product
 from math import exp, fsum, isclose, log
@@ -524,7 +523,7 @@ def test_parts_of_floats_combine_to_the_whole():
     seconds = [second_pass(p, norms, epsilon=0.01, n_bins=256) for p in parts]
     found = summarise_floats(norms, seconds, epsilon=0.01)
     expected = reference(data.astype(np.float64))
-    for name, value in asdict(found).items():
+    for name, value in found.model_dump().items():
         if name in expected:
             assert isclose(value, expected[name], rel_tol=1e-12, abs_tol=1e-14)
 

@@ -46,9 +46,8 @@ from ewq_gguf.entropy.floats import (
     summarise_floats,
 )
 from ewq_gguf.entropy.layers import layer_scans
-from ewq_gguf.entropy.summary import Summary
 from ewq_gguf.errors import InputError
-from ewq_gguf.records import Layout, Measures, Scan, TensorScan
+from ewq_gguf.records import Layout, Measures, Scan, Statistics, TensorScan
 from ewq_gguf.tensor_names import layer_idx, role
 
 
@@ -247,7 +246,7 @@ class _Job(ABC):
     """One tensor: its parts, its passes, at the end its summary."""
 
     n_passes = 1
-    summary: Summary
+    summary: Statistics
     weights_crc32: int
 
     def __init__(
@@ -401,7 +400,7 @@ def _entry(job: _Job) -> TensorScan:
         shape=tensor.shape,
         dtype=tensor.dtype,
         weights_crc32=job.weights_crc32,
-        **vars(job.summary),
+        **job.summary.model_dump(),
     )
 
 

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from ewq_gguf.entropy.summary import (
     OUTLIER_SIGMAS,
-    Summary,
     histogram_bits,
     histogram_edges,
     histogram_index,
     histogram_scale,
     p_log1p,
 )
+from ewq_gguf.records import Statistics
 
 N_CODES = 1 << 16
 
@@ -138,7 +138,7 @@ class CodeCounts:
 
 def summarise_codes(
     found: CodeCounts, dtype: str, *, epsilon: float, n_bins: int
-) -> Summary:
+) -> Statistics:
     """Everything about a tensor, from its code counts.
 
     Args:
@@ -158,7 +158,7 @@ def summarise_codes(
         codes, counts = codes[is_finite], counts[is_finite]
         values = values[is_finite]
     if not counts.size:
-        return Summary.empty(n_weights)
+        return Statistics.nonfinite(n_weights)
     n_finite = int(counts.sum())
     low, high = float(values.min()), float(values.max())
     if max(-low, high) < _MAX_PLAIN:
@@ -170,7 +170,7 @@ def summarise_codes(
     entropy = _softmax_entropy(counts, values, weights, shift, epsilon)
     mean, std, kurtosis, n_outliers = _moments(counts, values, n_finite)
     exponents = _count_exponents(codes, counts, *_EXPONENT[dtype])
-    return Summary(
+    return Statistics(
         n_weights=n_weights,
         n_nonfinite=n_weights - n_finite,
         softmax_entropy_nats=entropy,

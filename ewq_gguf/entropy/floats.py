@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from ewq_gguf.entropy.summary import (
     OUTLIER_SIGMAS,
     SERIES_LIMIT,
-    Summary,
     histogram_bits,
     histogram_edges,
     histogram_index,
     histogram_scale,
     p_log1p,
 )
+from ewq_gguf.records import Statistics
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
@@ -185,10 +185,10 @@ def second_pass(
 
 def summarise_floats(
     norms: Norms, parts: Sequence[SecondPass], *, epsilon: float
-) -> Summary:
+) -> Statistics:
     """Everything about a tensor from both passes; see codes.summarise_codes."""
     if norms.n_finite == 0:
-        return Summary.empty(norms.n_weights)
+        return Statistics.nonfinite(norms.n_weights)
     if epsilon > 0 and norms.has_series(epsilon):
         entropy = -(log(epsilon) + _series(norms, epsilon))
     elif epsilon > 0:
@@ -199,7 +199,7 @@ def summarise_floats(
     exponents: NDArray[np.int64] = np.stack([p.exponents for p in parts]).sum(axis=0)
     fourth = fsum(part.fourth for part in parts) / norms.n_finite
     square = (norms.std * norms.unit) ** 2
-    return Summary(
+    return Statistics(
         n_weights=norms.n_weights,
         n_nonfinite=norms.n_weights - norms.n_finite,
         softmax_entropy_nats=entropy,

@@ -1,10 +1,8 @@
-"""What is said of a set of weights, and the small formulas both measures share."""
+"""The small formulas that codes and floats share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import log1p, log2
-from typing import Self
 
 import numpy as np
 from numba import njit
@@ -16,35 +14,6 @@ OUTLIER_SIGMAS = 6.0
 
 #: Below this six terms of ln(1 + x)'s series are exact to float64.
 SERIES_LIMIT = 1e-3
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A tensor's numbers; see records.scan.TensorScan for the units."""
-
-    n_weights: int
-    n_nonfinite: int
-    softmax_entropy_nats: float
-    histogram_entropy_bits: float
-    mean: float
-    std: float
-    min: float
-    max: float
-    excess_kurtosis: float
-    outlier_share: float
-    zero_share: float
-    exponent_entropy_bits: float
-    code_entropy_bits: float | None
-    n_distinct: int | None
-
-    @classmethod
-    def empty(cls, n_weights: int) -> Self:
-        """Of a tensor without one finite weight."""
-        zero = 0.0
-        return cls(
-            n_weights, n_weights, zero, zero, zero, zero, zero, zero, zero, zero, zero,
-            exponent_entropy_bits=zero, code_entropy_bits=None, n_distinct=None,
-        )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, inline="always")

@@ -25,7 +25,7 @@ from ewq_gguf.records.plan import (
     Totals,
     UniformPolicy,
 )
-from ewq_gguf.records.scan import LayerScan, Measures, Scan, TensorScan
+from ewq_gguf.records.scan import LayerScan, Measures, Scan, Statistics, TensorScan
 from ewq_gguf.records.verification import Verification, VerifiedTensor
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "Shard",
     "Source",
     "Stage",
+    "Statistics",
     "TensorScan",
     "Thresholds",
     "Totals",

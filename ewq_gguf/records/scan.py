@@ -21,41 +21,27 @@ class Measures(Part):
     n_bins: int = 256
 
 
-class TensorScan(Part):
-    """One GGUF tensor's weights, as the checkpoint holds them.
+class Statistics(Part):
+    """What one pass over some weights found; the finite ones decide the numbers.
 
     Attributes:
-        name: in the GGUF.
-        hf_names: of the checkpoint's tensors that feed it.
-        role: such as `attn_q`; see tensor_names.
-        layer_idx: None outside the layers.
-        shape: slowest dimension first, as safetensors writes it.
-        dtype: as safetensors writes it: `BF16`, `F16`, `F32`.
         n_weights: how many.
-        n_nonfinite: NaN and infinities among them; the rest decides the numbers.
+        n_nonfinite: NaN and infinities among them.
         softmax_entropy_nats: -sum p ln(p + epsilon), p = softmax(weights).
         histogram_entropy_bits: of `n_bins` equal bins between min and max.
-        mean: of the finite weights.
+        mean: of the weights.
         std: population standard deviation.
         min: smallest.
         max: largest.
         excess_kurtosis: 0 for a normal distribution.
-        outlier_share: of finite weights farther than 6 sigma from the mean.
+        outlier_share: of weights farther than 6 sigma from the mean.
         zero_share: of weights that are exactly zero.
         exponent_entropy_bits: of the floats' exponents.
         code_entropy_bits: of the whole codes: to how many bits a weight could be
             compressed without loss, each on its own; None for 32- and 64-bit ones.
         n_distinct: codes that occur; None for 32- and 64-bit ones.
-        weights_crc32: over the code counts (8- and 16-bit) or over the bytes: another
-            value means other weights.
     """
 
-    name: str
-    hf_names: tuple[str, ...]
-    role: str
-    layer_idx: int | None
-    shape: tuple[int, ...]
-    dtype: str
     n_weights: int
     n_nonfinite: int
     softmax_entropy_nats: float
@@ -70,6 +56,39 @@ class TensorScan(Part):
     exponent_entropy_bits: float
     code_entropy_bits: float | None
     n_distinct: int | None
+
+    @classmethod
+    def nonfinite(cls, n_weights: int) -> Statistics:
+        """Of weights that are all NaN or infinite."""
+        zero = 0.0
+        return cls(
+            n_weights=n_weights, n_nonfinite=n_weights, softmax_entropy_nats=zero,
+            histogram_entropy_bits=zero, mean=zero, std=zero, min=zero, max=zero,
+            excess_kurtosis=zero, outlier_share=zero, zero_share=zero,
+            exponent_entropy_bits=zero, code_entropy_bits=None, n_distinct=None,
+        )  # fmt: skip
+
+
+class TensorScan(Statistics):
+    """One GGUF tensor's weights, as the checkpoint holds them.
+
+    Attributes:
+        name: in the GGUF.
+        hf_names: of the checkpoint's tensors that feed it.
+        role: such as `attn_q`; see tensor_names.
+        layer_idx: None outside the layers.
+        shape: slowest dimension first, as safetensors writes it.
+        dtype: as safetensors writes it: `BF16`, `F16`, `F32`.
+        weights_crc32: over the code counts (8- and 16-bit) or over the bytes: another
+            value means other weights.
+    """
+
+    name: str
+    hf_names: tuple[str, ...]
+    role: str
+    layer_idx: int | None
+    shape: tuple[int, ...]
+    dtype: str
     weights_crc32: int
 
 
