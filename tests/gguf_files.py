@@ -17,7 +17,7 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.llamacpp.layout import layout_of
 from ewq_gguf.llamacpp.toolchain import Toolchain
-from ewq_gguf.plan.assemble import provenance
+from ewq_gguf.plan.assemble import layers_of, provenance
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.sizes import header_bytes, padded, string_kv_bytes
 from ewq_gguf.process import run
@@ -89,7 +89,10 @@ def with_types(plan: Plan, layout: Layout, types: Mapping[str, str]) -> Plan:
             "bpw": 8 * size / plan.totals.n_weights,
         }
     )
-    return plan.model_copy(update={"tensors": tuple(tensors), "totals": totals})
+    update = {
+        "tensors": tuple(tensors), "layers": layers_of(tensors), "totals": totals,
+    }  # fmt: skip
+    return plan.model_copy(update=update)
 
 
 def write_gguf(

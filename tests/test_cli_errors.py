@@ -155,15 +155,15 @@ plain_case(
     "policy-with-argument", 2, "unknown policy", "plan", "SCAN", "--policy", "ewq:1"
 )
 plain_case(
-    "unknown-type", 2, "Q9_9: is not a ggml type; use raw or one of .*Q8_0",
+    "unknown-type", 2, "uniform: 'Q9_9' is not a ggml type; use raw or one of .*Q8_0",
     "plan", "SCAN", "--policy", "uniform:Q9_9",
 )  # fmt: skip
 plain_case(
-    "preset-as-type", 2, "Q4_K_M: is not a ggml type",
+    "preset-as-type", 2, "uniform: 'Q4_K_M' is not a ggml type",
     "plan", "SCAN", "--policy", "uniform:q4_k_m",
 )  # fmt: skip
 plain_case(
-    "unknown-embedding-type", 2, "Q0: is not a ggml type",
+    "unknown-embedding-type", 2, "--embedding-type: 'Q0' is not a ggml type",
     "plan", "SCAN", "--embedding-type", "q0",
 )  # fmt: skip
 plain_case(
@@ -178,7 +178,7 @@ plain_case(
     "plan", "SCAN", "--ladder", "Q4_K,Q4_K,raw",
 )  # fmt: skip
 plain_case(
-    "needs-imatrix", 3, "IQ2_XS: needs an importance matrix, and none is given",
+    "needs-imatrix", 3, "uniform: IQ2_XS needs an importance matrix, and none is given",
     "plan", "SCAN", "--policy", "uniform:IQ2_XS",
 )  # fmt: skip
 plain_case(
@@ -307,7 +307,7 @@ def plan_over_another_file(world, cwd):
 @case(2, "exists and was made from other inputs; use --force")
 def plan_over_another_plan_at_its_default_place(world, cwd):
     (cwd / "plans").mkdir()
-    (cwd / "plans" / "tiny.ewq.json").write_text("mine")
+    (cwd / "plans" / "tiny.ewq-estimate.json").write_text("mine")
     return ["plan", world.scan, "-q"]
 
 

@@ -245,7 +245,7 @@ def test_a_huge_or_deep_plan_is_refused_at_once(
 @pytest.mark.parametrize(
     ("change", "pointer"),
     [
-        (lambda v: v["layers"][0].update(ggml_type="FOO"), "/layers"),
+        (lambda v: v["layers"][0].update(ggml_type="FOO"), "/layers/0/ggml_type"),
         (lambda v: v["layers"][0].update(decision="FOO"), "/layers/0/decision"),
         (lambda v: v["layers"].pop(), "/layers"),
         (lambda v: v["totals"].update(n_weights=0), "/totals/n_weights"),

@@ -28,14 +28,7 @@ def check_sound(plan: Plan) -> None:
     ftype = ftype_of(plan.tensors)
     if plan.ftype != ftype:
         raise _wrong(plan, "/ftype", plan.ftype, f"must be {ftype}")
-    found_layers = [(layer.layer_idx, layer.ggml_type) for layer in plan.layers]
-    needed_layers = [(x.layer_idx, x.ggml_type) for x in layers_of(plan.tensors)]
-    if found_layers != needed_layers:
-        raise _wrong(plan, "/layers", found_layers, f"must be {needed_layers}")
-    for i, layer in enumerate(plan.layers):
-        if layer.decision is not None and layer.decision not in ggml_types.PLANNABLE:
-            pointer = f"/layers/{i}/decision"
-            raise _wrong(plan, pointer, layer.decision, "is no ggml type")
+    _check_layers(plan)
     made = totals_of(plan.tensors, plan.totals.header_bytes)
     for key in Totals.model_fields:
         found, needed = getattr(plan.totals, key), getattr(made, key)
@@ -46,6 +39,20 @@ def check_sound(plan: Plan) -> None:
         raise _wrong(plan, "/budget/limit_bytes", plan.budget.limit_bytes, problem)
     if plan.placement:
         _check_placement(plan, plan.placement)
+
+
+def _check_layers(plan: Plan) -> None:
+    needed = layers_of(plan.tensors)
+    if len(plan.layers) != len(needed):
+        raise _wrong(plan, "/layers", len(plan.layers), f"must be {len(needed)}")
+    for i, (layer, made) in enumerate(zip(plan.layers, needed, strict=True)):
+        for key in ("layer_idx", "ggml_type"):
+            found, wanted = getattr(layer, key), getattr(made, key)
+            if found != wanted:
+                raise _wrong(plan, f"/layers/{i}/{key}", found, f"must be {wanted}")
+        if layer.decision is not None and layer.decision not in ggml_types.PLANNABLE:
+            pointer = f"/layers/{i}/decision"
+            raise _wrong(plan, pointer, layer.decision, "is no ggml type")
 
 
 def _check_placement(plan: Plan, placement: Placement) -> None:
