@@ -16,6 +16,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from ewq_gguf.bench.devices import check_offloaded, devices_for, gpu_names
 from ewq_gguf.bench.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
@@ -35,11 +36,6 @@ _INTS = ctypes.POINTER(ctypes.c_int32)
 _LISTS = ctypes.POINTER(_INTS)
 _BYTES = ctypes.POINTER(ctypes.c_int8)
 _NO_SLOT, _NO_MEMORY = 1, -2
-#: ggml.h, ggml_type: what a KV cache can be.
-CACHE_TYPES = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8,
-    "iq4_nl": 20, "bf16": 30,
-}  # fmt: skip
 
 _BUFFER = re.compile(
     r"^\S+:\s+(\S+) .*?(model|KV|RS|state|compute|output) buffer size =\s+([\d.]+) MiB",
@@ -177,8 +173,8 @@ class LlamaModel:
         # Sequences share one buffer, so that a copied prefix takes no room.
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = self._setup.n_threads
-        params.type_k = CACHE_TYPES[self._setup.cache_type_k]
-        params.type_v = CACHE_TYPES[self._setup.cache_type_v]
+        params.type_k = _ggml_type(self._setup.cache_type_k)
+        params.type_v = _ggml_type(self._setup.cache_type_v)
         begin = len(self._log.text)
         context = llama_cpp.llama_init_from_model(self._model, params)
         said = self._log.text[begin:]
@@ -305,6 +301,10 @@ class LlamaScorer:
             )
         if code:
             raise ChildError(STAGE, self._path, f"llama_decode failed with {code}")
+
+
+def _ggml_type(name: str) -> int:
+    return int(GGMLQuantizationType[name.upper()])
 
 
 def buffers_in(text: str, devices: set[str]) -> Buffers:

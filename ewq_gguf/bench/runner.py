@@ -44,6 +44,11 @@ from ewq_gguf.records import (
 _SCORED: frozenset[Task] = frozenset({"perplexity", "kld"})
 _TIMED: frozenset[Task] = frozenset({"speed", "memory"})
 
+#: Types of a KV cache that llama.cpp takes (common/arg.cpp, kv_cache_types).
+CACHE_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
+)  # fmt: skip
+
 #: Told the share done, 0 to 1, and the child's bytes of RSS.
 OnProgress = Callable[[float, int], None]
 
