@@ -317,7 +317,8 @@ def buffers_in(text: str, devices: set[str]) -> Buffers:
     for name, kind, mib in _BUFFER.findall(text):
         n_bytes = round(float(mib) * (1 << 20))
         sizes[kinds.get(kind, "compute")] += n_bytes
-        sizes["device"] += n_bytes if name in devices else 0
+        # An RPC worker is named with its address: RPC0[10.0.0.2:50052].
+        sizes["device"] += n_bytes if name.partition("[")[0] in devices else 0
     return Buffers(
         weights_bytes=sizes["weights"],
         kv_bytes=sizes["kv"],

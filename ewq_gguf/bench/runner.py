@@ -44,6 +44,10 @@ from ewq_gguf.records import (
 _SCORED: frozenset[Task] = frozenset({"perplexity", "kld"})
 _TIMED: frozenset[Task] = frozenset({"speed", "memory"})
 
+_CHILD_ENV = {
+    "PYTHONSAFEPATH": "1",  # the working folder may hold any code
+    "GGML_NO_BACKTRACE": "1",  # forty lines in front of which the reason would stand
+}
 #: Types of a KV cache that llama.cpp takes (common/arg.cpp, kv_cache_types).
 CACHE_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
@@ -239,7 +243,7 @@ def _run(job: Job, on_progress: OnProgress) -> None:
                     python_argv("ewq_gguf.bench.child", file),
                     stage=STAGE,
                     log_path=log_path,
-                    env={"PYTHONSAFEPATH": "1"},  # the working folder may hold any code
+                    env=_CHILD_ENV,
                     on_line=hear,
                 )
         except ChildError as error:
