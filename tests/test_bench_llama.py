@@ -86,18 +86,26 @@ def quantised(toolchain, base: Path, folder: Path, ftype: str) -> Path:
     return out
 
 
-def perplexity_tool(toolchain, folder: Path, *options: str | Path) -> str:
-    return run(
-        [toolchain.tool("llama-perplexity"), "-t", "2", *options],
-        stage="test",
-        log_path=folder / "perplexity.log",
-        timeout_seconds=600,
-    )
+def perplexity_log(toolchain, folder: Path, last: str, *options: str | Path) -> str:
+    """What llama-perplexity prints; again where it lost the line it should end with.
+
+    Its log is written by a thread that does not always live to write the last lines.
+    """
+    for _ in range(10):
+        log = run(
+            [toolchain.tool("llama-perplexity"), "-t", "2", *options],
+            stage="test",
+            log_path=folder / "perplexity.log",
+            timeout_seconds=600,
+        )
+        if re.search(last, log):
+            break
+    return log
 
 
 def number(pattern: str, log: str) -> float:
     match = re.search(pattern, log)
-    assert match is not None
+    assert match is not None, log[-3000:]
     return float(match[1])
 
 
@@ -111,24 +119,25 @@ def check_parity(toolchain, folder: Path, request: Request, file: Path) -> None:
 
     found = bench_file(file, request, silent)
 
-    own = perplexity_tool(toolchain, folder, "-m", file, *plain)
-    base = perplexity_tool(
-        toolchain, folder, "-m", request.base, *plain, "--kl-divergence-base", logits
-    )
-    compared = perplexity_tool(
-        toolchain, folder, "-m", file, *ctx, "--kl-divergence-base", logits,
+    final, last = r"Final estimate: PPL = ([\d.]+)", r"Same top p: +([\d.]+)"
+    own = perplexity_log(toolchain, folder, final, "-m", file, *plain)
+    base = perplexity_log(
+        toolchain, folder, final, "-m", request.base, *plain,
+        "--kl-divergence-base", logits,
+    )  # fmt: skip
+    compared = perplexity_log(
+        toolchain, folder, last, "-m", file, *ctx, "--kl-divergence-base", logits,
         "--kl-divergence",
     )  # fmt: skip
     logits.unlink()
     assert found.ppl is not None
     divergence = found.texts[0].kld
     assert divergence is not None
-    final = r"Final estimate: PPL = ([\d.]+)"
     assert found.ppl == pytest.approx(number(final, own), rel=1e-3)
     assert divergence.base_ppl == pytest.approx(number(final, base), rel=1e-3)
     mean = number(r"Mean +KLD: +([\d.]+)", compared)
     assert divergence.kld_mean_nats == pytest.approx(mean, rel=1e-2)
-    top = number(r"Same top p: +([\d.]+)", compared) / 100
+    top = number(last, compared) / 100
     assert divergence.top1_agreement == pytest.approx(top, abs=5e-3)
     rms = number(r"RMS Δp +: +([\d.]+)", compared) / 100
     assert divergence.delta_p_rms == pytest.approx(rms, rel=2e-2, abs=1e-5)
@@ -411,7 +420,7 @@ def test_results_are_written_reused_and_not_lost(small, tiny, text, tmp_path, ca
         (["--tasks", "perplexity", "--text", "a"], 2, "is not NAME=FILE"),
         (["--tasks", "perplexity", "--text", "a=missing.txt"], 3, "cannot be read"),
         (["--tasks", "speed", "--device", "cpu", "-ngl", "2"], 2, "nothing to do"),
-        (["--tasks", "speed", "--rpc", "8.8.8.8"], 2, "plan: 8.8.8.8: is a public"),
+        (["--tasks", "speed", "--rpc", "8.8.8.8"], 2, "is a public"),
         (["--tasks", "speed", "--tensor-split", "3,x"], 2, "is no share"),
         (["--tasks", "speed", "--device", "CUDA0"], 4, "no device but the CPU"),
     ],
@@ -422,7 +431,7 @@ def test_options_that_make_no_sense(small, tmp_path, capsys, options, code, mess
     assert main(argv) == code
 
     err = capsys.readouterr().err
-    assert err.startswith("ewq: bench: ")
+    assert err.startswith("ewq: ")
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "r.json").exists()
