@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from io import StringIO
 from math import exp, log, sqrt
 from pathlib import Path
@@ -18,10 +19,13 @@ from ewq_gguf.bench.scoring import divergence, token_nll
 from ewq_gguf.bench.speed import measure
 from ewq_gguf.bench.summary import Tokens, kld, perplexity, text_result
 from ewq_gguf.bench.texts import Window, Windows, chunks_of, lines_of, read_text
-from ewq_gguf.errors import InputError, UsageError, VerificationError
+from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.errors import ChildError, InputError, UsageError, VerificationError
+from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import BenchedFile, ChunkPart, Result
 from ewq_gguf.report.bench_view import bench_view
 from tests.bench_models import BOS, N_VOCAB, Table
+from tests.gguf_files import write_gguf
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
 FILE = Path("text.txt")
@@ -313,7 +317,7 @@ def test_memory_alone_needs_no_repeats():
     ("request_", "message"),
     [
         (Request(tasks=("kld",), texts=(("a", FILE),)), "no base"),
-        (Request(tasks=("perplexity",)), "perplexity: has no text"),
+        (Request(tasks=("perplexity",)), "--text: is missing"),
         (
             Request(tasks=("perplexity",), texts=(("a", FILE), ("a", FILE))),
             "two texts have one name",
@@ -380,3 +384,69 @@ def test_a_table_of_results_fits_80_columns():
     assert "\x1b" not in text
     assert f"{texts[0].ppl:.3f}" in text
     assert "620 tokens scored in 20 windows of 512, 3 longer left out" in text
+
+
+# The default text
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub whose archive holds what a test says."""
+    import huggingface_hub
+
+    monkeypatch.setenv("EWQ_CACHE", str(tmp_path / "cache"))
+    archive = tmp_path / "archive.zip"
+    asked = []
+
+    def download(*args, **_kwargs):
+        asked.append(args)
+        return str(archive)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+    def put(name: str, data: bytes):
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(name, data)
+        return asked
+
+    return put
+
+
+def test_wikitext_is_fetched_once(hub):
+    asked = hub("wikitext-2-raw/wiki.test.raw", b"= Robert Boulter =")
+
+    first, second = wikitext("bench"), wikitext("bench")
+
+    assert first == second
+    assert first.read_bytes() == b"= Robert Boulter ="
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("other.txt", b"", "is no archive with wikitext-2-raw/wiki.test.raw"),
+        ("wikitext-2-raw/wiki.test.raw", bytes((16 << 20) + 1), "is larger than"),
+    ],
+)
+def test_another_archive_is_refused(hub, name, data, message):
+    hub(name, data)
+    with pytest.raises(InputError, match=message):
+        wikitext("bench")
+
+
+def test_without_a_network_a_text_must_be_given(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", {"token_embd.weight": (8, 256)})
+    code = (
+        "import sys; from ewq_gguf.cli import main; "
+        f"sys.exit(main(['bench', {str(path)!r}, '--tasks', 'perplexity']))"
+    )
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "EWQ_TEXT_DIR": ""}
+    env["EWQ_CACHE"] = str(tmp_path / "cache")
+    argv = [*python_argv("x")[:1], "-c", code]
+
+    with pytest.raises(ChildError) as caught:
+        run(argv, stage="test", log_path=tmp_path / "log", env=env)
+
+    assert caught.value.return_code == 7
+    assert "ggml-org/ci" in caught.value.log_tail[-1]

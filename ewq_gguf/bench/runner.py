@@ -95,6 +95,22 @@ class Request:
     n_generated: int = 128
     n_repeats: int = 5
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether a task reads texts."""
+        return bool(_SCORED.intersection(self.tasks))
+
+    def check_base(self) -> None:
+        """Refuse a divergence from nothing.
+
+        Raises:
+            UsageError: `kld` is asked for and there is no base.
+        """
+        if "kld" in self.tasks and self.base is None:
+            raise UsageError(
+                STAGE, "kld", "has no base to compare with", "name it with --base"
+            )
+
     def parameters(self) -> BenchParameters:
         """The same, as results keep it: hashes instead of paths.
 
@@ -102,14 +118,10 @@ class Request:
             UsageError: a task lacks what it needs.
             InputError: a text cannot be read.
         """
-        if "kld" in self.tasks and self.base is None:
+        self.check_base()
+        if self.is_scored and not self.texts:
             raise UsageError(
-                STAGE, "kld", "has no base to compare with", "name it with --base"
-            )
-        scored = _SCORED.intersection(self.tasks)
-        if scored and not self.texts:
-            raise UsageError(
-                STAGE, min(scored), "has no text", "give one with --text NAME=FILE"
+                STAGE, "--text", "is missing", "give one with --text NAME=FILE"
             )
         if len({name for name, _ in self.texts}) < len(self.texts):
             raise UsageError(
@@ -121,7 +133,7 @@ class Request:
             texts=tuple(
                 BenchText(name=name, sha256=_text_hash(path))
                 for name, path in self.texts
-                if scored
+                if self.is_scored
             ),
             n_ctx=self.n_ctx,
             n_chunks=self.n_chunks,

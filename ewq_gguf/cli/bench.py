@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from ewq_gguf import store
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import CACHE_TYPES, Request, bench_file, is_result_of
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.texts import WIKITEXT, wikitext
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -30,7 +32,6 @@ from ewq_gguf.records import BenchSetup, Result, Task, load_record
 from ewq_gguf.report.bench_view import bench_view
 
 _TASKS: tuple[Task, ...] = get_args(Task)
-_WIKITEXT = Path("wikitext-2-raw", "wiki.test.raw")
 
 
 @click.command()
@@ -47,7 +48,7 @@ _WIKITEXT = Path("wikitext-2-raw", "wiki.test.raw")
     "texts",
     multiple=True,
     metavar="NAME=FILE",
-    help="A text to score; repeat.  [default: wikitext of EWQ_TEXT_DIR]",
+    help="A text to score; repeat.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
 )
 @click.option(
     "--chunks", type=click.IntRange(1), help="Windows per text.  [default: all]"
@@ -118,9 +119,12 @@ def bench(
     killed goes on where it was.
     """
     request = _request(values)
-    request.parameters()
+    request.check_base()
     for file in files:
         identify(file)
+    if request.is_scored and not request.texts:
+        request = replace(request, texts=_default_texts())
+    request.parameters()
     outs = _outs(files, out)
     # What would be refused is refused before the first file is measured.
     known = [
@@ -165,7 +169,7 @@ def _request(values: dict[str, Any]) -> Request:
     return Request(
         tasks=tasks,
         base=values["base"],
-        texts=tuple(map(_named_text, values["texts"])) or _default_texts(),
+        texts=tuple(map(_named_text, values["texts"])),
         setup=BenchSetup(
             device=values["device"],
             n_gpu_layers=values["gpu_layers"],
@@ -210,7 +214,8 @@ def _named_text(text: str) -> tuple[str, Path]:
 
 def _default_texts() -> tuple[tuple[str, Path], ...]:
     folder = os.environ.get("EWQ_TEXT_DIR")
-    return (("wikitext", Path(folder) / _WIKITEXT),) if folder else ()
+    path = Path(folder) / WIKITEXT if folder else wikitext(STAGE)
+    return (("wikitext", path),)
 
 
 def _outs(files: tuple[Path, ...], out: Path | None) -> list[Path]:
