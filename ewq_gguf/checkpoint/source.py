@@ -220,10 +220,13 @@ def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
             "check the spelling",
         ) from error
     except (OSError, http_error) as error:
-        raise _hub_error(hub_id, error) from error
+        raise hub_error(hub_id, error) from error
 
 
-def _hub_error(hub_id: str, error: Exception) -> NetworkError | ResourceError:
+def hub_error(
+    hub_id: str, error: Exception, stage: str = "scan"
+) -> NetworkError | ResourceError:
+    """What the Hub's client raised, as one line with what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -234,7 +237,7 @@ def _hub_error(hub_id: str, error: Exception) -> NetworkError | ResourceError:
 
     if isinstance(error, OSError) and error.errno is not None:
         return ResourceError(
-            "scan",
+            stage,
             error.filename or hub_id,
             f"the download cannot be written ({error.strerror})",
             "free some space, or set HF_HOME to another folder",
@@ -269,4 +272,4 @@ def _hub_error(hub_id: str, error: Exception) -> NetworkError | ResourceError:
             f"the Hub cannot be reached ({reason}) and it is not cached",
             "check the network, or give a local folder",
         )
-    return NetworkError("scan", hub_id, problem, remedy)
+    return NetworkError(stage, hub_id, problem, remedy)

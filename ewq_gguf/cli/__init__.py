@@ -30,6 +30,7 @@ _COMMANDS = {
     "convert": ("convert", "Write the 16- or 32-bit base GGUF of a checkpoint."),
     "quantize": ("quantize", "Write the planned GGUF from a base GGUF."),
     "verify": ("verify", "Compare a GGUF with its plan, tensor by tensor."),
+    "bench": ("bench", "Measure what GGUF files are worth, with error bars."),
     "fastewq": ("fastewq", "Evaluate and train the classifier of layers."),
     "paper": ("paper", "Recompute what the paper's tables allow."),
     "demo": ("demo", "Write the built-in model's checkpoint."),

@@ -18,6 +18,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -29,6 +30,7 @@ from rich.progress import (
 from ewq_gguf.pipeline import Options
 from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.records import Record
+from ewq_gguf.report.text import size_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=Record)
@@ -185,25 +187,36 @@ class BarProgress:
         self, name: str, total_bytes: int | None = None
     ) -> Iterator[Callable[[float], None]]:
         """Show how far a stage is."""
-        if self._quiet:
-            yield lambda share: None
-            return
-        if not sys.stderr.isatty():
+        with self._bar(name, total_bytes) as update:
+            yield lambda share: update(share, "")
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[Callable[[float, int], None]]:
+        """Show how far a stage is, and the memory that its child has: bytes."""
+        with self._bar(name, None) as update:
+            yield lambda share, rss: update(share, size_text(rss))
+
+    @contextmanager
+    def _bar(
+        self, name: str, total_bytes: int | None
+    ) -> Iterator[Callable[[float, str], None]]:
+        if self._quiet or not sys.stderr.isatty():
             self.note(name)
-            yield lambda share: None
+            yield lambda share, detail: None
             return
-        columns = [TextColumn("{task.description}"), BarColumn()]
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
         if total_bytes:
             columns += [DownloadColumn(), TransferSpeedColumn()]
         else:
             columns += [TaskProgressColumn(), TimeElapsedColumn()]
-        with Progress(
-            *columns, TimeRemainingColumn(), console=self._console
-        ) as progress:
-            task: TaskID = progress.add_task(name, total=None)
+        columns += [TimeRemainingColumn(), TextColumn("{task.fields[detail]}")]
+        with Progress(*columns, console=self._console) as progress:
+            task: TaskID = progress.add_task(name, total=None, detail="")
 
-            def update(share: float) -> None:
+            def update(share: float, detail: str) -> None:
                 total = total_bytes or 100
-                progress.update(task, completed=share * total, total=total)
+                progress.update(
+                    task, completed=share * total, total=total, detail=detail
+                )
 
             yield update

@@ -66,6 +66,22 @@ def rpc_commands(gguf: str, placement: Placement, *, allow_public: bool = False)
     return "\n".join([*lines, "# Or, to measure its speed:", shlex.join(bench), ""])
 
 
+def server_address(name: str, *, allow_public: bool = False) -> str:
+    """A worker's `host:port`, the port filled in.
+
+    Raises:
+        UsageError: it is no address, or a public one that is not allowed.
+    """
+    host, port = _endpoint(name)
+    try:
+        is_public = IPv4Address(host).is_global
+    except ValueError:  # a name
+        is_public = False
+    if is_public:
+        _check_allowed(host, allow_public=allow_public)
+    return f"{host}:{port}"
+
+
 def _worker_lines(stage: Stage, *, allow_public: bool) -> list[str]:
     ((host, port),) = endpoints([stage.machine])
     lines = [f"# {host}: {_held(stage)}."]

@@ -1,0 +1,89 @@
+"""Which GGUF file is measured, all its parts included."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.errors import InputError, VerificationError
+from ewq_gguf.records import BenchedFile
+
+#: llama_split_path in src/llama.cpp.
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def identify(path: Path) -> BenchedFile:
+    """Check a file's header, and those of its other parts, and hash them.
+
+    Raises:
+        InputError: there is no such file.
+        VerificationError: it is not a sound GGUF file, or parts are missing or of
+            another file.
+    """
+    if not path.exists():
+        raise InputError(STAGE, path, "no such file", "check the path")
+    parts = _parts(path)
+    stats = [part.stat() for part in parts]
+    hashes = [
+        _sha256(part, stat.st_size, stat.st_mtime_ns)
+        for part, stat in zip(parts, stats, strict=True)
+    ]
+    return BenchedFile(
+        name=path.name,
+        size_bytes=sum(stat.st_size for stat in stats),
+        sha256=hashes[0] if len(hashes) == 1 else store.sha256_text(" ".join(hashes)),
+    )
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
+    """The base of many files is hashed once."""
+    return store.sha256_file(path)
+
+
+def _parts(path: Path) -> list[Path]:
+    """A split file's parts in order, or the file alone."""
+    count = int(read_gguf(path).kv.get("split.count", 1))
+    if count <= 1:
+        return [path]
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) != count or int(match[2]) != 1:
+        raise VerificationError(
+            STAGE,
+            path,
+            f"is of {count} parts, and is not called like the first of them",
+            f"give NAME-00001-of-{count:05}.gguf, or join them with llama-gguf-split",
+        )
+    parts = [
+        path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf")
+        for i in range(1, count + 1)
+    ]
+    missing = [part.name for part in parts if not part.exists()]
+    wrong = [
+        part.name
+        for i, part in enumerate(parts)
+        if part.exists() and not _is_part(part, i, count)
+    ]
+    if missing or wrong:
+        error = VerificationError(
+            STAGE,
+            path,
+            f"{len(missing)} of its {count} parts are missing, {len(wrong)} are of "
+            "another file",
+            "put all parts into one folder",
+        )
+        error.differences = (
+            *(f"{name}: missing" for name in missing),
+            *(f"{name}: of another file" for name in wrong),
+        )
+        raise error
+    return parts
+
+
+def _is_part(path: Path, number: int, count: int) -> bool:
+    kv = read_gguf(path).kv
+    return (kv.get("split.no"), kv.get("split.count")) == (number, count)

@@ -1,0 +1,82 @@
+"""What the runner and its children tell each other."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from ewq_gguf import errors
+from ewq_gguf.errors import EwqError
+from ewq_gguf.records import BenchParameters
+from ewq_gguf.records.base import Part
+
+_MARK = "@ewq "
+
+
+class Job(Part):
+    """What a child does; its paths are absolute.
+
+    Attributes:
+        part: which of the tasks.
+        model: the GGUF file.
+        base: what it is compared with; None for no comparison.
+        texts: files, as many as the parameters name.
+        parameters: what was asked.
+        journal: gets each finished part, a line of JSON.
+        failure: gets the error that ended the child, where it is one of ours.
+    """
+
+    part: Literal["texts", "speed"]
+    model: str
+    base: str | None
+    texts: tuple[str, ...]
+    parameters: BenchParameters
+    journal: str
+    failure: str
+
+
+class Failure(Part):
+    """One of our errors, on its way from a child.
+
+    Attributes:
+        kind: name of its class.
+        stage: as the error's.
+        subject: likewise.
+        problem: likewise.
+        remedy: likewise.
+    """
+
+    kind: str
+    stage: str
+    subject: str | None
+    problem: str
+    remedy: str
+
+    @classmethod
+    def of(cls, error: EwqError) -> Failure:
+        """An error as a message."""
+        return cls(
+            kind=type(error).__name__,
+            stage=error.stage,
+            subject=error.subject,
+            problem=error.problem,
+            remedy=error.remedy,
+        )
+
+    def error(self) -> EwqError:
+        """The message as an error."""
+        kind: type[EwqError] = getattr(errors, self.kind)
+        return kind(self.stage, self.subject, self.problem, self.remedy)
+
+
+def progress_line(share: float, rss_bytes: int) -> str:
+    """How far a child is, as a line of its own in its log."""
+    return f"\n{_MARK}{json.dumps([share, rss_bytes])}\n"
+
+
+def read_progress(line: str) -> tuple[float, int] | None:
+    """(share, bytes of RSS) of such a line; None for another."""
+    if not line.startswith(_MARK):
+        return None
+    share, rss_bytes = json.loads(line.removeprefix(_MARK))
+    return float(share), int(rss_bytes)

@@ -1,0 +1,327 @@
+"""llama.cpp behind `Model` and `Scorer`, through llama-cpp-python's low-level calls.
+
+Only child processes import this: a file or an RPC worker can end the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from ewq_gguf.bench.devices import check_offloaded, devices_for, gpu_names
+from ewq_gguf.bench.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
+from ewq_gguf.errors import (
+    ChildError,
+    InputError,
+    ResourceError,
+    UsageError,
+    VerificationError,
+)
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.records import BenchSetup, Engine
+
+_N_BATCH = 2048
+_N_UBATCH = 512
+_INTS = ctypes.POINTER(ctypes.c_int32)
+_LISTS = ctypes.POINTER(_INTS)
+_BYTES = ctypes.POINTER(ctypes.c_int8)
+_NO_SLOT, _NO_MEMORY = 1, -2
+
+_BUFFER = re.compile(
+    r"^\S+:\s+(\S+) .*?(model|KV|RS|state|compute|output) buffer size =\s+([\d.]+) MiB",
+    re.MULTILINE,
+)
+_OFFLOADED = re.compile(r"offloaded (\d+)/\d+ layers to GPU")
+_NO_ROOM = re.compile(
+    r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
+)
+
+
+class Log:
+    """What llama.cpp says: passed on to stderr, and kept."""
+
+    def __init__(self) -> None:
+        """Begin to listen; llama.cpp has one listener per process."""
+        self.text = ""
+        self._callback = llama_cpp.llama_log_callback(self._hear)
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _hear(self, _level: int, line: bytes, _data: object) -> None:
+        os.write(2, line)
+        self.text += line.decode(errors="replace")
+
+
+class LlamaModel:
+    """A GGUF file in memory.
+
+    Args:
+        path: the file, or the first part of a split one.
+        setup: where it goes.
+        log: of this process.
+
+    Raises:
+        ToolError: a device was asked for and there is none, or none was used.
+        UsageError: there is no such device, or one layer too few for the devices.
+        ResourceError: it does not fit.
+        VerificationError: it does not load.
+    """
+
+    def __init__(self, path: Path, setup: BenchSetup, log: Log) -> None:
+        """Load it."""
+        self.path = path
+        self._setup = setup
+        self._log = log
+        begin, started = len(log.text), time.perf_counter()
+        params = llama_cpp.llama_model_default_params()
+        self._devices = devices_for(setup)
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        params.n_gpu_layers = -1 if setup.n_gpu_layers is None else setup.n_gpu_layers
+        if setup.tensor_split:
+            shares = (ctypes.c_float * llama_cpp.llama_max_devices())(
+                *setup.tensor_split
+            )
+            params.tensor_split = shares
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        self._said = log.text[begin:]
+        if not self._model:
+            raise self._load_error(self._said)
+        self.load_seconds = time.perf_counter() - started
+        # Without devices it says that all layers were offloaded, too.
+        found = _OFFLOADED.search(self._said) if gpu_names(self._devices) else None
+        self._n_offloaded = int(found[1]) if found else 0
+        check_offloaded(path, setup, self._n_offloaded)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def engine(self) -> Engine:
+        """The build, its CPU features, and the devices in use."""
+        return Engine(
+            name="llama.cpp",
+            version=f"llama-cpp-python {llama_cpp.__version__}",
+            commit=LLAMA_CPP_COMMIT,
+            system=llama_cpp.llama_print_system_info().decode(errors="replace"),
+            devices=gpu_names(self._devices),
+            n_layers_offloaded=self._n_offloaded,
+        )
+
+    def tokenize(self, text: str, *, special: bool = False) -> IntArray:
+        """Token ids of a text, without the ones that begin and end it."""
+        data = text.encode()
+        room = len(data) + 8
+        while True:
+            tokens = np.empty(room, np.int32)
+            pointer = tokens.ctypes.data_as(_INTS)
+            count = llama_cpp.llama_tokenize(
+                self._vocab, data, len(data), pointer, room, False, special
+            )
+            if count >= 0:
+                return tokens[:count].copy()
+            room = -count
+
+    def detokenize(self, tokens: IntArray) -> str:
+        """The text of tokens; what is no UTF-8 is replaced."""
+        pieces = []
+        for token in tokens:
+            buffer = ctypes.create_string_buffer(64)
+            size = llama_cpp.llama_token_to_piece(
+                self._vocab, int(token), buffer, len(buffer), 0, True
+            )
+            if size < 0:
+                buffer = ctypes.create_string_buffer(-size)
+                size = llama_cpp.llama_token_to_piece(
+                    self._vocab, int(token), buffer, len(buffer), 0, True
+                )
+            pieces.append(buffer.raw[:size])
+        return b"".join(pieces).decode(errors="replace")
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    @contextmanager
+    def scorer(
+        self, n_ctx: int, *, n_sequences: int = 1, n_batch: int | None = None
+    ) -> Iterator[LlamaScorer]:
+        """Make room for sequences, until the block ends.
+
+        Raises:
+            ResourceError: there is none.
+            UsageError: more sequences than llama.cpp allows.
+        """
+        limit = int(llama_cpp.llama_max_parallel_sequences())
+        if n_sequences > limit:
+            problem = f"{n_sequences} sequences are more than llama.cpp's {limit}"
+            raise UsageError(STAGE, self.path, problem, "use fewer")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = min(n_batch or _N_BATCH, n_ctx)
+        params.n_ubatch = min(_N_UBATCH, params.n_batch)
+        params.n_seq_max = n_sequences
+        # Sequences share one buffer, so that a copied prefix takes no room.
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = self._setup.n_threads
+        params.type_k = _ggml_type(self._setup.cache_type_k)
+        params.type_v = _ggml_type(self._setup.cache_type_v)
+        begin = len(self._log.text)
+        context = llama_cpp.llama_init_from_model(self._model, params)
+        said = self._log.text[begin:]
+        if not context:
+            raise self._context_error(said)
+        try:
+            buffers = buffers_in(self._said + said, set(gpu_names(self._devices)))
+            yield LlamaScorer(self.path, context, self.n_vocab, buffers)
+        finally:
+            llama_cpp.llama_free(context)
+
+    def _load_error(self, said: str) -> Exception:
+        if _NO_ROOM.search(said):
+            return self._too_large("does not fit into memory")
+        last = [line for line in said.splitlines() if line.strip()][-1:]
+        problem = f"does not load: {''.join(last)}"
+        return VerificationError(STAGE, self.path, problem, "make it again")
+
+    def _context_error(self, said: str) -> Exception:
+        if _NO_ROOM.search(said):
+            return self._too_large("leaves no memory for its context")
+        last = [line for line in said.splitlines() if line.strip()][-1:]
+        return InputError(
+            STAGE,
+            self.path,
+            f"allows no such context: {''.join(last)}",
+            "use another --ctx, --cache-type-k or --cache-type-v",
+        )
+
+    def _too_large(self, problem: str) -> ResourceError:
+        size = self.path.stat().st_size / 1e9
+        return ResourceError(
+            STAGE,
+            self.path,
+            f"{problem}: its weights alone are {size:.1f} GB",
+            "put fewer layers on the devices with -ngl, or use a smaller --ctx",
+        )
+
+
+class LlamaScorer:
+    """A context of llama.cpp."""
+
+    def __init__(
+        self, path: Path, context: Any, n_vocab: int, buffers: Buffers
+    ) -> None:
+        """Wrap it; LlamaModel.scorer frees it."""
+        self._path = path
+        self._context = context
+        self._memory = llama_cpp.llama_get_memory(context)
+        self._buffers = buffers
+        self.n_vocab = n_vocab
+        self.n_ctx = int(llama_cpp.llama_n_ctx(context))
+        self.n_batch = int(llama_cpp.llama_n_batch(context))
+        self.n_sequences = int(llama_cpp.llama_n_seq_max(context))
+
+    def evaluate(self, batch: Batch) -> FloatArray:
+        """Run the model over a batch, whose tokens its sequences then hold.
+
+        Returns:
+            (n_wanted, n_vocab), in the batch's order; the caller's own.
+
+        Raises:
+            ResourceError: the context is full, or memory ran out.
+            ChildError: the engine failed.
+        """
+        rows = np.empty((int(batch.wanted.sum()), self.n_vocab), np.float32)
+        done = 0
+        for begin in range(0, len(batch), self.n_batch):
+            piece = slice(begin, begin + self.n_batch)
+            count = int(batch.wanted[piece].sum())
+            self._decode(batch, piece)
+            if count:
+                pointer = llama_cpp.llama_get_logits(self._context)
+                logits = np.ctypeslib.as_array(pointer, (count, self.n_vocab))
+                rows[done : done + count] = logits
+                done += count
+            else:
+                llama_cpp.llama_synchronize(self._context)
+        return rows
+
+    def copy(self, source: int, target: int) -> None:
+        """Let a sequence begin as another is now; shared, not computed again."""
+        llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def remove(self, sequence: int, begin: int = 0) -> None:
+        """Forget a sequence from a position on."""
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, begin, -1)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        llama_cpp.llama_memory_clear(self._memory, False)
+
+    def buffers(self) -> Buffers:
+        """The memory of the model and of this context."""
+        return self._buffers
+
+    def _decode(self, batch: Batch, piece: slice) -> None:
+        tokens = np.ascontiguousarray(batch.tokens[piece], np.int32)
+        positions = np.ascontiguousarray(batch.positions[piece], np.int32)
+        sequences = np.ascontiguousarray(batch.sequences[piece], np.int32)
+        wanted = np.ascontiguousarray(batch.wanted[piece], np.int8)
+        counts = np.ones(len(tokens), np.int32)
+        # Each token's list of sequences has one entry: its own in `sequences`.
+        lists = sequences.ctypes.data + 4 * np.arange(len(tokens), dtype=np.uintp)
+        fields = llama_cpp.llama_batch(
+            n_tokens=len(tokens),
+            token=tokens.ctypes.data_as(_INTS),
+            pos=positions.ctypes.data_as(_INTS),
+            n_seq_id=counts.ctypes.data_as(_INTS),
+            seq_id=lists.ctypes.data_as(_LISTS),
+            logits=wanted.ctypes.data_as(_BYTES),
+        )
+        code = llama_cpp.llama_decode(self._context, fields)
+        if code in {_NO_SLOT, _NO_MEMORY}:
+            problem = (
+                f"{len(tokens)} tokens do not fit into what is left of the context "
+                f"of {self.n_ctx}"
+                if code == _NO_SLOT
+                else "memory ran out while it computed"
+            )
+            raise ResourceError(
+                STAGE, self._path, problem, "use another --ctx, or a smaller -ngl"
+            )
+        if code:
+            raise ChildError(STAGE, self._path, f"llama_decode failed with {code}")
+
+
+def _ggml_type(name: str) -> int:
+    return int(GGMLQuantizationType[name.upper()])
+
+
+def buffers_in(text: str, devices: set[str]) -> Buffers:
+    """The buffers that llama.cpp's log names, those of `devices` counted apart.
+
+    A device's buffers in the host's memory are called `CUDA_Host` and the like.
+    """
+    sizes = {"weights": 0, "kv": 0, "compute": 0, "device": 0}
+    kinds = {"model": "weights", "KV": "kv", "RS": "kv", "state": "kv"}
+    for name, kind, mib in _BUFFER.findall(text):
+        n_bytes = round(float(mib) * (1 << 20))
+        sizes[kinds.get(kind, "compute")] += n_bytes
+        # An RPC worker is named with its address: RPC0[10.0.0.2:50052].
+        sizes["device"] += n_bytes if name.partition("[")[0] in devices else 0
+    return Buffers(
+        weights_bytes=sizes["weights"],
+        kv_bytes=sizes["kv"],
+        compute_bytes=sizes["compute"],
+        device_bytes=sizes["device"],
+    )

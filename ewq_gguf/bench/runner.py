@@ -1,0 +1,355 @@
+"""One file's Result: children that measure, a journal of what they finished.
+
+A child that crashes costs the part it was at; the next run goes on after the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from ewq_gguf import store
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import Failure, Job, read_progress
+from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.summary import Tokens, kld, perplexity, text_result
+from ewq_gguf.errors import (
+    ChildError,
+    InputError,
+    ResourceError,
+    ToolError,
+    UsageError,
+    printable,
+)
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.verify import can_load
+from ewq_gguf.process import N_CPUS, python_argv, run
+from ewq_gguf.records import (
+    BenchedFile,
+    BenchParameters,
+    BenchSetup,
+    BenchText,
+    ChunkPart,
+    Result,
+    RunPart,
+    Task,
+    TextPart,
+    read_journal,
+)
+
+_SCORED: frozenset[Task] = frozenset({"perplexity", "kld"})
+_TIMED: frozenset[Task] = frozenset({"speed", "memory"})
+
+_CHILD_ENV = {
+    "PYTHONSAFEPATH": "1",  # the working folder may hold any code
+    "GGML_NO_BACKTRACE": "1",  # forty lines in front of which the reason would stand
+}
+#: Types of a KV cache that llama.cpp takes (common/arg.cpp, kv_cache_types).
+CACHE_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
+)  # fmt: skip
+
+#: Told the share done, 0 to 1, and the child's bytes of RSS.
+OnProgress = Callable[[float, int], None]
+
+CPU_SETUP = BenchSetup(
+    device="cpu",
+    n_gpu_layers=None,
+    tensor_split=(),
+    rpc=(),
+    n_threads=N_CPUS,
+    cache_type_k="f16",
+    cache_type_v="f16",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every file.
+
+    Attributes:
+        tasks: any of them.
+        base: what `kld` compares with; not looked at without it.
+        texts: files by the names they are reported under.
+        setup: how models are loaded.
+        n_ctx: tokens of a window.
+        n_chunks: of each text, at most.
+        is_lines: each line is a document.
+        n_prompt: tokens of the speed test's prompt.
+        n_generated: tokens of its answer.
+        n_repeats: of it.
+    """
+
+    tasks: tuple[Task, ...]
+    base: Path | None = None
+    texts: tuple[tuple[str, Path], ...] = ()
+    setup: BenchSetup = CPU_SETUP
+    n_ctx: int = 512
+    n_chunks: int | None = None
+    is_lines: bool = False
+    n_prompt: int = 512
+    n_generated: int = 128
+    n_repeats: int = 5
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a task reads texts."""
+        return bool(_SCORED.intersection(self.tasks))
+
+    def check_base(self) -> None:
+        """Refuse a divergence from nothing.
+
+        Raises:
+            UsageError: `kld` is asked for and there is no base.
+        """
+        if "kld" in self.tasks and self.base is None:
+            raise UsageError(
+                STAGE, "kld", "has no base to compare with", "name it with --base"
+            )
+
+    def parameters(self) -> BenchParameters:
+        """The same, as results keep it: hashes instead of paths.
+
+        Raises:
+            UsageError: a task lacks what it needs.
+            InputError: a text cannot be read.
+        """
+        self.check_base()
+        if self.is_scored and not self.texts:
+            raise UsageError(
+                STAGE, "--text", "is missing", "give one with --text NAME=FILE"
+            )
+        if len({name for name, _ in self.texts}) < len(self.texts):
+            raise UsageError(
+                STAGE, "--text", "two texts have one name", "name each once"
+            )
+        return BenchParameters(
+            tasks=self.tasks,
+            setup=self.setup,
+            texts=tuple(
+                BenchText(name=name, sha256=_text_hash(path))
+                for name, path in self.texts
+                if self.is_scored
+            ),
+            n_ctx=self.n_ctx,
+            n_chunks=self.n_chunks,
+            is_lines=self.is_lines,
+            n_prompt=self.n_prompt,
+            n_generated=self.n_generated,
+            n_repeats=self.n_repeats,
+        )
+
+
+def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
+    """Measure a file.
+
+    Args:
+        path: the GGUF file, or the first part of a split one.
+        request: what is asked.
+        on_progress: told how far it is.
+
+    Raises:
+        ToolError: llama-cpp-python is missing, or the device asked for is.
+        InputError: a file is missing, or a text or base does not fit.
+        VerificationError: a file is no sound GGUF, or computes NaN.
+        ChildError: a child crashed; what it had finished is kept.
+        ResourceError: memory ran out.
+    """
+    if not can_load():
+        raise ToolError(
+            STAGE, "llama-cpp-python", "is not installed", "run `make setup`"
+        )
+    asked = request.parameters()
+    file = identify(path)
+    base = identify(request.base) if request.base and "kld" in asked.tasks else None
+    journal = _journal(file, base, asked)
+    kinds = _kinds(asked)
+    with store.locked(journal, stage=STAGE):
+        for i, kind in enumerate(kinds):
+            if kind not in read_journal(journal, RunPart):
+                job = _job(kind, path, request, asked, journal)
+                _run(job, _share_of(on_progress, i, len(kinds)))
+        result = _result(file, base, asked, journal)
+        # The next run of the same measures anew: speeds differ from day to day.
+        journal.unlink()
+    return result
+
+
+def is_result_of(result: Result, path: Path, request: Request) -> bool:
+    """Whether a result answers a request about a file, as it is now.
+
+    Raises:
+        InputError, VerificationError: the file or its base is not sound.
+    """
+    asked = request.parameters()
+    base = identify(request.base) if request.base and "kld" in asked.tasks else None
+    return (
+        result.file.sha256 == identify(path).sha256
+        and (result.base and result.base.sha256) == (base and base.sha256)
+        and result.parameters == asked
+        and result.engine.commit == LLAMA_CPP_COMMIT
+    )
+
+
+def _kinds(asked: BenchParameters) -> list[Literal["texts", "speed"]]:
+    """The children that are needed; the speed's memory is the model's alone."""
+    kinds: list[Literal["texts", "speed"]] = []
+    if _TIMED.intersection(asked.tasks):
+        kinds.append("speed")
+    if _SCORED.intersection(asked.tasks):
+        kinds.append("texts")
+    return kinds
+
+
+def _journal(
+    file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
+) -> Path:
+    """Where finished parts are kept, by everything they depend on."""
+    hashes = f"{file.sha256} {base and base.sha256} {LLAMA_CPP_COMMIT}"
+    key = store.sha256_text(f"{hashes} {asked.model_dump_json()}")
+    return store.cache_dir("bench") / f"{key}.journal"
+
+
+def _job(
+    kind: Literal["texts", "speed"],
+    path: Path,
+    request: Request,
+    asked: BenchParameters,
+    journal: Path,
+) -> Job:
+    return Job(
+        part=kind,
+        model=str(path.absolute()),
+        base=str(request.base.absolute())
+        if request.base and "kld" in asked.tasks
+        else None,
+        texts=tuple(str(text.absolute()) for _, text in request.texts),
+        parameters=asked,
+        journal=str(journal),
+        failure=str(journal.with_suffix(".failure")),
+    )
+
+
+def _run(job: Job, on_progress: OnProgress) -> None:
+    """Run a child to its end.
+
+    Raises:
+        EwqError: the child's own, or what ended it.
+    """
+
+    def hear(line: str) -> None:
+        if (told := read_progress(line)) is not None:
+            on_progress(*told)
+
+    failure, model = Path(job.failure), Path(job.model)
+    with TemporaryDirectory(prefix="ewq-bench-") as folder:
+        file = Path(folder) / "job.json"
+        file.write_text(job.model_dump_json(), encoding="utf-8")
+        try:
+            with child_log("bench", model) as log_path:
+                run(
+                    python_argv("ewq_gguf.bench.child", file),
+                    stage=STAGE,
+                    log_path=log_path,
+                    env=_CHILD_ENV,
+                    on_line=hear,
+                )
+        except ChildError as error:
+            if failure.exists():
+                said = Failure.model_validate_json(failure.read_bytes())
+                failure.unlink()
+                raise said.error() from error
+            error.subject = printable(model)
+            workers = ", ".join(job.parameters.setup.rpc)
+            if workers:
+                error.problem += f"; its RPC workers: {workers}"
+            error.remedy += "; what it finished is kept: run again to go on"
+            raise
+        except ResourceError as error:
+            needed = model.stat().st_size / 1e9
+            error.subject = printable(model)
+            error.problem += f"; its weights alone need {needed:.1f} GB"
+            raise
+
+
+def _share_of(on_progress: OnProgress, index: int, count: int) -> OnProgress:
+    return lambda share, rss_bytes: on_progress((index + share) / count, rss_bytes)
+
+
+def _result(
+    file: BenchedFile,
+    base: BenchedFile | None,
+    asked: BenchParameters,
+    journal: Path,
+) -> Result:
+    runs = read_journal(journal, RunPart)
+    engine = next(iter(runs.values())).engine
+    result = Result(
+        file=file,
+        base=base,
+        parameters=asked,
+        engine=engine,
+        size_bytes=file.size_bytes,
+    )
+    update: dict[str, object] = {}
+    if timed := runs.get("speed"):
+        update |= _timed(timed, asked.tasks)
+    if "texts" in runs:
+        update |= _scored(asked, journal)
+    return result.model_copy(update=update)
+
+
+def _timed(part: RunPart, tasks: Sequence[Task]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    if (speed := part.speed) is not None:
+        found |= {
+            "speed": speed,
+            "prompt_tps": speed.prompt_tps,
+            "generation_tps": speed.generation_tps,
+            "ttft_seconds": speed.ttft_seconds,
+        }
+    if (memory := part.memory) is not None and "memory" in tasks:
+        found |= {
+            "memory": memory,
+            "peak_rss_bytes": memory.peak_rss_bytes,
+            "device_bytes": memory.device_bytes,
+        }
+    return found
+
+
+def _scored(asked: BenchParameters, journal: Path) -> dict[str, object]:
+    """The texts' numbers, and those of all of them together."""
+    chunks = read_journal(journal, ChunkPart)
+    ends = read_journal(journal, TextPart)
+    texts = [
+        [chunks[f"{number}/{i}"] for i in range(ends[str(number)].n_batches)]
+        for number in range(len(asked.texts))
+    ]
+    results = tuple(
+        text_result(text.name, parts, ends[str(number)].n_skipped)
+        for number, (text, parts) in enumerate(zip(asked.texts, texts, strict=True))
+    )
+    together = Tokens.of([part for parts in texts for part in parts])
+    ppl, ppl_stderr = perplexity(together.nll_nats)
+    found: dict[str, object] = {"texts": results, "ppl": ppl, "ppl_stderr": ppl_stderr}
+    if len(together.kld_nats):
+        divergence = kld(together) if len(results) > 1 else results[0].kld
+        assert divergence is not None
+        found |= {
+            "kld_mean_nats": divergence.kld_mean_nats,
+            "kld_p99_nats": divergence.kld_p99_nats,
+            "top1_agreement": divergence.top1_agreement,
+        }
+    return found
+
+
+def _text_hash(path: Path) -> str:
+    try:
+        return store.sha256_file(path)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise InputError(STAGE, path, problem, "check the path") from error

@@ -1,0 +1,315 @@
+"""Result: what one GGUF file is worth, with what it was measured."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ewq_gguf.records.base import Part, Record
+
+Task = Literal["perplexity", "kld", "speed", "memory"]
+
+
+class BenchedFile(Part):
+    """A GGUF file, whatever it is called now.
+
+    Attributes:
+        name: without its folder.
+        size_bytes: of all its parts.
+        sha256: of the file; of its parts' hashes where it is split.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class BenchSetup(Part):
+    """How a model is loaded.
+
+    Attributes:
+        device: `auto`, `cpu`, or names of llama.cpp's devices with commas.
+        n_gpu_layers: layers on the devices; None for all where there is a device.
+        tensor_split: shares of the devices, in their order.
+        rpc: llama.cpp's RPC workers, `host:port`.
+        n_threads: on the CPU.
+        cache_type_k: ggml type of the keys.
+        cache_type_v: ggml type of the values.
+    """
+
+    device: str
+    n_gpu_layers: int | None
+    tensor_split: tuple[float, ...]
+    rpc: tuple[str, ...]
+    n_threads: int
+    cache_type_k: str
+    cache_type_v: str
+
+
+class BenchText(Part):
+    """A text that is scored.
+
+    Attributes:
+        name: the user's.
+        sha256: of the file.
+    """
+
+    name: str
+    sha256: str
+
+
+class BenchParameters(Part):
+    """What was asked.
+
+    Attributes:
+        tasks: in order.
+        setup: how the models were loaded.
+        texts: what they read.
+        n_ctx: tokens of a window, or the longest document.
+        n_chunks: windows or documents of each text, at most; None for all.
+        is_lines: each line is a document and every token of it is scored.
+        n_prompt: tokens of the speed test's prompt.
+        n_generated: tokens it generates.
+        n_repeats: of each test, after a warm-up.
+    """
+
+    tasks: tuple[Task, ...]
+    setup: BenchSetup
+    texts: tuple[BenchText, ...]
+    n_ctx: int
+    n_chunks: int | None
+    is_lines: bool
+    n_prompt: int
+    n_generated: int
+    n_repeats: int
+
+
+class Engine(Part):
+    """What computed.
+
+    Attributes:
+        name: `llama.cpp`.
+        version: of the bindings.
+        commit: of llama.cpp.
+        system: CPU features and libraries, as it prints them.
+        devices: descriptions of the devices used, by their names; empty for the CPU.
+        n_layers_offloaded: to them, the output head counted as one.
+    """
+
+    name: str
+    version: str
+    commit: str
+    system: str
+    devices: dict[str, str]
+    n_layers_offloaded: int
+
+
+class Chunk(Part):
+    """What one window or document adds: the unit that paired statistics resample.
+
+    Attributes:
+        n_tokens: scored.
+        nll_nats: their negative log-likelihood, summed.
+        base_nll_nats: the base model's; None without one.
+        kld_nats: of the base's distributions from the file's, summed; None likewise.
+        n_same_top: tokens where both find the same one likeliest; None likewise.
+    """
+
+    n_tokens: int
+    nll_nats: float
+    base_nll_nats: float | None = None
+    kld_nats: float | None = None
+    n_same_top: int | None = None
+
+
+class Kld(Part):
+    """KL(base || file) per token, nats; standard errors resample whole chunks.
+
+    Attributes:
+        kld_mean_nats: the mean.
+        kld_median_nats: its distribution's quantiles, interpolated linearly.
+        kld_p90_nats: 90 %.
+        kld_p95_nats: 95 %.
+        kld_p99_nats: 99 %.
+        kld_p999_nats: 99.9 %.
+        kld_max_nats: the largest; the larger the sample, the larger it is.
+        top1_agreement: share of tokens where both find the same one likeliest.
+        delta_p_rms: root mean square of the true token's change of probability.
+        base_ppl: the base's perplexity on the same tokens.
+        stderr: the standard error of each by its name; empty with one chunk.
+    """
+
+    kld_mean_nats: float
+    kld_median_nats: float
+    kld_p90_nats: float
+    kld_p95_nats: float
+    kld_p99_nats: float
+    kld_p999_nats: float
+    kld_max_nats: float
+    top1_agreement: float
+    delta_p_rms: float
+    base_ppl: float
+    stderr: dict[str, float]
+
+
+class TextResult(Part):
+    """One text's numbers.
+
+    Attributes:
+        name: of the text.
+        n_tokens: scored.
+        n_skipped: documents longer than the context, left out.
+        ppl: perplexity.
+        ppl_stderr: as llama-perplexity's: tokens taken as independent.
+        kld: against the base; None without one.
+        chunks: in the text's order.
+    """
+
+    name: str
+    n_tokens: int
+    n_skipped: int
+    ppl: float
+    ppl_stderr: float
+    kld: Kld | None
+    chunks: tuple[Chunk, ...]
+
+
+class Speed(Part):
+    """Tokens per second as llama-bench counts them; each with its deviation.
+
+    Attributes:
+        prompt_tps: of a prompt in one batch.
+        prompt_tps_std: between repeats.
+        generation_tps: of one token after another.
+        generation_tps_std: between repeats.
+        ttft_seconds: from the prompt's tokens to the first token of the answer.
+        ttft_seconds_std: between repeats.
+        load_seconds: for weights and context; the disk's cache may have held the file.
+    """
+
+    prompt_tps: float
+    prompt_tps_std: float
+    generation_tps: float
+    generation_tps_std: float
+    ttft_seconds: float
+    ttft_seconds_std: float
+    load_seconds: float
+
+
+class Memory(Part):
+    """Bytes while the speed test's prompt and answer are in the context.
+
+    Attributes:
+        peak_rss_bytes: of the process, pages of the mapped file included.
+        device_bytes: weights, KV cache and compute buffers on devices; 0 on the CPU.
+        weights_bytes: buffers of weights, as llama.cpp prints them, wherever they are.
+        kv_bytes: of the KV cache, and of recurrent states.
+        compute_bytes: of compute and output buffers.
+        n_ctx: tokens that the KV cache has room for.
+    """
+
+    peak_rss_bytes: int
+    device_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    n_ctx: int
+
+
+class Result(Record):
+    """What a file is worth.
+
+    The headline numbers `ppl`, `kld_mean_nats` and so on are those of all texts
+    together; what was not asked is None.
+
+    Attributes:
+        file: the model.
+        base: what it was compared with.
+        parameters: what was asked.
+        engine: what computed.
+        size_bytes: of the file.
+        ppl: perplexity over all texts' tokens.
+        ppl_stderr: tokens taken as independent.
+        kld_mean_nats: against the base.
+        kld_p99_nats: its 99th percentile.
+        top1_agreement: with the base.
+        prompt_tps: tokens per second.
+        generation_tps: tokens per second.
+        ttft_seconds: to the first token.
+        peak_rss_bytes: of the process.
+        device_bytes: on devices.
+        texts: each text's numbers, in the order asked.
+        speed: all about it.
+        memory: all about it.
+    """
+
+    schema_name: Literal["ewq.result"] = "ewq.result"
+    schema_version: Literal[1] = 1
+
+    file: BenchedFile
+    base: BenchedFile | None
+    parameters: BenchParameters
+    engine: Engine
+    size_bytes: int
+    ppl: float | None = None
+    ppl_stderr: float | None = None
+    kld_mean_nats: float | None = None
+    kld_p99_nats: float | None = None
+    top1_agreement: float | None = None
+    prompt_tps: float | None = None
+    generation_tps: float | None = None
+    ttft_seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    device_bytes: int | None = None
+    texts: tuple[TextResult, ...] = ()
+    speed: Speed | None = None
+    memory: Memory | None = None
+
+
+class ChunkPart(Part):
+    """A child's finished batch of windows or documents, token by token.
+
+    Attributes:
+        name: number of the text, and of the batch in it: `0/12`.
+        lengths: scored tokens of each window or document.
+        nll_nats: of each token.
+        base_nll_nats: the base's, of each token; empty without one.
+        kld_nats: of each token; empty likewise.
+        is_same_top: of each token, whether both find the same one likeliest; likewise.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    nll_nats: tuple[float, ...]
+    base_nll_nats: tuple[float, ...] = ()
+    kld_nats: tuple[float, ...] = ()
+    is_same_top: tuple[bool, ...] = ()
+
+
+class TextPart(Part):
+    """A text whose batches are all finished.
+
+    Attributes:
+        name: its number.
+        n_batches: that it has.
+        n_skipped: documents longer than the context.
+    """
+
+    name: str
+    n_batches: int
+    n_skipped: int
+
+
+class RunPart(Part):
+    """A child that came to its end.
+
+    Attributes:
+        name: `texts` or `speed`.
+        engine: what computed.
+        speed: measured; None where it was not asked.
+        memory: measured; None likewise.
+    """
+
+    name: str
+    engine: Engine
+    speed: Speed | None = None
+    memory: Memory | None = None
