@@ -72,7 +72,7 @@ def server_address(name: str, *, allow_public: bool = False) -> str:
     Raises:
         UsageError: it is no address, or a public one that is not allowed.
     """
-    host, port = _endpoint(name)
+    ((host, port),) = endpoints([name])
     try:
         is_public = IPv4Address(host).is_global
     except ValueError:  # a name
