@@ -1,0 +1,123 @@
+"""MMLU's questions put to a model: a subject's examples are read once, not each time.
+
+All prompts of a subject begin with the same tokens. They are evaluated once; then
+groups of questions continue copies of them side by side, a group in one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
+
+from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
+from ewq_gguf.bench.mmlu import score_question
+from ewq_gguf.bench.mmlu_data import MmluTask, Prompt, Question, letter_tokens
+from ewq_gguf.bench.scorer import Batch, IntArray, Model, Scorer
+from ewq_gguf.bench.tokens import n_shared_tokens, too_long
+from ewq_gguf.records.scores import MmluOutcome, TooLong
+
+#: Questions side by side. Each also computes, and masks, what the others hold.
+N_PARALLEL = 16
+
+_Asked = tuple[Question, IntArray]
+
+
+def ask(
+    model: Model,
+    task: MmluTask,
+    *,
+    n_ctx: int,
+    n_parallel: int = N_PARALLEL,
+    known: Collection[str] = (),
+) -> Iterator[MmluOutcome | TooLong]:
+    """Ask all questions, one subject after the other.
+
+    Groups are the same whatever is known, so that a run that was interrupted between
+    two of them gives the numbers of one that was not.
+
+    Args:
+        model: any.
+        task: the prompts.
+        n_ctx: tokens of context: of the longest prompt, and of a group's together.
+        n_parallel: questions of a group, at most.
+        known: ids of questions that are passed over.
+
+    Yields:
+        The outcome of each question, in the task's order; those that do not fit the
+        context come first in their subject, and are not asked.
+
+    Raises:
+        InputError: the tokenizer has no letters, or logits are not finite.
+        ResourceError: memory ran out.
+    """
+    letters = letter_tokens(lambda text: model.tokenize(text).tolist())
+    with model.scorer(n_ctx, n_sequences=n_parallel + 1) as scorer:
+        for _, prompts in groupby(task.prompts, lambda prompt: prompt.question.subject):
+            asked, skipped = _tokenized(model, list(prompts), n_ctx)
+            yield from (one for one in skipped if one.id not in known)
+            yield from _ask_subject(scorer, asked, letters, known)
+
+
+def _tokenized(
+    model: Model, prompts: Sequence[Prompt], n_ctx: int
+) -> tuple[list[_Asked], list[TooLong]]:
+    """The questions that fit, with their prompts' tokens; and those that do not."""
+    found = [(p.question, prompt_tokens(model, p.text)) for p in prompts]
+    ids = [question.id for question, _ in found]
+    skipped = too_long(ids, [len(tokens) for _, tokens in found], n_ctx)
+    left_out = {one.id for one in skipped}
+    return [one for one in found if one[0].id not in left_out], skipped
+
+
+def _ask_subject(
+    scorer: Scorer,
+    asked: Sequence[_Asked],
+    letters: Sequence[int],
+    known: Collection[str],
+) -> Iterator[MmluOutcome]:
+    n_shared = _n_shared([tokens for _, tokens in asked])
+    lengths = [len(tokens) - n_shared for _, tokens in asked]
+    # One pass holds a group, and the context all of it beside what is shared.
+    room = min(scorer.n_batch, scorer.n_ctx - n_shared)
+    is_read = False
+    for members in groups_of(lengths, room, scorer.n_sequences - 1):
+        group = [asked[i] for i in members if asked[i][0].id not in known]
+        if not group:
+            continue
+        if not is_read:
+            scorer.clear()
+            if n_shared:
+                forward(scorer, Batch.of(group[0][1][:n_shared], 0, n_wanted=0))
+            is_read = True
+        yield from _ask_group(scorer, group, n_shared, letters)
+
+
+def _ask_group(
+    scorer: Scorer, group: Sequence[_Asked], n_shared: int, letters: Sequence[int]
+) -> list[MmluOutcome]:
+    """Sequence 0 holds what is shared; each question continues a copy of it."""
+    sequences = range(1, len(group) + 1)
+    if n_shared:
+        for sequence in sequences:
+            scorer.copy(0, sequence)
+    batch = Batch.join(
+        [
+            Batch.of(tokens[n_shared:], n_shared, sequence)
+            for sequence, (_, tokens) in zip(sequences, group, strict=True)
+        ]
+    )
+    rows = forward(scorer, batch)
+    for sequence in sequences:
+        scorer.remove(sequence)
+    return [
+        score_question(question, row, letters)
+        for (question, _), row in zip(group, rows, strict=True)
+    ]
+
+
+def _n_shared(prompts: Sequence[IntArray]) -> int:
+    # In pairs: a subject's tokens as Python numbers would take a hundred megabytes.
+    return min(
+        (n_shared_tokens([prompts[0].tolist(), one.tolist()]) for one in prompts),
+        default=0,
+    )
