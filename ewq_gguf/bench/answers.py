@@ -1,0 +1,180 @@
+"""Greedy answers to prompts, several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ewq_gguf.bench.chat import apply_chat_template
+from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
+from ewq_gguf.bench.generation import STAGE, GenerationPrompt
+from ewq_gguf.bench.scorer import Batch, IntArray, Model, Scorer
+from ewq_gguf.bench.tokens import too_long
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.errors import InputError
+from ewq_gguf.records.scores import Answer, TooLong
+
+#: Answers side by side.
+N_PARALLEL = 8
+_TEMPLATE_KEY = "tokenizer.chat_template"
+_EOS_KEY = "tokenizer.ggml.eos_token_id"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts as a model gets them.
+
+    Attributes:
+        texts: in the prompts' order.
+        has_chat_template: whether they come from one, special tokens included.
+    """
+
+    texts: tuple[str, ...]
+    has_chat_template: bool
+
+
+@dataclass
+class _Open:
+    """An answer that grows."""
+
+    prompt: GenerationPrompt
+    n_prompt: int
+    sequence: int
+    tokens: list[int] = field(default_factory=list)
+
+
+def texts_for(model: Model, path: Path, prompts: Sequence[GenerationPrompt]) -> Texts:
+    """Prompts through the chat template of a model's file, where it has one.
+
+    Args:
+        model: loaded from the file.
+        path: the GGUF file, or the first part of a split one.
+        prompts: what users say.
+
+    Raises:
+        VerificationError: the file is not sound.
+        InputError: the template is broken, refuses, takes too long or too much.
+        ToolError: jinja2 is missing.
+        ChildError: the sandbox could not be run.
+    """
+    said = [prompt.text for prompt in prompts]
+    kv = read_gguf(path, header_only=True).kv
+    template = str(kv.get(_TEMPLATE_KEY, ""))
+    if not template.strip():
+        return Texts(tuple(said), has_chat_template=False)
+    texts = apply_chat_template(
+        template,
+        said,
+        bos_token=_name(model, model.bos),
+        eos_token=_name(model, int(kv.get(_EOS_KEY, -1))),
+    )
+    return Texts(tuple(texts), has_chat_template=True)
+
+
+def answer(
+    model: Model,
+    prompts: Sequence[GenerationPrompt],
+    texts: Texts,
+    *,
+    n_ctx: int,
+    max_tokens: int,
+    n_parallel: int = N_PARALLEL,
+    known: Collection[str] = (),
+) -> Iterator[Answer | TooLong]:
+    """The likeliest token after the likeliest token, to the end of each answer.
+
+    Groups are the same whatever is known, and whatever is answered.
+
+    Args:
+        model: any.
+        prompts: that are answered.
+        texts: the same as the model gets them.
+        n_ctx: tokens of context: of a prompt with its answer, and of a group's
+            together.
+        max_tokens: of an answer; at least 1.
+        n_parallel: answers of a group, at most.
+        known: ids of prompts that are passed over.
+
+    Yields:
+        First the prompts that do not fit the context; then answers in their order.
+
+    Raises:
+        InputError: logits are not finite.
+        ResourceError: memory ran out.
+    """
+    tokens = [_tokens(model, text, texts.has_chat_template) for text in texts.texts]
+    lengths = [len(some) + max_tokens for some in tokens]
+    skipped = too_long([prompt.id for prompt in prompts], lengths, n_ctx)
+    yield from (one for one in skipped if one.id not in known)
+    fitting = [i for i, length in enumerate(lengths) if length <= n_ctx]
+    with model.scorer(n_ctx, n_sequences=n_parallel) as scorer:
+        for members in groups_of([lengths[i] for i in fitting], n_ctx, n_parallel):
+            group = [
+                (prompts[i], tokens[i])
+                for i in (fitting[member] for member in members)
+                if prompts[i].id not in known
+            ]
+            if group:
+                yield from _answer_group(model, scorer, group, max_tokens)
+
+
+def _answer_group(
+    model: Model,
+    scorer: Scorer,
+    group: Sequence[tuple[GenerationPrompt, IntArray]],
+    max_tokens: int,
+) -> Iterator[Answer]:
+    scorer.clear()
+    all_open = [
+        _Open(prompt, len(tokens), sequence)
+        for sequence, (prompt, tokens) in enumerate(group)
+    ]
+    growing = all_open
+    batch = Batch.join(
+        [Batch.of(tokens, 0, sequence) for sequence, (_, tokens) in enumerate(group)]
+    )
+    while growing:
+        rows = forward(scorer, batch)
+        goes_on = []
+        for one, row in zip(growing, rows, strict=True):
+            token = int(row.argmax())
+            if not np.isfinite(row[token]):  # argmax finds NaN, too
+                problem = "the model's logits are not finite"
+                remedy = "check it with `ewq verify`"
+                raise InputError(STAGE, one.prompt.id, problem, remedy)
+            if model.is_end(token):
+                continue
+            one.tokens.append(token)
+            if len(one.tokens) < max_tokens:
+                goes_on.append(one)
+        growing = goes_on
+        if growing:
+            batch = Batch.join([_last(one) for one in growing])
+    for one in all_open:
+        text = model.detokenize(np.array(one.tokens, np.int32))
+        yield Answer(id=one.prompt.id, text=text, tokens=tuple(one.tokens))
+
+
+def _last(one: _Open) -> Batch:
+    """The token that an answer has got last."""
+    position = one.n_prompt + len(one.tokens) - 1
+    return Batch.of(np.array(one.tokens[-1:], np.int32), position, one.sequence)
+
+
+def _tokens(model: Model, text: str, has_chat_template: bool) -> IntArray:
+    # A template writes the token that begins texts itself.
+    if not has_chat_template:
+        return prompt_tokens(model, text)
+    tokens = model.tokenize(text, special=True)
+    if not len(tokens):
+        remedy = "give prompts without it, or a file with a sound one"
+        raise InputError(STAGE, "chat template", "makes an empty text", remedy)
+    return tokens
+
+
+def _name(model: Model, token: int) -> str:
+    """A special token as text."""
+    return model.detokenize(np.array([token], np.int32)) if token >= 0 else ""
