@@ -14,7 +14,7 @@ from ewq_gguf.bench.generation import STAGE, GenerationPrompt
 from ewq_gguf.bench.scorer import Batch, IntArray, Model, Scorer
 from ewq_gguf.bench.tokens import too_long
 from ewq_gguf.checkpoint.gguf_file import read_gguf
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import Answer, TooLong
 
 #: Answers side by side.
@@ -102,7 +102,8 @@ def answer(
         First the prompts that do not fit the context; then answers in their order.
 
     Raises:
-        InputError: logits are not finite.
+        InputError: a template made an empty text.
+        VerificationError: logits are not finite.
         ResourceError: memory ran out.
     """
     tokens = [_tokens(model, text, texts.has_chat_template) for text in texts.texts]
@@ -142,9 +143,8 @@ def _answer_group(
         for one, row in zip(growing, rows, strict=True):
             token = int(row.argmax())
             if not np.isfinite(row[token]):  # argmax finds NaN, too
-                problem = "the model's logits are not finite"
-                remedy = "check it with `ewq verify`"
-                raise InputError(STAGE, one.prompt.id, problem, remedy)
+                problem = "is numerically broken: its logits hold NaN or infinity"
+                raise VerificationError(STAGE, "the model", problem, "do not use it")
             if model.is_end(token):
                 continue
             one.tokens.append(token)
