@@ -1,6 +1,6 @@
 """The bench beside llama.cpp's own tools: same build, same text, same run.
 
-    EWQ_TEXT_DIR=FOLDER python -m benchmarks.bench [CHUNKS]
+    python -m benchmarks.bench [CHUNKS]
 
 The built-in model and its Q4_K_M file. Perplexity and divergence beside
 llama-perplexity's, with the time of each; speed beside llama-bench's, in turns, because
@@ -10,7 +10,6 @@ other work on a machine slows whatever runs meanwhile; medians are compared.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import TypeVar
 
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.pipeline import base_file
 from ewq_gguf.process import N_CPUS, run
@@ -36,7 +36,7 @@ _FINAL = r"Final estimate: PPL = ([\d.]+)"
 
 def main(n_chunks: int) -> None:
     """Print both, line by line."""
-    text = Path(os.environ["EWQ_TEXT_DIR"], "wikitext-2-raw", "wiki.test.raw")
+    text = wikitext("benchmark")
     toolchain = find_toolchain()
     base = base_file(open_checkpoint("demo"), toolchain)
     with tempfile.TemporaryDirectory() as name:

@@ -395,6 +395,7 @@ def hub(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setenv("EWQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("EWQ_TEXT_DIR", raising=False)
     archive = tmp_path / "archive.zip"
     asked = []
 
