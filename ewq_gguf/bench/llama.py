@@ -32,6 +32,8 @@ from ewq_gguf.errors import (
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.records import BenchSetup, Engine
 
+#: ggml_log_level; debugging tells of every forward pass.
+_DEBUG, _CONTINUED = 4, 5
 _N_BATCH = 2048
 _N_UBATCH = 512
 _INTS = ctypes.POINTER(ctypes.c_int32)
@@ -52,10 +54,14 @@ class Log:
     def __init__(self) -> None:
         """Begin to listen; llama.cpp has one listener per process."""
         self.text = ""
+        self._level = 0
         self._callback = llama_cpp.llama_log_callback(self._hear)
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
-    def _hear(self, _level: int, line: bytes, _data: object) -> None:
+    def _hear(self, level: int, line: bytes, _data: object) -> None:
+        self._level = self._level if level == _CONTINUED else level
+        if self._level == _DEBUG:
+            return
         os.write(2, line)
         self.text += line.decode(errors="replace")
 
