@@ -316,6 +316,7 @@ def test_memory_alone_needs_no_repeats():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
+        (Request(tasks=()), "--tasks: is empty"),
         (Request(tasks=("kld",), texts=(("a", FILE),)), "no base"),
         (Request(tasks=("perplexity",)), "--text: is missing"),
         (

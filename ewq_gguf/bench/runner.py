@@ -125,6 +125,8 @@ class Request:
             InputError: a text cannot be read.
         """
         self.check_base()
+        if not self.tasks:
+            raise UsageError(STAGE, "--tasks", "is empty", "name at least one task")
         if self.is_scored and not self.texts:
             raise UsageError(
                 STAGE, "--text", "is missing", "give one with --text NAME=FILE"
