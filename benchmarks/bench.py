@@ -1,16 +1,15 @@
 """The bench beside llama.cpp's own tools: same build, same text, same run.
 
-    EWQ_TEXT_DIR=FOLDER python -m benchmarks.bench [CHUNKS]
+    python -m benchmarks.bench [CHUNKS]
 
 The built-in model and its Q4_K_M file. Perplexity and divergence beside
 llama-perplexity's, with the time of each; speed beside llama-bench's, in turns, because
-other work on a machine slows whatever runs meanwhile; medians are compared.
+other work on a machine slows whatever runs meanwhile; the fastest turns are compared.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import tempfile
@@ -18,11 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import TypeVar
 
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.pipeline import base_file
 from ewq_gguf.process import N_CPUS, run
@@ -30,13 +29,13 @@ from ewq_gguf.records import Result
 
 T = TypeVar("T")
 
-_N_TURNS = 5
+_N_TURNS, _N_REPEATS = 7, 2
 _FINAL = r"Final estimate: PPL = ([\d.]+)"
 
 
 def main(n_chunks: int) -> None:
     """Print both, line by line."""
-    text = Path(os.environ["EWQ_TEXT_DIR"], "wikitext-2-raw", "wiki.test.raw")
+    text = wikitext("benchmark")
     toolchain = find_toolchain()
     base = base_file(open_checkpoint("demo"), toolchain)
     with tempfile.TemporaryDirectory() as name:
@@ -94,25 +93,17 @@ def quality(toolchain: Toolchain, folder: Path, file: Path, request: Request) ->
 def speed(toolchain: Toolchain, folder: Path, file: Path, request: Request) -> None:
     """Tokens per second of prompts and answers, in turns."""
     ours, theirs = [], []
+    options: list[str | Path] = ["-m", file, "-t", str(N_CPUS), "-o", "json"]
+    options += ["-r", str(_N_REPEATS)]
     for _ in range(_N_TURNS):
-        result = bench(file, replace(request, tasks=("speed",), n_repeats=1))
+        result = bench(file, replace(request, tasks=("speed",), n_repeats=_N_REPEATS))
         assert result.speed is not None
         ours.append((result.speed.prompt_tps, result.speed.generation_tps))
-        options: list[str | Path] = [
-            "-m",
-            file,
-            "-t",
-            str(N_CPUS),
-            "-r",
-            "1",
-            "-o",
-            "json",
-        ]
         log = tool(toolchain, folder, "llama-bench", *options)
         tests = json.loads(log[log.index("[\n") : log.rindex("]") + 1])
         theirs.append((tests[0]["avg_ts"], tests[1]["avg_ts"]))
     for i, name in enumerate(("pp512, tokens/s", "tg128, tokens/s")):
-        line(name, median(t[i] for t in ours), median(t[i] for t in theirs))
+        line(name, max(turn[i] for turn in ours), max(turn[i] for turn in theirs))
 
 
 def bench(file: Path, request: Request) -> Result:

@@ -316,6 +316,7 @@ def test_memory_alone_needs_no_repeats():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
+        (Request(tasks=()), "--tasks: is empty"),
         (Request(tasks=("kld",), texts=(("a", FILE),)), "no base"),
         (Request(tasks=("perplexity",)), "--text: is missing"),
         (
@@ -395,6 +396,7 @@ def hub(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setenv("EWQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("EWQ_TEXT_DIR", raising=False)
     archive = tmp_path / "archive.zip"
     asked = []
 

@@ -292,6 +292,26 @@ def test_an_rpc_worker_holds_the_layers(request_of, small, toolchain):
     assert found.kld_mean_nats > 0
 
 
+@pytest.mark.fault(93)
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 7605.34 MiB on device "
+        "0: cudaMalloc failed: out of memory\n"
+        "llama_model_load: error loading model: unable to allocate CUDA0 buffer\n",
+        "ggml_gallocr_reserve_n: failed to allocate CUDA0 buffer of size 1073741824\n",
+        "ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer\n",
+    ],
+)
+def test_memory_that_runs_out_is_said_with_what_to_do(small, said):
+    llama = pytest.importorskip("ewq_gguf.bench.llama")
+
+    for error in (llama.load_error(small, said), llama.context_error(small, said)):
+        assert isinstance(error, ResourceError)
+        assert "fewer layers on the devices with -ngl" in str(error)
+    assert isinstance(llama.load_error(small, "no such type\n"), VerificationError)
+
+
 @pytest.mark.fault(92)
 @pytest.mark.parametrize(
     "changes",

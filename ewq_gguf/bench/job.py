@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Literal
 
 from ewq_gguf import errors
-from ewq_gguf.errors import EwqError
+from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchParameters
 from ewq_gguf.records.base import Part
 
 _MARK = "@ewq "
+# What ggml's backends and llama.cpp say.
+_NO_ROOM = re.compile(
+    r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
+)
 
 
 class Job(Part):
@@ -67,6 +74,22 @@ class Failure(Part):
         """The message as an error."""
         kind: type[EwqError] = getattr(errors, self.kind)
         return kind(self.stage, self.subject, self.problem, self.remedy)
+
+
+def is_out_of_memory(log: str) -> bool:
+    """Whether llama.cpp says that memory ran out, the host's or a device's."""
+    return _NO_ROOM.search(log) is not None
+
+
+def too_large(path: Path, problem: str) -> ResourceError:
+    """The error for a model that has not enough memory."""
+    size = path.stat().st_size / 1e9
+    return ResourceError(
+        STAGE,
+        path,
+        f"{problem}: its weights alone are {size:.1f} GB",
+        "put fewer layers on the devices with -ngl, or use a smaller --ctx",
+    )
 
 
 def progress_line(share: float, rss_bytes: int) -> str:

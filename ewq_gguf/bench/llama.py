@@ -19,9 +19,11 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from ewq_gguf.bench.devices import check_offloaded, devices_for, gpu_names
+from ewq_gguf.bench.job import is_out_of_memory, too_large
 from ewq_gguf.bench.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
 from ewq_gguf.errors import (
     ChildError,
+    EwqError,
     InputError,
     ResourceError,
     UsageError,
@@ -30,6 +32,8 @@ from ewq_gguf.errors import (
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.records import BenchSetup, Engine
 
+#: ggml_log_level; debugging tells of every forward pass.
+_DEBUG, _CONTINUED = 4, 5
 _N_BATCH = 2048
 _N_UBATCH = 512
 _INTS = ctypes.POINTER(ctypes.c_int32)
@@ -42,9 +46,6 @@ _BUFFER = re.compile(
     re.MULTILINE,
 )
 _OFFLOADED = re.compile(r"offloaded (\d+)/\d+ layers to GPU")
-_NO_ROOM = re.compile(
-    r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
-)
 
 
 class Log:
@@ -53,10 +54,14 @@ class Log:
     def __init__(self) -> None:
         """Begin to listen; llama.cpp has one listener per process."""
         self.text = ""
+        self._level = 0
         self._callback = llama_cpp.llama_log_callback(self._hear)
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
-    def _hear(self, _level: int, line: bytes, _data: object) -> None:
+    def _hear(self, level: int, line: bytes, _data: object) -> None:
+        self._level = self._level if level == _CONTINUED else level
+        if self._level == _DEBUG:
+            return
         os.write(2, line)
         self.text += line.decode(errors="replace")
 
@@ -94,7 +99,7 @@ class LlamaModel:
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         self._said = log.text[begin:]
         if not self._model:
-            raise self._load_error(self._said)
+            raise load_error(path, self._said)
         self.load_seconds = time.perf_counter() - started
         # Without devices it says that all layers were offloaded, too.
         found = _OFFLOADED.search(self._said) if gpu_names(self._devices) else None
@@ -179,39 +184,12 @@ class LlamaModel:
         context = llama_cpp.llama_init_from_model(self._model, params)
         said = self._log.text[begin:]
         if not context:
-            raise self._context_error(said)
+            raise context_error(self.path, said)
         try:
             buffers = buffers_in(self._said + said, set(gpu_names(self._devices)))
             yield LlamaScorer(self.path, context, self.n_vocab, buffers)
         finally:
             llama_cpp.llama_free(context)
-
-    def _load_error(self, said: str) -> Exception:
-        if _NO_ROOM.search(said):
-            return self._too_large("does not fit into memory")
-        last = [line for line in said.splitlines() if line.strip()][-1:]
-        problem = f"does not load: {''.join(last)}"
-        return VerificationError(STAGE, self.path, problem, "make it again")
-
-    def _context_error(self, said: str) -> Exception:
-        if _NO_ROOM.search(said):
-            return self._too_large("leaves no memory for its context")
-        last = [line for line in said.splitlines() if line.strip()][-1:]
-        return InputError(
-            STAGE,
-            self.path,
-            f"allows no such context: {''.join(last)}",
-            "use another --ctx, --cache-type-k or --cache-type-v",
-        )
-
-    def _too_large(self, problem: str) -> ResourceError:
-        size = self.path.stat().st_size / 1e9
-        return ResourceError(
-            STAGE,
-            self.path,
-            f"{problem}: its weights alone are {size:.1f} GB",
-            "put fewer layers on the devices with -ngl, or use a smaller --ctx",
-        )
 
 
 class LlamaScorer:
@@ -301,6 +279,30 @@ class LlamaScorer:
             )
         if code:
             raise ChildError(STAGE, self._path, f"llama_decode failed with {code}")
+
+
+def load_error(path: Path, said: str) -> EwqError:
+    """Why a model does not load, by llama.cpp's log."""
+    if is_out_of_memory(said):
+        return too_large(path, "does not fit into memory")
+    problem = f"does not load: {_last_line(said)}"
+    return VerificationError(STAGE, path, problem, "make it again")
+
+
+def context_error(path: Path, said: str) -> EwqError:
+    """Why a model gets no context, by llama.cpp's log."""
+    if is_out_of_memory(said):
+        return too_large(path, "leaves no memory for its context")
+    return InputError(
+        STAGE,
+        path,
+        f"allows no such context: {_last_line(said)}",
+        "use another --ctx, --cache-type-k or --cache-type-v",
+    )
+
+
+def _last_line(text: str) -> str:
+    return "".join([line for line in text.splitlines() if line.strip()][-1:])
 
 
 def _ggml_type(name: str) -> int:

@@ -13,7 +13,13 @@ from typing import Literal
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.job import Failure, Job, read_progress
+from ewq_gguf.bench.job import (
+    Failure,
+    Job,
+    is_out_of_memory,
+    read_progress,
+    too_large,
+)
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.bench.summary import Tokens, kld, perplexity, text_result
 from ewq_gguf.errors import (
@@ -119,6 +125,8 @@ class Request:
             InputError: a text cannot be read.
         """
         self.check_base()
+        if not self.tasks:
+            raise UsageError(STAGE, "--tasks", "is empty", "name at least one task")
         if self.is_scored and not self.texts:
             raise UsageError(
                 STAGE, "--text", "is missing", "give one with --text NAME=FILE"
@@ -263,6 +271,8 @@ def _run(job: Job, on_progress: OnProgress) -> None:
                 said = Failure.model_validate_json(failure.read_bytes())
                 failure.unlink()
                 raise said.error() from error
+            if is_out_of_memory("\n".join(error.log_tail)):
+                raise too_large(model, "ran out of memory") from error
             error.subject = printable(model)
             workers = ", ".join(job.parameters.setup.rpc)
             if workers:

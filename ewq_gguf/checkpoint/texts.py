@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -18,12 +19,14 @@ _MAX_BYTES = 16 << 20
 
 
 def wikitext(stage: str) -> Path:
-    """The text in the cache, from the Hub on first use.
+    """The text of EWQ_TEXT_DIR, else the cache's, from the Hub on first use.
 
     Raises:
         NetworkError, ResourceError: it cannot be fetched.
         InputError: the archive is not what it was.
     """
+    if folder := os.environ.get("EWQ_TEXT_DIR"):
+        return Path(folder) / WIKITEXT
     path = store.cache_dir("texts") / WIKITEXT.name
     if not path.exists():
         from huggingface_hub import errors, hf_hub_download

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +14,7 @@ from ewq_gguf import store
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import CACHE_TYPES, Request, bench_file, is_result_of
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.checkpoint.texts import WIKITEXT, wikitext
+from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -123,7 +122,7 @@ def bench(
     for file in files:
         identify(file)
     if request.is_scored and not request.texts:
-        request = replace(request, texts=_default_texts())
+        request = replace(request, texts=(("wikitext", wikitext(STAGE)),))
     request.parameters()
     outs = _outs(files, out)
     # What would be refused is refused before the first file is measured.
@@ -210,12 +209,6 @@ def _named_text(text: str) -> tuple[str, Path]:
     if not (separator and name and path):
         raise UsageError(STAGE, "--text", f"{text!r} is not NAME=FILE", "name the file")
     return name, Path(path)
-
-
-def _default_texts() -> tuple[tuple[str, Path], ...]:
-    folder = os.environ.get("EWQ_TEXT_DIR")
-    path = Path(folder) / WIKITEXT if folder else wikitext(STAGE)
-    return (("wikitext", path),)
 
 
 def _outs(files: tuple[Path, ...], out: Path | None) -> list[Path]:
