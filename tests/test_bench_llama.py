@@ -27,6 +27,7 @@ from ewq_gguf.errors import (
     ToolError,
     VerificationError,
 )
+from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline import base_file
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Result, load_record
@@ -461,3 +462,47 @@ def test_a_missing_file_is_said_before_anything_runs(small, tmp_path, capsys):
     argv = ["bench", str(small), str(tmp_path / "none.gguf"), "--tasks", "speed"]
     assert main([*argv, "-o", str(tmp_path / "r")]) == 3
     assert "none.gguf: no such file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def mmlu(tmp_path) -> Path:
+    """Two subjects of three questions, one example each."""
+    folder: Path = tmp_path / "mmlu"
+    for part, count in (("test", 3), ("dev", 1)):
+        (folder / part).mkdir(parents=True)
+        for subject in ("small_sums", "colours"):
+            rows = [f"What is {i} + {part == 'dev':d}?,1,2,3,4,B" for i in range(count)]
+            path = folder / part / f"{subject}_{part}.csv"
+            path.write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_mmlu_is_asked_and_goes_on_where_it_was(mmlu, tmp_path, capsys):
+    toolchain = find_toolchain()
+    file = base_file(open_checkpoint("demo"), toolchain)
+    args = ["bench", str(file), "-q", "--tasks", "mmlu", "--mmlu", str(mmlu)]
+    args += ["--shots", "1", "--limit", "2", "--device", "cpu"]
+
+    assert main([*args, "-o", str(tmp_path / "r.json")]) == 0
+
+    found = load_record(Result, tmp_path / "r.json", "test")
+    assert found.mmlu is not None
+    assert found.accuracy == found.mmlu.n_right / 4
+    assert [(s.subject, s.n) for s in found.mmlu.subjects] == [
+        ("colours", 2),
+        ("small_sums", 2),
+    ]
+    assert "all questions" in capsys.readouterr().out
+    # The same again is the same result; another number of shots is another one.
+    assert main([*args, "-o", str(tmp_path / "r.json")]) == 0
+    assert main([*args, "--shots", "0", "-o", str(tmp_path / "r.json")]) == 2
+
+
+def test_mmlu_without_questions_says_what_is_missing(
+    small, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("EWQ_MMLU_DIR", raising=False)
+
+    assert main(["bench", str(small), "--tasks", "mmlu"]) == 2
+    assert "EWQ_MMLU_DIR" in capsys.readouterr().err

@@ -16,15 +16,20 @@ import psutil
 
 from ewq_gguf.bench.job import Failure, Job, progress_line
 from ewq_gguf.bench.llama import LlamaModel, Log
+from ewq_gguf.bench.mmlu import mmlu_scores
 from ewq_gguf.bench.quality import Named, check_comparable, score_text
+from ewq_gguf.bench.questions import ask
 from ewq_gguf.bench.speed import measure
 from ewq_gguf.bench.texts import Windows, chunks_of, lines_of, read_text
 from ewq_gguf.errors import EwqError
-from ewq_gguf.records import ChunkPart, RunPart, TextPart, read_journal
+from ewq_gguf.records import ChunkPart, MmluPart, RunPart, TextPart, read_journal
 from ewq_gguf.records.base import Part
+from ewq_gguf.records.scores import MmluOutcome
 
 #: The longest without progress: a forward pass of a large model on a slow machine.
 _STALL_SECONDS = 1800
+#: Tokens of context for MMLU: the longest prompt with five examples has 3024.
+_MMLU_CTX = 4096
 
 
 def main(path: Path) -> int:
@@ -37,6 +42,8 @@ def main(path: Path) -> int:
             model = _load(job.model, job, log)
             if job.part == "speed":
                 _speed(job, model, keep)
+            elif job.part == "mmlu":
+                _mmlu(job, model, keep)
             else:
                 base = None if job.base is None else _load(job.base, job, log)
                 _texts(job, model, base, keep)
@@ -86,6 +93,24 @@ def _texts(
         skipped = windows.n_skipped
         keep(TextPart(name=str(number), n_batches=n_batches, n_skipped=skipped))
     keep(RunPart(name="texts", engine=model.model.engine))
+
+
+def _mmlu(job: Job, model: Named, keep: Callable[[Part], None]) -> None:
+    assert job.mmlu is not None
+    task = job.mmlu.task()
+    known = read_journal(Path(job.journal), MmluPart)
+    outcomes = {name: part.outcome for name, part in known.items()}
+    skipped = []
+    for one in ask(model.model, task, n_ctx=_MMLU_CTX, known=set(known)):
+        if isinstance(one, MmluOutcome):
+            outcomes[one.id] = one
+            keep(MmluPart(name=one.id, outcome=one))
+        else:
+            skipped.append(one)
+        _tell((len(outcomes) + len(skipped)) / len(task.prompts))
+    asked = [outcomes[name] for name in task.ids if name in outcomes]
+    scores = mmlu_scores(task, asked, skipped)
+    keep(RunPart(name="mmlu", engine=model.model.engine, mmlu=scores))
 
 
 def _known(prefix: str, done: dict[str, ChunkPart]) -> Callable[[int], bool]:

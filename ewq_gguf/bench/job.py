@@ -8,16 +8,42 @@ from pathlib import Path
 from typing import Literal
 
 from ewq_gguf import errors
+from ewq_gguf.bench.mmlu_data import MmluTask, load_task
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchParameters
 from ewq_gguf.records.base import Part
+
+#: Of children: the texts need the base beside the model, the others the model alone.
+Kind = Literal["speed", "texts", "mmlu"]
 
 _MARK = "@ewq "
 # What ggml's backends and llama.cpp say.
 _NO_ROOM = re.compile(
     r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
 )
+
+
+class MmluRequest(Part):
+    """Which of MMLU's questions, and how.
+
+    Attributes:
+        folder: holds test/ and dev/; absolute.
+        n_shots: examples before each question.
+        limit: questions per subject; None is all.
+    """
+
+    folder: str
+    n_shots: int
+    limit: int | None
+
+    def task(self) -> MmluTask:
+        """Its prompts.
+
+        Raises:
+            UsageError, InputError, ToolError: as of `load_task`.
+        """
+        return load_task(Path(self.folder), n_shots=self.n_shots, limit=self.limit)
 
 
 class Job(Part):
@@ -28,15 +54,17 @@ class Job(Part):
         model: the GGUF file.
         base: what it is compared with; None for no comparison.
         texts: files, as many as the parameters name.
+        mmlu: the questions; None for none.
         parameters: what was asked.
         journal: gets each finished part, a line of JSON.
         failure: gets the error that ended the child, where it is one of ours.
     """
 
-    part: Literal["texts", "speed"]
+    part: Kind
     model: str
     base: str | None
     texts: tuple[str, ...]
+    mmlu: MmluRequest | None
     parameters: BenchParameters
     journal: str
     failure: str

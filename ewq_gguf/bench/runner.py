@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import (
     Failure,
     Job,
+    Kind,
+    MmluRequest,
     is_out_of_memory,
     read_progress,
     too_large,
@@ -88,6 +89,7 @@ class Request:
         n_prompt: tokens of the speed test's prompt.
         n_generated: tokens of its answer.
         n_repeats: of it.
+        mmlu: the questions of task `mmlu`.
     """
 
     tasks: tuple[Task, ...]
@@ -100,6 +102,7 @@ class Request:
     n_prompt: int = 512
     n_generated: int = 128
     n_repeats: int = 5
+    mmlu: MmluRequest | None = None
 
     @property
     def is_scored(self) -> bool:
@@ -149,7 +152,20 @@ class Request:
             n_prompt=self.n_prompt,
             n_generated=self.n_generated,
             n_repeats=self.n_repeats,
+            mmlu_sha256=self._mmlu_sha256(),
         )
+
+    def _mmlu_sha256(self) -> str | None:
+        if "mmlu" not in self.tasks:
+            return None
+        if self.mmlu is None:
+            raise UsageError(
+                STAGE,
+                "--mmlu",
+                "is missing",
+                "name a folder with test/ and dev/, or set EWQ_MMLU_DIR",
+            )
+        return self.mmlu.task().sha256
 
 
 def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
@@ -203,13 +219,15 @@ def is_result_of(result: Result, path: Path, request: Request) -> bool:
     )
 
 
-def _kinds(asked: BenchParameters) -> list[Literal["texts", "speed"]]:
+def _kinds(asked: BenchParameters) -> list[Kind]:
     """The children that are needed; the speed's memory is the model's alone."""
-    kinds: list[Literal["texts", "speed"]] = []
+    kinds: list[Kind] = []
     if _TIMED.intersection(asked.tasks):
         kinds.append("speed")
     if _SCORED.intersection(asked.tasks):
         kinds.append("texts")
+    if "mmlu" in asked.tasks:
+        kinds.append("mmlu")
     return kinds
 
 
@@ -223,7 +241,7 @@ def _journal(
 
 
 def _job(
-    kind: Literal["texts", "speed"],
+    kind: Kind,
     path: Path,
     request: Request,
     asked: BenchParameters,
@@ -236,6 +254,7 @@ def _job(
         if request.base and "kld" in asked.tasks
         else None,
         texts=tuple(str(text.absolute()) for _, text in request.texts),
+        mmlu=request.mmlu,
         parameters=asked,
         journal=str(journal),
         failure=str(journal.with_suffix(".failure")),
@@ -310,6 +329,13 @@ def _result(
         update |= _timed(timed, asked.tasks)
     if "texts" in runs:
         update |= _scored(asked, journal)
+    if (answered := runs.get("mmlu")) and (mmlu := answered.mmlu):
+        update |= {
+            "mmlu": mmlu,
+            "accuracy": mmlu.accuracy,
+            "accuracy_stderr": mmlu.accuracy_stderr,
+            "mmlu_perplexity": mmlu.mmlu_perplexity,
+        }
     return result.model_copy(update=update)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import MmluRequest
 from ewq_gguf.bench.runner import CACHE_TYPES, Request, bench_file, is_result_of
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.checkpoint.texts import wikitext
@@ -39,7 +41,7 @@ _TASKS: tuple[Task, ...] = get_args(Task)
 @click.option(
     "--tasks",
     metavar="LIST",
-    help=f"Of {','.join(_TASKS)}.  [default: all; kld where there is a --base]",
+    help=f"Of {','.join(_TASKS)}.  [default: all; kld with --base, mmlu with --mmlu]",
 )
 @click.option("--base", type=PATH, help="The base GGUF that `kld` compares with.")
 @click.option(
@@ -61,6 +63,26 @@ _TASKS: tuple[Task, ...] = get_args(Task)
 )
 @click.option(
     "--lines", is_flag=True, help="Each line is a document, all of it is scored."
+)
+@click.option(
+    "--mmlu",
+    type=PATH,
+    metavar="DIR",
+    help="MMLU's questions: a folder with test/ and dev/.  [EWQ_MMLU_DIR]",
+)
+@click.option(
+    "--shots",
+    type=click.IntRange(0, 5),
+    default=5,
+    show_default=True,
+    help="Examples before each question of MMLU.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="Questions per subject; 0 is all 14 042.",
 )
 @click.option(
     "--repeats",
@@ -113,9 +135,9 @@ def bench(
 ) -> None:
     """Measure what GGUF files are worth, with error bars.
 
-    Perplexity as llama-perplexity counts it, the divergence from a base model, and
-    speed as llama-bench counts it; each file in processes of its own. A run that was
-    killed goes on where it was.
+    Perplexity as llama-perplexity counts it, the divergence from a base model, MMLU
+    by letters, and speed as llama-bench counts it; each file in processes of its own.
+    A run that was killed goes on where it was.
     """
     request = _request(values)
     request.check_base()
@@ -157,7 +179,9 @@ def _print(results: list[Result], *, as_json: bool) -> None:
 
 
 def _request(values: dict[str, Any]) -> Request:
-    default = [t for t in _TASKS if t != "kld" or values["base"] is not None]
+    folder = values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
+    lacking = {"kld": values["base"] is None, "mmlu": not folder}
+    default = [task for task in _TASKS if not lacking.get(task)]
     asked = _list(values["tasks"]) or default
     tasks = tuple(task for task in _TASKS if task in asked)
     if unknown := sorted(set(asked) - set(_TASKS)):
@@ -185,6 +209,13 @@ def _request(values: dict[str, Any]) -> Request:
         n_chunks=values["chunks"],
         is_lines=values["lines"],
         n_repeats=values["repeats"],
+        mmlu=MmluRequest(
+            folder=str(Path(folder).absolute()),
+            n_shots=values["shots"],
+            limit=values["limit"] or None,
+        )
+        if folder
+        else None,
     )
 
 

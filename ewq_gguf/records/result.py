@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from ewq_gguf.records.base import Part, Record
+from ewq_gguf.records.scores import MmluOutcome, MmluScores
 
-Task = Literal["perplexity", "kld", "speed", "memory"]
+Task = Literal["perplexity", "kld", "mmlu", "speed", "memory"]
 
 
 class BenchedFile(Part):
@@ -70,6 +71,7 @@ class BenchParameters(Part):
         n_prompt: tokens of the speed test's prompt.
         n_generated: tokens it generates.
         n_repeats: of each test, after a warm-up.
+        mmlu_sha256: of MMLU's prompts; None where none was asked.
     """
 
     tasks: tuple[Task, ...]
@@ -81,6 +83,7 @@ class BenchParameters(Part):
     n_prompt: int
     n_generated: int
     n_repeats: int
+    mmlu_sha256: str | None = None
 
 
 class Engine(Part):
@@ -232,12 +235,16 @@ class Result(Record):
         kld_mean_nats: against the base.
         kld_p99_nats: its 99th percentile.
         top1_agreement: with the base.
+        accuracy: share of MMLU's questions that were right.
+        accuracy_stderr: of it.
+        mmlu_perplexity: the paper's, of the right letters.
         prompt_tps: tokens per second.
         generation_tps: tokens per second.
         ttft_seconds: to the first token.
         peak_rss_bytes: of the process.
         device_bytes: on devices.
         texts: each text's numbers, in the order asked.
+        mmlu: all about it.
         speed: all about it.
         memory: all about it.
     """
@@ -255,12 +262,16 @@ class Result(Record):
     kld_mean_nats: float | None = None
     kld_p99_nats: float | None = None
     top1_agreement: float | None = None
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+    mmlu_perplexity: float | None = None
     prompt_tps: float | None = None
     generation_tps: float | None = None
     ttft_seconds: float | None = None
     peak_rss_bytes: int | None = None
     device_bytes: int | None = None
     texts: tuple[TextResult, ...] = ()
+    mmlu: MmluScores | None = None
     speed: Speed | None = None
     memory: Memory | None = None
 
@@ -303,13 +314,27 @@ class RunPart(Part):
     """A child that came to its end.
 
     Attributes:
-        name: `texts` or `speed`.
+        name: `texts`, `mmlu` or `speed`.
         engine: what computed.
+        mmlu: scored; None where it was not asked.
         speed: measured; None where it was not asked.
         memory: measured; None likewise.
     """
 
     name: str
     engine: Engine
+    mmlu: MmluScores | None = None
     speed: Speed | None = None
     memory: Memory | None = None
+
+
+class MmluPart(Part):
+    """A question that was answered.
+
+    Attributes:
+        name: its id.
+        outcome: of it.
+    """
+
+    name: str
+    outcome: MmluOutcome

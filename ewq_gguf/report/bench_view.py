@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ewq_gguf.errors import printable
 from ewq_gguf.records import Engine, Result, TextResult
+from ewq_gguf.report.scores_view import mmlu_view
 from ewq_gguf.report.text import size_text
 
 _NONE = "·"
@@ -27,6 +28,9 @@ def bench_view(results: Sequence[Result]) -> RenderableType:
     for name in texts:
         found = [(r, text) for r in results for text in r.texts if text.name == name]
         parts += [_quality(found), Text(_about(found[0][0], found[0][1])), Text()]
+    for result in results:
+        if result.mmlu is not None:
+            parts += [Text(printable(result.file.name)), mmlu_view(result.mmlu), Text()]
     if any(result.speed or result.memory for result in results):
         parts += [_speed(results), Text()]
     engine = results[0].engine
