@@ -36,7 +36,6 @@ from ewq_gguf.records import BenchSetup
 from ewq_gguf.records.scores import MmluOutcome
 
 _N_CTX = 2048
-_N_PARALLEL = int(os.environ.get("EWQ_N_PARALLEL", N_PARALLEL))
 #: Nats between the likeliest letters from which no other may be chosen.
 _MARGIN = 0.1
 
@@ -70,7 +69,7 @@ def main(subject: str, n_questions: int, ftype: str) -> None:
             n_all = take_turns(file, task, ways)
     print(
         f"{subject}, {len(task.prompts)} questions, {task.n_shots} examples, "
-        f"{file.name}, {N_CPUS} threads, {_N_PARALLEL} side by side"
+        f"{file.name}, {N_CPUS} threads, {N_PARALLEL} side by side"
     )
     table(ways, n_all)
 
@@ -81,7 +80,7 @@ def take_turns(file: Path, task: MmluTask, ways: list[Way]) -> int:
     letters = letter_tokens(lambda text: model.tokenize(text).tolist())
     usual = [usual_model(file, way) for way in ways[1:]]
     n_all = 0
-    asked = ask(model, task, n_ctx=_N_CTX, n_parallel=_N_PARALLEL)
+    asked = ask(model, task, n_ctx=_N_CTX)
     for prompt in task.prompts:
         # Its groups are read when their first question is due.
         started = time.perf_counter()
@@ -129,7 +128,7 @@ def usual_model(file: Path, way: Way) -> Any:
         n_ctx=_N_CTX,
         n_threads=N_CPUS,
         n_threads_batch=N_CPUS,
-        flash_attn="EWQ_NO_FLASH" not in os.environ,
+        flash_attn=True,  # as the bench has it on CPUs
         verbose=False,
     )
     llm.eval = counting(llm.eval, way)

@@ -22,20 +22,17 @@ def forward(scorer: Scorer, batch: Batch) -> FloatArray:
     Returns:
         (n_wanted, n_vocab), in the batch's order.
     """
-    return np.concatenate(
-        [
-            scorer.evaluate(
-                Batch(
-                    batch.tokens[piece],
-                    batch.positions[piece],
-                    batch.sequences[piece],
-                    batch.wanted[piece],
-                )
-            )
-            for begin in range(0, len(batch), scorer.n_batch)
-            for piece in [slice(begin, begin + scorer.n_batch)]
-        ]
-    )
+    rows = []
+    for begin in range(0, len(batch), scorer.n_batch):
+        piece = slice(begin, begin + scorer.n_batch)
+        part = Batch(
+            batch.tokens[piece],
+            batch.positions[piece],
+            batch.sequences[piece],
+            batch.wanted[piece],
+        )
+        rows.append(scorer.evaluate(part))
+    return np.concatenate(rows)
 
 
 def groups_of(lengths: Sequence[int], room: int, n_most: int) -> Iterator[range]:
