@@ -68,6 +68,7 @@ fuzz: setup
 bench: setup
 	@$(VENV)/bin/python -m benchmarks.scan
 	@$(VENV)/bin/python -m benchmarks.plan
+	@$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.bench 8)
 
 # The user's cache stays: it may be shared, and can be deleted by hand (docs/exactness.md).
 clean:
