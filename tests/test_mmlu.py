@@ -24,7 +24,7 @@ from ewq_gguf.bench.mmlu_data import (
     load_task,
 )
 from ewq_gguf.bench.tokens import common_prefix, n_shared_tokens, too_long
-from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.records.scores import MmluOutcome
 
 SOUND = "What is 2 + 2?,3,4,5,6,B\n"
@@ -336,7 +336,9 @@ def test_log_probabilities_are_those_of_the_whole_vocabulary(seed):
 def test_broken_logits_are_an_error_with_the_questions_name(bad):
     logits = np.zeros(100, np.float32)
     logits[3] = bad
-    with pytest.raises(InputError, match="maths/1: the model's logits are not finite"):
+    with pytest.raises(
+        VerificationError, match="maths/1: the model's logits are not finite"
+    ):
         score_question(question(), logits, LETTERS)
 
 

@@ -204,7 +204,9 @@ def test_logits_that_are_no_numbers_are_refused():
     model = Sums()
     model.logits[:] = np.nan
 
-    with pytest.raises(InputError, match="maths/1: the model's logits are not finite"):
+    with pytest.raises(
+        VerificationError, match="maths/1: the model's logits are not finite"
+    ):
         list(ask(model, TASK, n_ctx=1000))
     with pytest.raises(VerificationError, match="is numerically broken"):
         answers(model, ["a"])

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ewq_gguf.bench.mmlu_data import LETTERS, STAGE, MmluTask, Question
 from ewq_gguf.bench.statistics import mcnemar
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import (
     MmluOutcome,
     MmluScores,
@@ -48,13 +48,13 @@ def score_question(
         letters: tokens of ` A` to ` D`.
 
     Raises:
-        InputError: logits are not finite.
+        VerificationError: logits are not finite.
     """
     wide = logits.astype(np.float64)
     top, letter_logits = wide.max(), wide[list(letters)]
     if not np.isfinite([top, *letter_logits]).all():
         problem = "the model's logits are not finite"
-        raise InputError(STAGE, question.id, problem, "check it with `ewq verify`")
+        raise VerificationError(STAGE, question.id, problem, "make the file anew")
     logprobs = letter_logits - top - np.log(np.exp(wide - top).sum())
     # A letter is in the top 100 when fewer than 100 tokens are likelier than it.
     is_in_top = [np.count_nonzero(wide > logit) < N_TOP for logit in letter_logits]

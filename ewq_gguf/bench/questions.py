@@ -47,7 +47,8 @@ def ask(
         context come first in their subject, and are not asked.
 
     Raises:
-        InputError: the tokenizer has no letters, or logits are not finite.
+        InputError: the tokenizer has no letters.
+        VerificationError: logits are not finite.
         ResourceError: memory ran out.
     """
     letters = letter_tokens(lambda text: model.tokenize(text).tolist())
