@@ -28,11 +28,11 @@ from ewq_gguf.bench.llama import LlamaModel, LlamaScorer, Log
 from ewq_gguf.bench.mmlu import score_question
 from ewq_gguf.bench.mmlu_data import MmluTask, Prompt, letter_tokens, load_task
 from ewq_gguf.bench.questions import N_PARALLEL, ask
+from ewq_gguf.bench.runner import CPU_SETUP
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline import base_file
 from ewq_gguf.process import N_CPUS, run
-from ewq_gguf.records import BenchSetup
 from ewq_gguf.records.scores import MmluOutcome
 
 _N_CTX = 2048
@@ -97,16 +97,7 @@ def take_turns(file: Path, task: MmluTask, ways: list[Way]) -> int:
 
 def bench_model(file: Path) -> LlamaModel:
     """The model of the bench, on the CPU."""
-    setup = BenchSetup(
-        device="cpu",
-        n_gpu_layers=None,
-        tensor_split=(),
-        rpc=(),
-        n_threads=N_CPUS,
-        cache_type_k="f16",
-        cache_type_v="f16",
-    )
-    return LlamaModel(file, setup, Log())
+    return LlamaModel(file, CPU_SETUP, Log())
 
 
 def counting(evaluate: Callable[..., Any], way: Way) -> Callable[..., Any]:
