@@ -15,7 +15,8 @@ from typing import IO
 import psutil
 
 from ewq_gguf.bench.job import Failure, Job, progress_line
-from ewq_gguf.bench.llama import LlamaModel, Log
+from ewq_gguf.bench.llama import Log
+from ewq_gguf.bench.load import load
 from ewq_gguf.bench.mmlu import mmlu_scores
 from ewq_gguf.bench.quality import Named, check_comparable, score_text
 from ewq_gguf.bench.questions import ask
@@ -39,22 +40,19 @@ def main(path: Path) -> int:
         _tell(0.0)
         with _journal(Path(job.journal)) as keep:
             log = Log()
-            model = _load(job.model, job, log)
+            setup = job.parameters.setup
+            model = load(Path(job.model), setup, log)
             if job.part == "speed":
                 _speed(job, model, keep)
             elif job.part == "mmlu":
                 _mmlu(job, model, keep)
             else:
-                base = None if job.base is None else _load(job.base, job, log)
+                base = None if job.base is None else load(Path(job.base), setup, log)
                 _texts(job, model, base, keep)
     except EwqError as error:
         Path(job.failure).write_text(Failure.of(error).model_dump_json())
         return 1
     return 0
-
-
-def _load(path: str, job: Job, log: Log) -> Named:
-    return Named(Path(path), LlamaModel(Path(path), job.parameters.setup, log))
 
 
 def _speed(job: Job, model: Named, keep: Callable[[Part], None]) -> None:

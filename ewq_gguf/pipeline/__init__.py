@@ -7,7 +7,13 @@ run does only what changed.
 """
 
 from ewq_gguf.pipeline.importing import import_plan
-from ewq_gguf.pipeline.making import Made, base_file, layout_bytes, make_gguf
+from ewq_gguf.pipeline.making import (
+    Made,
+    base_file,
+    layout_bytes,
+    make_gguf,
+    planned_file,
+)
 from ewq_gguf.pipeline.options import SILENT, Options, Progress, Silent
 from ewq_gguf.pipeline.planning import (
     check_layout,
@@ -38,6 +44,7 @@ __all__ = [
     "open_model",
     "plan",
     "plan_file",
+    "planned_file",
     "policy_measures",
     "scan",
 ]

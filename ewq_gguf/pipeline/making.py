@@ -162,28 +162,50 @@ def make_gguf(
             store.write_text(
                 plan_path, made_plan.to_json(), stage="plan", force=options.force
             )
-        if reused is None:
-            base = base_file(checkpoint, toolchain, progress=progress)
-            with progress.stage("quantize") as share:
-                verification = quantize(
-                    made_plan,
-                    base,
-                    out,
-                    toolchain,
-                    n_threads=options.n_threads,
-                    load=options.load,
-                    imatrix=options.imatrix,
-                    on_progress=share,
-                )
-            _keep(made_plan, verification)
+        verification = reused or _make(
+            made_plan,
+            base_file(checkpoint, toolchain, progress=progress),
+            out,
+            toolchain,
+            options,
+            progress,
+        )
     return Made(
         path=out,
         plan=made_plan,
         plan_path=plan_path,
-        verification=reused or verification,
+        verification=verification,
         preset_bytes=presets,
         is_reused=reused is not None,
     )
+
+
+def planned_file(
+    plan: Plan,
+    base: Path,
+    out: Path,
+    toolchain: Toolchain,
+    *,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Verification:
+    """The verified file of a plan, made from its base where it is not there yet.
+
+    Args:
+        plan: of the base's model.
+        base: the base GGUF.
+        out: of the file.
+        toolchain: that quantises.
+        options: for the whole run; its matrix is the plan's.
+        progress: who is told.
+
+    Raises:
+        EwqError: of the stage that failed, with what to do.
+    """
+    options = options or Options()
+    with store.locked(out, stage="gguf"):
+        reused = _existing(plan, out, options)
+        return reused or _make(plan, base, out, toolchain, options, progress)
 
 
 def layout_bytes(layout: Layout) -> int:
@@ -218,6 +240,28 @@ def _existing(plan: Plan, out: Path, options: Options) -> Verification | None:
         "exists and was made from another plan, or is damaged",
         "use --force to replace it, or another -o",
     )
+
+
+def _make(
+    plan: Plan,
+    base: Path,
+    out: Path,
+    toolchain: Toolchain,
+    options: Options,
+    progress: Progress,
+) -> Verification:
+    with progress.stage("quantize") as share:
+        verification = quantize(
+            plan,
+            base,
+            out,
+            toolchain,
+            n_threads=options.n_threads,
+            load=options.load,
+            imatrix=options.imatrix,
+            on_progress=share,
+        )
+    return _keep(plan, verification)
 
 
 def _is_sound(base: Path) -> bool:
