@@ -176,7 +176,7 @@ class LlamaModel:
         params.n_ubatch = min(_N_UBATCH, params.n_batch)
         params.n_seq_max = n_sequences
         # Sequences share one buffer, so that a copied prefix takes no room.
-        params.kv_unified = True
+        params.kv_unified = os.environ.get("KVU", "1") == "1"
         params.n_threads = params.n_threads_batch = self._setup.n_threads
         params.type_k = _ggml_type(self._setup.cache_type_k)
         params.type_v = _ggml_type(self._setup.cache_type_v)

@@ -1,0 +1,98 @@
+"""Text that a model writes itself, for calibration where there is none.
+
+Each document begins another way and is sampled at one of several temperatures, so that
+together they cover more of the model than its favourite sentences. Everything random
+is seeded; the same file on the same build writes the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ewq_gguf.bench.scorer import Batch, FloatArray, IntArray, Model
+
+#: Sampled in turn: careful, the model's own distribution, and a little wild.
+TEMPERATURES = (0.7, 1.0, 1.3)
+#: Tokens less likely than this share of the likeliest one are left out: a single
+#: nonsense token leads a document astray.
+MIN_P = 0.02
+N_PARALLEL = 32
+
+
+def self_text(
+    model: Model,
+    n_documents: int,
+    n_tokens: int,
+    seed: int,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> list[str]:
+    """Documents that a model writes.
+
+    Args:
+        model: any.
+        n_documents: how many.
+        n_tokens: of each, at most; one ends where the model ends it.
+        seed: of everything random.
+        on_progress: told the share done, 0 to 1.
+
+    Raises:
+        ResourceError: memory ran out.
+    """
+    texts: list[str] = []
+    n_parallel = min(N_PARALLEL, n_documents)
+    with model.scorer(n_parallel * n_tokens, n_sequences=n_parallel) as scorer:
+        for begin in range(0, n_documents, n_parallel):
+            numbers = range(begin, min(begin + n_parallel, n_documents))
+            random = [np.random.default_rng((seed, number)) for number in numbers]
+            scorer.clear()
+            documents = [_start(model, scorer.n_vocab, rng) for rng in random]
+            growing = list(range(len(documents)))
+            batch = Batch.join([Batch.of(_array(documents[i]), 0, i) for i in growing])
+            for length in range(1, n_tokens):
+                rows = scorer.evaluate(batch)
+                still = []
+                for i, row in zip(growing, rows, strict=True):
+                    temperature = TEMPERATURES[numbers[i] % len(TEMPERATURES)]
+                    token = _draw(row, temperature, random[i])
+                    if model.is_end(token):
+                        continue
+                    documents[i].append(token)
+                    still.append(i)
+                growing = still
+                if not growing:
+                    break
+                batch = Batch.join(
+                    [
+                        Batch.of(_array(documents[i][-1:]), len(documents[i]) - 1, i)
+                        for i in growing
+                    ]
+                )
+                on_progress((begin + len(documents) * length / n_tokens) / n_documents)
+            texts += [model.detokenize(_array(tokens)) for tokens in documents]
+    return texts
+
+
+def _start(model: Model, n_vocab: int, random: np.random.Generator) -> list[int]:
+    """How a document begins: as the model's texts do, then any token of its own."""
+    begin = [model.bos] if model.add_bos else []
+    while True:
+        token = int(random.integers(n_vocab))
+        if not model.is_end(token):
+            return [*begin, token]
+
+
+def _draw(row: FloatArray, temperature: float, random: np.random.Generator) -> int:
+    """A token by its probability; (n_vocab,) logits."""
+    scaled: NDArray[np.float64] = row.astype(np.float64) / temperature
+    scaled -= scaled.max()
+    weights = np.exp(scaled)
+    weights[weights < MIN_P] = 0
+    cumulated = np.cumsum(weights)
+    return int(np.searchsorted(cumulated, random.random() * cumulated[-1], "right"))
+
+
+def _array(tokens: list[int]) -> IntArray:
+    return np.array(tokens, np.int32)

@@ -1,0 +1,204 @@
+"""What a type costs a tensor: the error of sampled rows, by ggml's own quantisers."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from math import prod, sqrt
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ewq_gguf.checkpoint.gguf_file import GgufTensor
+from ewq_gguf.errors import InputError
+from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
+from ewq_gguf.records.quant_error import QuantError
+
+STAGE = "plan"
+#: Rows of a tensor at least: its error is then known to a few percent.
+_MIN_ROWS = 64
+#: Types whose quantiser searches a grid; it is ten times slower than the others.
+_SLOW = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
+_SLOW_SHARE = 0.25
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a tensor.
+
+    Attributes:
+        rows: (n, columns).
+        matrices: (n,), the expert that each row is of; 0 without experts.
+        importance: (experts, columns), or None.
+        n_all: rows that the tensor has.
+    """
+
+    rows: Float32Array
+    matrices: NDArray[np.int64]
+    importance: Float32Array | None
+    n_all: int
+
+
+def quant_errors(
+    base: Path,
+    wanted: Sequence[tuple[GgufTensor, Sequence[str]]],
+    ggml: Ggml,
+    *,
+    share: float,
+    importance: Mapping[str, Float32Array] | None = None,
+    n_threads: int = 1,
+) -> Iterator[QuantError]:
+    """Measure tensors in types, the largest tensor first.
+
+    Args:
+        base: a 16- or 32-bit GGUF.
+        wanted: its tensors and the types for each, whose blocks divide its rows.
+        ggml: the quantisers.
+        share: of the rows, at least 64 rows.
+        importance: (matrices, columns) mean squared activations by tensor.
+        n_threads: tensors side by side.
+
+    Yields:
+        Each as it is known.
+
+    Raises:
+        InputError: the file ends before a tensor does.
+    """
+    weights = importance or {}
+    order = sorted(wanted, key=lambda pair: -pair[0].size_bytes)
+    with base.open("rb") as file, ThreadPoolExecutor(n_threads) as pool:
+        futures = [
+            pool.submit(
+                _tensor_errors,
+                lambda tensor=tensor: sample(
+                    file.fileno(), base, tensor, share, weights.get(tensor.name)
+                ),
+                tensor.name,
+                types,
+                ggml,
+            )
+            for tensor, types in order
+        ]
+        try:
+            for future in as_completed(futures):
+                yield from future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def sample(
+    descriptor: int,
+    path: Path,
+    tensor: GgufTensor,
+    share: float,
+    importance: Float32Array | None,
+) -> Sample:
+    """Some rows of a tensor, drawn by its name: the same whenever it is read.
+
+    Args:
+        descriptor: of the open file.
+        path: of it, for messages.
+        tensor: of the file, of a float type.
+        share: of the rows.
+        importance: (matrices, columns).
+
+    Raises:
+        InputError: the file ends before the tensor does.
+    """
+    n_columns = tensor.shape[-1]
+    n_all = prod(tensor.shape[:-1])
+    count = min(n_all, max(_MIN_ROWS, round(share * n_all)))
+    random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
+    numbers = np.sort(random.choice(n_all, count, replace=False))
+    dtype = np.dtype(_NUMPY[tensor.ggml_type])
+    size = n_columns * dtype.itemsize
+    data = np.empty((count, n_columns), dtype)
+    for row, number in zip(data, numbers.tolist(), strict=True):
+        if os.preadv(descriptor, [row], tensor.offset + number * size) != size:
+            problem = f"{tensor.name} ends before its row {number}"
+            raise InputError(STAGE, path, problem, "make the file again")
+    matrices = numbers // tensor.shape[-2] if len(tensor.shape) > 2 else 0 * numbers
+    return Sample(_as_float(data), matrices, importance, n_all)
+
+
+def error_of(ggml: Ggml, sampled: Sample, ggml_type: str) -> tuple[float, float]:
+    """The share of the energy that a type loses, and its standard error.
+
+    sum I (w - w')^2 / sum I w^2, a ratio of sums over rows; the error is that of a
+    ratio estimated from some of them.
+
+    Args:
+        ggml: the quantisers.
+        sampled: rows.
+        ggml_type: whose block divides them.
+    """
+    lost, energy = [], []
+    for matrix in np.unique(sampled.matrices):
+        rows = np.ascontiguousarray(sampled.rows[sampled.matrices == matrix])
+        weight = None
+        if sampled.importance is not None:
+            weight = np.ascontiguousarray(sampled.importance[matrix])
+        blocks = ggml.quantize(rows, ggml_type, weight)
+        found = ggml.dequantize(blocks, ggml_type, rows.shape[1])
+        np.subtract(rows, found, out=found)
+        scale = np.ones(rows.shape[1], np.float32) if weight is None else weight
+        lost.append(np.square(found, out=found) @ scale.astype(np.float64))
+        energy.append(np.square(rows) @ scale.astype(np.float64))
+    return _ratio(np.concatenate(lost), np.concatenate(energy), sampled.n_all)
+
+
+def _ratio(
+    lost: NDArray[np.float64], energy: NDArray[np.float64], n_all: int
+) -> tuple[float, float]:
+    total, n = float(energy.sum()), len(energy)
+    if total == 0.0:  # all zero, or weighed so: nothing to lose
+        return 0.0, 0.0
+    ratio = float(lost.sum()) / total
+    if n < 2 or n >= n_all:
+        return ratio, 0.0
+    spread = float(np.square(lost - ratio * energy).sum()) * n / (n - 1)
+    return ratio, sqrt(spread * (1 - n / n_all)) / total
+
+
+def _tensor_errors(
+    read: Callable[[], Sample], name: str, types: Sequence[str], ggml: Ggml
+) -> list[QuantError]:
+    sampled = read()
+    found = []
+    for ggml_type in types:
+        n_rows = len(sampled.rows)
+        if ggml_type in _SLOW:
+            n_rows = max(min(_MIN_ROWS, n_rows), round(_SLOW_SHARE * n_rows))
+        error, stderr = error_of(ggml, _first(sampled, n_rows), ggml_type)
+        found.append(
+            QuantError(
+                name=f"{name} {ggml_type}",
+                error=error,
+                error_stderr=stderr,
+                n_rows=n_rows,
+            )
+        )
+    return found
+
+
+def _first(sampled: Sample, n_rows: int) -> Sample:
+    """Rows evenly among those sampled."""
+    if n_rows >= len(sampled.rows):
+        return sampled
+    places = np.linspace(0, len(sampled.rows) - 1, n_rows).round().astype(np.intp)
+    return Sample(
+        sampled.rows[places], sampled.matrices[places], sampled.importance,
+        sampled.n_all,
+    )  # fmt: skip
+
+
+def _as_float(data: NDArray) -> Float32Array:
+    if data.dtype == np.uint16:  # BF16: the upper half of a float32
+        return (data.astype(np.uint32) << 16).view(np.float32)
+    return data.astype(np.float32)
