@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 from math import inf
 from typing import Any
 
 import click
 
-from ewq_gguf.cli.common import PATH, F, explicit, options_of
+from ewq_gguf.cli.common import PATH, F, all_of, explicit, options_of
 from ewq_gguf.cli.machines import machines_of
 from ewq_gguf.pipeline import machine_budget
 from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
@@ -136,25 +136,14 @@ _BUDGET = (
 )
 
 
-def _all(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
-    """One decorator of several, in their order."""
-
-    def decorate(function: F) -> F:
-        for each in reversed(options):
-            function = each(function)
-        return function
-
-    return decorate
-
-
 #: What `policy_of`, `raw_type_of` and `ask_of` read.
-policy_options = _all(
+policy_options = all_of(
     (*_POLICY, *_MEASURE, *_FACTOR, *_RULE, *_FAST, *_TYPES, *_RAW_TYPE, *_BUDGET)
 )
 #: What `ewq_policy_of` and `raw_type_of` read, the factor left out.
-rule_options = _all((*_MEASURE, *_RULE, *_TYPES, *_RAW_TYPE))
+rule_options = all_of((*_MEASURE, *_RULE, *_TYPES, *_RAW_TYPE))
 #: What `raw_type_of` reads.
-raw_type_option = _all(_RAW_TYPE)
+raw_type_option = all_of(_RAW_TYPE)
 
 _ENTROPY_NAMES = ("measure", "epsilon", "bins", "factor", "rule", "granularity")
 _FAST_NAMES = ("variant", "low_layers")
