@@ -24,6 +24,7 @@ from ewq_gguf.pipeline.planning import (
     plan_file,
     policy_measures,
 )
+from ewq_gguf.pipeline.presets import preset_plans
 from ewq_gguf.pipeline.scanning import layout, open_model, scan
 
 __all__ = [
@@ -46,5 +47,6 @@ __all__ = [
     "plan_file",
     "planned_file",
     "policy_measures",
+    "preset_plans",
     "scan",
 ]
