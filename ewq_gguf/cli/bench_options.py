@@ -125,13 +125,13 @@ def request_of(values: dict[str, Any]) -> Request:
     folder = values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
     lacking = {"kld": values["base"] is None, "mmlu": not folder}
     default = [task for task in _TASKS if not lacking.get(task)]
-    asked = _list(values["tasks"]) or default
+    asked = comma_list(values["tasks"]) or default
     tasks = tuple(task for task in _TASKS if task in asked)
     if unknown := sorted(set(asked) - set(_TASKS)):
         raise UsageError(
             STAGE, "--tasks", f"there is no {unknown[0]!r}", f"use {','.join(_TASKS)}"
         )
-    servers = _list(values["rpc"])
+    servers = comma_list(values["rpc"])
     return Request(
         tasks=tasks,
         base=values["base"],
@@ -139,7 +139,7 @@ def request_of(values: dict[str, Any]) -> Request:
         setup=BenchSetup(
             device=values["device"],
             n_gpu_layers=values["gpu_layers"],
-            tensor_split=tuple(map(_share, _list(values["tensor_split"]))),
+            tensor_split=tuple(map(_share, comma_list(values["tensor_split"]))),
             rpc=tuple(
                 server_address(server, allow_public=values["allow_public"])
                 for server in servers
@@ -173,7 +173,8 @@ def with_text(request: Request) -> Request:
     return request
 
 
-def _list(text: str | None) -> list[str]:
+def comma_list(text: str | None) -> list[str]:
+    """The parts of an option's text, without blanks and empty ones."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 

@@ -6,6 +6,7 @@ Scans, layouts and base files are kept in the cache by what they depend on, so a
 run does only what changed.
 """
 
+from ewq_gguf.pipeline.comparing import Wanted, compare
 from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import (
     Made,
@@ -26,6 +27,7 @@ from ewq_gguf.pipeline.planning import (
 )
 from ewq_gguf.pipeline.presets import preset_plans
 from ewq_gguf.pipeline.scanning import layout, open_model, scan
+from ewq_gguf.pipeline.versions import WantedPlan
 
 __all__ = [
     "Made",
@@ -33,9 +35,12 @@ __all__ = [
     "Progress",
     "SILENT",
     "Silent",
+    "Wanted",
+    "WantedPlan",
     "base_file",
     "check_layout",
     "check_plan",
+    "compare",
     "import_plan",
     "layout",
     "layout_bytes",

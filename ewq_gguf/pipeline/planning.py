@@ -229,6 +229,26 @@ def check_plan(
             )
 
 
+def check_weights(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> None:
+    """Refuse a plan of another checkpoint; where it names weights, they are scanned.
+
+    Raises:
+        InputError: files, headers or weights differ.
+    """
+    options, weights = options or Options(), None
+    if plan.weights_sha256 is not None:
+        measures = policy_measures(plan.policy)
+        scanned = scan(checkpoint, measures, options=options, progress=progress)
+        weights = scanned.weights_sha256
+    check_plan(plan, checkpoint.identity, weights, force=options.force)
+
+
 def check_layout(scan: Scan, layout: Layout) -> None:
     """The names, shapes and sources predicted from the headers are the converter's.
 

@@ -5,6 +5,7 @@ Which type each tensor gets is asked of llama-quantize; its rules are not repeat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ewq_gguf.checkpoint.folder import Checkpoint
@@ -19,7 +20,7 @@ from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Plan, PresetPolicy, Scan
 
 
-def check_presets(names: list[str]) -> None:
+def check_presets(names: Sequence[str]) -> None:
     """Refuse what is no standard preset.
 
     Raises:
