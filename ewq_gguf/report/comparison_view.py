@@ -72,8 +72,8 @@ def across_view(pairs: Sequence[PairAcrossModels]) -> RenderableType:
         Text(
             "Differences are first minus second, over models; paired t-test, and "
             "Cohen's d with pooled population deviations, as in the paper's table 13. "
-            "Lower is better, but of accuracy. Each p stands alone: of twenty such tests one is "
-            "below 0.05 by chance."
+            "Lower is better, but of accuracy. Each p stands alone: of twenty such "
+            "tests one is below 0.05 by chance."
         ),
     )
 

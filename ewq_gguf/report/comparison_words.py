@@ -65,7 +65,7 @@ def _about(comparison: Comparison) -> str:
     errors = "half of a 95 % interval"
     if comparison.n_turns:
         errors += ", of speeds the standard deviation"
-    return f"± is {errors}. All files were made with {made}."
+    return f"± is {errors}. Quantised files were made with {made}."
 
 
 def _is_at_chance(row: ComparedFile) -> bool:
