@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -74,6 +74,28 @@ def measure(
         ttft_seconds_std=_deviation(ttft),
         load_seconds=load_seconds,
     ), memory
+
+
+def combined(turns: Sequence[Speed]) -> Speed:
+    """Several measurements of one file as one, each counting the same.
+
+    Args:
+        turns: of one repeat each; at least one.
+    """
+    prompt, generation, ttft = (
+        [turn.prompt_tps for turn in turns],
+        [turn.generation_tps for turn in turns],
+        [turn.ttft_seconds for turn in turns],
+    )
+    return Speed(
+        prompt_tps=mean(prompt),
+        prompt_tps_std=_deviation(prompt),
+        generation_tps=mean(generation),
+        generation_tps_std=_deviation(generation),
+        ttft_seconds=mean(ttft),
+        ttft_seconds_std=_deviation(ttft),
+        load_seconds=mean([turn.load_seconds for turn in turns]),
+    )
 
 
 def peak_rss_bytes() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isnan
 from pathlib import Path
@@ -78,6 +78,17 @@ def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if isnan(value):
         raise click.BadParameter("nan is not a number")
     return value
+
+
+def all_of(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    """One decorator of several, in their order."""
+
+    def decorate(function: F) -> F:
+        for each in reversed(options):
+            function = each(function)
+        return function
+
+    return decorate
 
 
 def out_option(what: str) -> Callable[[F], F]:

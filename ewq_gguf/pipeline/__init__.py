@@ -6,6 +6,7 @@ Scans, layouts and base files are kept in the cache by what they depend on, so a
 run does only what changed.
 """
 
+from ewq_gguf.pipeline.comparing import Wanted, compare
 from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import (
     Made,
@@ -24,7 +25,9 @@ from ewq_gguf.pipeline.planning import (
     plan_file,
     policy_measures,
 )
+from ewq_gguf.pipeline.presets import preset_plans
 from ewq_gguf.pipeline.scanning import layout, open_model, scan
+from ewq_gguf.pipeline.versions import WantedPlan
 
 __all__ = [
     "Made",
@@ -32,9 +35,12 @@ __all__ = [
     "Progress",
     "SILENT",
     "Silent",
+    "Wanted",
+    "WantedPlan",
     "base_file",
     "check_layout",
     "check_plan",
+    "compare",
     "import_plan",
     "layout",
     "layout_bytes",
@@ -46,5 +52,6 @@ __all__ = [
     "plan_file",
     "planned_file",
     "policy_measures",
+    "preset_plans",
     "scan",
 ]

@@ -22,6 +22,11 @@ class Progress(Protocol):
     ) -> AbstractContextManager[Callable[[float], None]]:
         """Begin a stage; the function it gives is told the share done, 0 to 1."""
 
+    def measure(
+        self, name: str
+    ) -> AbstractContextManager[Callable[[float, int], None]]:
+        """Likewise; its function is also told the memory of the child, in bytes."""
+
 
 class Silent:
     """Progress that nobody sees."""
@@ -35,6 +40,11 @@ class Silent:
     ) -> Iterator[Callable[[float], None]]:
         """Show nothing."""
         yield lambda share: None
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[Callable[[float, int], None]]:
+        """Show nothing."""
+        yield lambda share, rss: None
 
 
 SILENT = Silent()

@@ -13,6 +13,7 @@ from ewq_gguf.records import (
     ImportedPolicy,
     Plan,
     Policy,
+    PresetPolicy,
     UniformPolicy,
 )
 
@@ -51,6 +52,8 @@ def _policy_label(policy: Policy) -> str:
     """What differs from the policy's defaults."""
     if isinstance(policy, ImportedPolicy):
         return f"imported-{policy.file_sha256[:8]}"
+    if isinstance(policy, PresetPolicy):
+        return policy.preset
     if isinstance(policy, UniformPolicy):
         parts = [policy.name, policy.ggml_type]
     else:

@@ -7,7 +7,7 @@ from ewq_gguf.records.base import (
     read_journal,
     read_json,
 )
-from ewq_gguf.records.layout import Layout, LayoutTensor, Source
+from ewq_gguf.records.layout import Layout, LayoutTensor, PresetTypes, Source
 from ewq_gguf.records.model import ModelIdentity, Shard
 from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.records.plan import (
@@ -20,6 +20,7 @@ from ewq_gguf.records.plan import (
     PlanLayer,
     PlanTensor,
     Policy,
+    PresetPolicy,
     RulePolicy,
     Thresholds,
     Totals,
@@ -73,6 +74,8 @@ __all__ = [
     "PlanLayer",
     "PlanTensor",
     "Policy",
+    "PresetPolicy",
+    "PresetTypes",
     "Record",
     "Result",
     "RulePolicy",

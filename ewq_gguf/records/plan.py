@@ -80,6 +80,17 @@ class UniformPolicy(Part):
     output_type: str = "auto"
 
 
+class PresetPolicy(Part):
+    """The types of one of llama-quantize's own mixtures, as its dry run tells them.
+
+    Attributes:
+        preset: such as `Q4_K_M`.
+    """
+
+    name: Literal["preset"] = "preset"
+    preset: str
+
+
 class ImportedPolicy(Part):
     """Types that somebody else chose.
 
@@ -96,7 +107,7 @@ class ImportedPolicy(Part):
 
 
 #: Policies that decide; an ImportedPolicy only tells where types came from.
-RulePolicy = EwqPolicy | FastEwqPolicy | UniformPolicy
+RulePolicy = EwqPolicy | FastEwqPolicy | UniformPolicy | PresetPolicy
 
 Policy = Annotated[RulePolicy | ImportedPolicy, Field(discriminator="name")]
 

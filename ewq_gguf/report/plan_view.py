@@ -20,6 +20,7 @@ from ewq_gguf.records import (
     ImportedPolicy,
     Plan,
     PlanTensor,
+    PresetPolicy,
     UniformPolicy,
 )
 from ewq_gguf.report.placement_view import placement_view
@@ -144,6 +145,8 @@ def _budget_text(plan: Plan, budget: Budget) -> str:
 
 def _policy_text(plan: Plan) -> str:
     policy = plan.policy
+    if isinstance(policy, PresetPolicy):
+        return f"preset {printable(policy.preset)} of llama-quantize"
     if isinstance(policy, UniformPolicy):
         return f"uniform {policy.ggml_type}"
     if isinstance(policy, ImportedPolicy):
