@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ewq_gguf.bench.datafile import read_text
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import Failure, progress_line, read_progress
 from ewq_gguf.bench.quality import Named, check_comparable, score_text
@@ -18,7 +19,7 @@ from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.scoring import divergence, token_nll
 from ewq_gguf.bench.speed import measure
 from ewq_gguf.bench.summary import Tokens, kld, perplexity, text_result
-from ewq_gguf.bench.texts import Window, Windows, chunks_of, lines_of, read_text
+from ewq_gguf.bench.texts import Window, Windows, chunks_of, lines_of
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.errors import ChildError, InputError, UsageError, VerificationError
 from ewq_gguf.process import python_argv, run
@@ -135,9 +136,9 @@ def test_lines_share_batches_up_to_the_room_and_the_documents_allowed():
     [
         pytest.param(b"", "is empty", id="empty"),
         pytest.param(b" \n", "is empty", id="blank"),
-        pytest.param(b"ab\xff", "byte 2 is no UTF-8", id="encoding"),
-        pytest.param(b"\xef\xbb\xbfabc", "byte order mark", id="bom"),
-        pytest.param(b"ab\0c", "NUL at character 2", id="nul"),
+        pytest.param(b"ab\xff", "is not UTF-8 at byte 2", id="encoding"),
+        pytest.param(b"\xef\xbb\xbfabc", "begins with a byte order mark", id="bom"),
+        pytest.param(b"ab\0c", "has a NUL at byte 2", id="nul"),
     ],
 )
 def test_texts_that_are_no_texts_are_refused(tmp_path, data, message):

@@ -11,11 +11,12 @@ from typing import Any, get_args
 import click
 from rich.console import Console
 
-from ewq_gguf import store
+from ewq_gguf import data, store
 from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.job import MmluRequest
+from ewq_gguf.bench.job import MmluRequest, PromptsRequest
 from ewq_gguf.bench.runner import CACHE_TYPES, Request, bench_file, is_result_of
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.hub_data import billsum_file, mmlu_folder
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.cli.common import (
     PATH,
@@ -33,6 +34,7 @@ from ewq_gguf.records import BenchSetup, Result, Task, load_record
 from ewq_gguf.report.bench_view import bench_view
 
 _TASKS: tuple[Task, ...] = get_args(Task)
+_DOMAINS = "domains"
 
 
 @click.command()
@@ -43,13 +45,14 @@ _TASKS: tuple[Task, ...] = get_args(Task)
     metavar="LIST",
     help=f"Of {','.join(_TASKS)}.  [default: all; kld with --base, mmlu with --mmlu]",
 )
-@click.option("--base", type=PATH, help="The base GGUF that `kld` compares with.")
+@click.option("--base", type=PATH, help="The base GGUF to compare with.")
 @click.option(
     "--text",
     "texts",
     multiple=True,
-    metavar="NAME=FILE",
-    help="A text to score; repeat.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
+    metavar="NAME=FILE|domains",
+    help="A text to score; repeat. `domains` are six short ones of ours, by --lines.  "
+    "[default: wikitext, of EWQ_TEXT_DIR or the Hub]",
 )
 @click.option(
     "--chunks", type=click.IntRange(1), help="Windows per text.  [default: all]"
@@ -66,8 +69,7 @@ _TASKS: tuple[Task, ...] = get_args(Task)
 )
 @click.option(
     "--mmlu",
-    type=PATH,
-    metavar="DIR",
+    metavar="DIR|hub",
     help="MMLU's questions: a folder with test/ and dev/.  [EWQ_MMLU_DIR]",
 )
 @click.option(
@@ -83,6 +85,26 @@ _TASKS: tuple[Task, ...] = get_args(Task)
     default=10,
     show_default=True,
     help="Questions per subject; 0 is all 14 042.",
+)
+@click.option(
+    "--prompts",
+    metavar="FILE|billsum",
+    help="Prompts to answer, JSONL with references or without; or bills from the Hub.  "
+    "[default: 20 of ours]",
+)
+@click.option(
+    "--prompt-limit",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    help="Prompts, the first of the file; 0 is all.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1, 2048),
+    default=64,
+    show_default=True,
+    help="Of an answer.",
 )
 @click.option(
     "--repeats",
@@ -136,15 +158,15 @@ def bench(
     """Measure what GGUF files are worth, with error bars.
 
     Perplexity as llama-perplexity counts it, the divergence from a base model, MMLU
-    by letters, and speed as llama-bench counts it; each file in processes of its own.
+    by letters, answers beside references and the base model's, and speed as
+    llama-bench counts it; each file in processes of its own.
     A run that was killed goes on where it was.
     """
     request = _request(values)
     request.check_base()
     for file in files:
         identify(file)
-    if request.is_scored and not request.texts:
-        request = replace(request, texts=(("wikitext", wikitext(STAGE)),))
+    request = _with_data(request, values)
     request.parameters()
     outs = _outs(files, out)
     # What would be refused is refused before the first file is measured.
@@ -179,8 +201,7 @@ def _print(results: list[Result], *, as_json: bool) -> None:
 
 
 def _request(values: dict[str, Any]) -> Request:
-    folder = values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
-    lacking = {"kld": values["base"] is None, "mmlu": not folder}
+    lacking = {"kld": values["base"] is None, "mmlu": not _mmlu_source(values)}
     default = [task for task in _TASKS if not lacking.get(task)]
     asked = _list(values["tasks"]) or default
     tasks = tuple(task for task in _TASKS if task in asked)
@@ -189,10 +210,14 @@ def _request(values: dict[str, Any]) -> Request:
             STAGE, "--tasks", f"there is no {unknown[0]!r}", f"use {','.join(_TASKS)}"
         )
     servers = _list(values["rpc"])
+    has_domains = _DOMAINS in values["texts"]
+    if has_domains and len(values["texts"]) > 1 and not values["lines"]:
+        problem = "are read by lines, and the other texts would be, too"
+        raise UsageError(STAGE, "--text domains", problem, "say so with --lines")
     return Request(
         tasks=tasks,
         base=values["base"],
-        texts=tuple(map(_named_text, values["texts"])),
+        texts=tuple(text for one in values["texts"] for text in _named_texts(one)),
         setup=BenchSetup(
             device=values["device"],
             n_gpu_layers=values["gpu_layers"],
@@ -207,16 +232,41 @@ def _request(values: dict[str, Any]) -> Request:
         ),
         n_ctx=values["ctx"],
         n_chunks=values["chunks"],
-        is_lines=values["lines"],
+        is_lines=values["lines"] or has_domains,
         n_repeats=values["repeats"],
-        mmlu=MmluRequest(
-            folder=str(Path(folder).absolute()),
+    )
+
+
+def _with_data(request: Request, values: dict[str, Any]) -> Request:
+    """The request with the data that its tasks read, from the Hub where that is said.
+
+    Raises:
+        NetworkError, ResourceError: it cannot be fetched.
+        InputError: what was fetched is not what it was.
+    """
+    texts, mmlu, prompts = request.texts, None, None
+    if request.is_scored and not texts:
+        texts = (("wikitext", wikitext(STAGE)),)
+    if "mmlu" in request.tasks and (source := _mmlu_source(values)):
+        folder = mmlu_folder(STAGE) if source == "hub" else Path(source)
+        mmlu = MmluRequest(
+            folder=str(folder.absolute()),
             n_shots=values["shots"],
             limit=values["limit"] or None,
         )
-        if folder
-        else None,
-    )
+    if "generation" in request.tasks:
+        source = values["prompts"] or data.PROMPTS
+        path = billsum_file(STAGE) if source == "billsum" else Path(source)
+        prompts = PromptsRequest(
+            path=str(path.absolute()),
+            limit=values["prompt_limit"] or None,
+            max_tokens=values["max_tokens"],
+        )
+    return replace(request, texts=texts, mmlu=mmlu, prompts=prompts)
+
+
+def _mmlu_source(values: dict[str, Any]) -> str | None:
+    return values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
 
 
 def _list(text: str | None) -> list[str]:
@@ -235,11 +285,13 @@ def _share(text: str) -> float:
     return share
 
 
-def _named_text(text: str) -> tuple[str, Path]:
+def _named_texts(text: str) -> tuple[tuple[str, Path], ...]:
+    if text == _DOMAINS:
+        return data.domains()
     name, separator, path = text.partition("=")
     if not (separator and name and path):
         raise UsageError(STAGE, "--text", f"{text!r} is not NAME=FILE", "name the file")
-    return name, Path(path)
+    return ((name, Path(path)),)
 
 
 def _outs(files: tuple[Path, ...], out: Path | None) -> list[Path]:
