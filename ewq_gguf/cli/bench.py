@@ -255,8 +255,8 @@ def _with_data(request: Request, values: dict[str, Any]) -> Request:
             limit=values["limit"] or None,
         )
     if "generation" in request.tasks:
-        source = values["prompts"] or data.PROMPTS
-        path = billsum_file(STAGE) if source == "billsum" else Path(source)
+        named = values["prompts"] or data.PROMPTS
+        path = billsum_file(STAGE) if named == "billsum" else Path(named)
         prompts = PromptsRequest(
             path=str(path.absolute()),
             limit=values["prompt_limit"] or None,

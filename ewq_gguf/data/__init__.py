@@ -1,4 +1,4 @@
-"""Small files of the package: rows to learn from, the paper's figures, texts to score."""
+"""Small files of the package: rows to learn from, the paper's figures, texts."""
 
 from __future__ import annotations
 
