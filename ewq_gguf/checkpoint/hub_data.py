@@ -56,7 +56,10 @@ def data_file(
         NetworkError, ResourceError: it cannot be fetched.
     """
     from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging
 
+    # What it says of each attempt; why the last one failed is in our error.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     try:
         return Path(

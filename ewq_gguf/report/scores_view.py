@@ -37,6 +37,11 @@ def mmlu_view(scores: MmluScores) -> RenderableType:
 
 def generation_view(scores: GenerationScores) -> RenderableType:
     """BLEU and ROUGE beside references and the base model, for a rich console."""
+    if scores.references is None and scores.fidelity is None:
+        n_answers = len(scores.answers)
+        what = f"{n_answers} prompts were answered, and compared with nothing: there is"
+        remedy = "neither a reference nor a --base. The answers are in --json."
+        return Group(Text(f"{what} {remedy}"), *map(Text, _too_long(scores.too_long)))
     table = _table(f"Answers to {len(scores.answers)} prompts")
     table.add_column("")
     columns = [list(_MEASURES)]
