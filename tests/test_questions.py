@@ -16,13 +16,13 @@ from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.generation import GenerationPrompt
 from ewq_gguf.bench.mmlu import score_question
 from ewq_gguf.bench.mmlu_data import (
-    LETTERS,
     MmluTask,
     Prompt,
     Question,
     letter_tokens,
     load_task,
 )
+from ewq_gguf.bench.mmlu_files import LETTERS
 from ewq_gguf.bench.questions import ask
 from ewq_gguf.bench.scorer import Batch
 from ewq_gguf.checkpoint.source import open_checkpoint
@@ -239,11 +239,11 @@ def prompts_of(texts: list[str]) -> list[GenerationPrompt]:
 
 
 def answers(model, texts, *, n_ctx=50, max_tokens=4, **options):
-    given = Texts(tuple(texts), has_chat_template=False)
+    ids = tuple(prompt.id for prompt in prompts_of(texts))
+    given = Texts(ids, tuple(texts), has_chat_template=False)
     return list(
         answer(
             model,
-            prompts_of(texts),
             given,
             n_ctx=n_ctx,
             max_tokens=max_tokens,
@@ -297,20 +297,24 @@ def test_a_files_own_chat_template_is_applied(tmp_path):
 
     given = texts_for(model, path, prompts)
 
-    assert given == Texts(("\0<a>$", "\0<b>$"), has_chat_template=True)
-    (first, _) = answer(model, prompts, given, n_ctx=50, max_tokens=4)
+    assert given == Texts(
+        ("line 1", "line 2"), ("\0<a>$", "\0<b>$"), has_chat_template=True
+    )
+    (first, _) = answer(model, given, n_ctx=50, max_tokens=4)
     assert isinstance(first, Answer)
     assert first.text == "y"
     assert model.evaluated == 2 * len("\0<a>$y")  # no second BOS
-    empty = Texts(("",), has_chat_template=True)
+    empty = Texts(("line 1",), ("",), has_chat_template=True)
     with pytest.raises(InputError, match="makes an empty text"):
-        list(answer(model, prompts[:1], empty, n_ctx=50, max_tokens=4))
+        list(answer(model, empty, n_ctx=50, max_tokens=4))
 
 
 def test_a_file_without_a_template_gets_the_prompts_as_they_are(tmp_path):
     path = gguf_with(tmp_path / "without.gguf")
 
-    assert texts_for(Table(), path, prompts_of(["a"])) == Texts(("a",), False)
+    assert texts_for(Table(), path, prompts_of(["a"])) == Texts(
+        ("line 1",), ("a",), False
+    )
 
 
 # llama.cpp.

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from ewq_gguf import errors
+from ewq_gguf.bench.generation import GenerationPrompt, load_prompts
 from ewq_gguf.bench.mmlu_data import MmluTask, load_task
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchParameters
 from ewq_gguf.records.base import Part
 
-#: Of children: the texts need the base beside the model, the others the model alone.
-Kind = Literal["speed", "texts", "mmlu"]
+#: Of children: texts and generation need the base too, the others the model alone.
+Kind = Literal["speed", "texts", "mmlu", "generation"]
 
 _MARK = "@ewq "
 # What ggml's backends and llama.cpp say.
@@ -46,6 +47,28 @@ class MmluRequest(Part):
         return load_task(Path(self.folder), n_shots=self.n_shots, limit=self.limit)
 
 
+class PromptsRequest(Part):
+    """What a model answers, and how much of it.
+
+    Attributes:
+        path: of the prompts' file; absolute.
+        limit: prompts, the first of them; None is all.
+        max_tokens: of an answer.
+    """
+
+    path: str
+    limit: int | None
+    max_tokens: int
+
+    def prompts(self) -> tuple[GenerationPrompt, ...]:
+        """Read them.
+
+        Raises:
+            InputError, ToolError: as of `load_prompts`.
+        """
+        return load_prompts(Path(self.path), self.limit)
+
+
 class Job(Part):
     """What a child does; its paths are absolute.
 
@@ -55,6 +78,8 @@ class Job(Part):
         base: what it is compared with; None for no comparison.
         texts: files, as many as the parameters name.
         mmlu: the questions; None for none.
+        prompts: to be answered; None for none.
+        base_answers: folder where the base's answers are kept for other files.
         parameters: what was asked.
         journal: gets each finished part, a line of JSON.
         failure: gets the error that ended the child, where it is one of ours.
@@ -65,6 +90,8 @@ class Job(Part):
     base: str | None
     texts: tuple[str, ...]
     mmlu: MmluRequest | None
+    prompts: PromptsRequest | None
+    base_answers: str | None
     parameters: BenchParameters
     journal: str
     failure: str

@@ -41,12 +41,17 @@ def check_comparable(
         np.array_equal(a.tokens, b.tokens) for a, b in zip(own, other, strict=True)
     )
     if not is_same:
-        raise InputError(
-            STAGE,
-            base.path,
-            f"has another tokenizer than {model.path.name}",
-            "compare files of one model",
-        )
+        raise another_tokenizer(model, base)
+
+
+def another_tokenizer(model: Named, base: Named) -> InputError:
+    """The error for a base whose tokens are others."""
+    return InputError(
+        STAGE,
+        base.path,
+        f"has another tokenizer than {model.path.name}",
+        "compare files of one model",
+    )
 
 
 def score_text(

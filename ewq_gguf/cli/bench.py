@@ -13,7 +13,7 @@ from ewq_gguf import store
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.cli.bench_options import bench_options, request_of, with_text
+from ewq_gguf.cli.bench_options import bench_options, request_of, with_data
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -30,7 +30,7 @@ from ewq_gguf.report.bench_view import bench_view
 @click.command()
 @click.argument("files", type=PATH, metavar="FILE...", nargs=-1, required=True)
 @out_option("the result, a folder for several.  [default: results/NAME.json]")
-@click.option("--base", type=PATH, help="The base GGUF that `kld` compares with.")
+@click.option("--base", type=PATH, help="The base GGUF to compare with.")
 @bench_options
 @force_option
 @quiet_option
@@ -46,14 +46,15 @@ def bench(
     """Measure what GGUF files are worth, with error bars.
 
     Perplexity as llama-perplexity counts it, the divergence from a base model, MMLU
-    by letters, and speed as llama-bench counts it; each file in processes of its own.
+    by letters, answers beside references and the base model's, and speed as
+    llama-bench counts it; each file in processes of its own.
     A run that was killed goes on where it was.
     """
     request = request_of(values)
     request.check_base()
     for file in files:
         identify(file)
-    request = with_text(request)
+    request = with_data(request, values)
     request.parameters()
     outs = _outs(files, out)
     # What would be refused is refused before the first file is measured.

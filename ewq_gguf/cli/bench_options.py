@@ -9,16 +9,19 @@ from typing import Any, get_args
 
 import click
 
-from ewq_gguf.bench.job import MmluRequest
+from ewq_gguf import data
+from ewq_gguf.bench.job import MmluRequest, PromptsRequest
 from ewq_gguf.bench.runner import CACHE_TYPES, Request
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.hub_data import billsum_file, mmlu_folder
 from ewq_gguf.checkpoint.texts import wikitext
-from ewq_gguf.cli.common import PATH, all_of, options_of, threads_option
+from ewq_gguf.cli.common import all_of, options_of, threads_option
 from ewq_gguf.errors import UsageError
 from ewq_gguf.llamacpp.rpc import server_address
 from ewq_gguf.records import BenchSetup, Task
 
 _TASKS: tuple[Task, ...] = get_args(Task)
+_DOMAINS = "domains"
 
 #: What `request_of` reads, the base left out.
 bench_options = all_of(
@@ -33,9 +36,9 @@ bench_options = all_of(
             "--text",
             "texts",
             multiple=True,
-            metavar="NAME=FILE",
-            help="A text to score; repeat.  [default: wikitext, of EWQ_TEXT_DIR or the "
-            "Hub]",
+            metavar="NAME=FILE|domains",
+            help="A text to score; repeat. `domains` are six short ones of ours, by "
+            "--lines.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
         ),
         click.option(
             "--chunks", type=click.IntRange(1), help="Windows per text.  [default: all]"
@@ -54,8 +57,7 @@ bench_options = all_of(
         ),
         click.option(
             "--mmlu",
-            type=PATH,
-            metavar="DIR",
+            metavar="DIR|hub",
             help="MMLU's questions: a folder with test/ and dev/.  [EWQ_MMLU_DIR]",
         ),
         click.option(
@@ -71,6 +73,26 @@ bench_options = all_of(
             default=10,
             show_default=True,
             help="Questions per subject; 0 is all 14 042.",
+        ),
+        click.option(
+            "--prompts",
+            metavar="FILE|billsum",
+            help="Prompts to answer, JSONL with references or without; or bills from "
+            "the Hub.  [default: 20 of ours]",
+        ),
+        click.option(
+            "--prompt-limit",
+            type=click.IntRange(0),
+            default=100,
+            show_default=True,
+            help="Prompts, the first of the file; 0 is all.",
+        ),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(1, 2048),
+            default=64,
+            show_default=True,
+            help="Of an answer.",
         ),
         click.option(
             "--repeats",
@@ -122,8 +144,7 @@ def request_of(values: dict[str, Any]) -> Request:
     Raises:
         UsageError: a task is unknown, or an option says nothing.
     """
-    folder = values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
-    lacking = {"kld": values["base"] is None, "mmlu": not folder}
+    lacking = {"kld": values["base"] is None, "mmlu": not _mmlu_source(values)}
     default = [task for task in _TASKS if not lacking.get(task)]
     asked = comma_list(values["tasks"]) or default
     tasks = tuple(task for task in _TASKS if task in asked)
@@ -131,46 +152,72 @@ def request_of(values: dict[str, Any]) -> Request:
         raise UsageError(
             STAGE, "--tasks", f"there is no {unknown[0]!r}", f"use {','.join(_TASKS)}"
         )
-    servers = comma_list(values["rpc"])
+    has_domains = _DOMAINS in values["texts"]
+    if has_domains and len(values["texts"]) > 1 and not values["lines"]:
+        problem = "are read by lines, and the other texts would be, too"
+        raise UsageError(STAGE, "--text domains", problem, "say so with --lines")
     return Request(
         tasks=tasks,
         base=values["base"],
-        texts=tuple(map(_named_text, values["texts"])),
-        setup=BenchSetup(
-            device=values["device"],
-            n_gpu_layers=values["gpu_layers"],
-            tensor_split=tuple(map(_share, comma_list(values["tensor_split"]))),
-            rpc=tuple(
-                server_address(server, allow_public=values["allow_public"])
-                for server in servers
-            ),
-            n_threads=options_of(values).n_threads,
-            cache_type_k=values["cache_type_k"],
-            cache_type_v=values["cache_type_v"],
-        ),
+        texts=tuple(text for one in values["texts"] for text in named_texts(one)),
+        setup=setup_of(values),
         n_ctx=values["ctx"],
         n_chunks=values["chunks"],
-        is_lines=values["lines"],
+        is_lines=values["lines"] or has_domains,
         n_repeats=values["repeats"],
-        mmlu=MmluRequest(
-            folder=str(Path(folder).absolute()),
-            n_shots=values["shots"],
-            limit=values["limit"] or None,
-        )
-        if folder
-        else None,
     )
 
 
-def with_text(request: Request) -> Request:
-    """A request that reads texts, with wikitext where it names none.
+def setup_of(values: dict[str, Any]) -> BenchSetup:
+    """How models are loaded, by the options.
 
     Raises:
-        NetworkError, ResourceError, InputError: it cannot be fetched.
+        UsageError: a share or a worker's address is none.
     """
-    if request.is_scored and not request.texts:
-        return replace(request, texts=(("wikitext", wikitext(STAGE)),))
-    return request
+    return BenchSetup(
+        device=values["device"],
+        n_gpu_layers=values["gpu_layers"],
+        tensor_split=tuple(map(_share, comma_list(values["tensor_split"]))),
+        rpc=tuple(
+            server_address(server, allow_public=values["allow_public"])
+            for server in comma_list(values["rpc"])
+        ),
+        n_threads=options_of(values).n_threads,
+        cache_type_k=values["cache_type_k"],
+        cache_type_v=values["cache_type_v"],
+    )
+
+
+def with_data(request: Request, values: dict[str, Any]) -> Request:
+    """The request with the data that its tasks read, from the Hub where that is said.
+
+    Raises:
+        NetworkError, ResourceError: it cannot be fetched.
+        InputError: what was fetched is not what it was.
+    """
+    texts, mmlu, prompts = request.texts, None, None
+    if request.is_scored and not texts:
+        texts = (("wikitext", wikitext(STAGE)),)
+    if "mmlu" in request.tasks and (source := _mmlu_source(values)):
+        folder = mmlu_folder(STAGE) if source == "hub" else Path(source)
+        mmlu = MmluRequest(
+            folder=str(folder.absolute()),
+            n_shots=values["shots"],
+            limit=values["limit"] or None,
+        )
+    if "generation" in request.tasks:
+        named = values["prompts"] or data.PROMPTS
+        path = billsum_file(STAGE) if named == "billsum" else Path(named)
+        prompts = PromptsRequest(
+            path=str(path.absolute()),
+            limit=values["prompt_limit"] or None,
+            max_tokens=values["max_tokens"],
+        )
+    return replace(request, texts=texts, mmlu=mmlu, prompts=prompts)
+
+
+def _mmlu_source(values: dict[str, Any]) -> str | None:
+    return values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
 
 
 def comma_list(text: str | None) -> list[str]:
@@ -190,8 +237,15 @@ def _share(text: str) -> float:
     return share
 
 
-def _named_text(text: str) -> tuple[str, Path]:
+def named_texts(text: str) -> tuple[tuple[str, Path], ...]:
+    """The texts that one --text names.
+
+    Raises:
+        UsageError: it is neither NAME=FILE nor `domains`.
+    """
+    if text == _DOMAINS:
+        return data.domains()
     name, separator, path = text.partition("=")
     if not (separator and name and path):
         raise UsageError(STAGE, "--text", f"{text!r} is not NAME=FILE", "name the file")
-    return name, Path(path)
+    return ((name, Path(path)),)

@@ -12,7 +12,7 @@ from rich.console import Console
 from ewq_gguf import pipeline
 from ewq_gguf.bench.comparison import across_models
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.cli.bench_options import bench_options, comma_list, request_of, with_text
+from ewq_gguf.cli.bench_options import bench_options, comma_list, request_of, with_data
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -85,7 +85,7 @@ def make(
     where it was.
     """
     # The model stands for its base, which is made later.
-    request = with_text(request_of({**values, "base": Path(model)}))
+    request = with_data(request_of({**values, "base": Path(model)}), values)
     wanted = pipeline.Wanted(
         plans=wanted_plans(plans),
         presets=tuple(

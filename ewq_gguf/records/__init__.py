@@ -27,6 +27,7 @@ from ewq_gguf.records.plan import (
     UniformPolicy,
 )
 from ewq_gguf.records.result import (
+    AnswerPart,
     BenchedFile,
     BenchParameters,
     BenchSetup,
@@ -48,6 +49,7 @@ from ewq_gguf.records.scan import LayerScan, Measures, Scan, Statistics, TensorS
 from ewq_gguf.records.verification import Verification, VerifiedTensor
 
 __all__ = [
+    "AnswerPart",
     "BenchParameters",
     "BenchSetup",
     "BenchText",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from ewq_gguf.records.base import Part, Record
-from ewq_gguf.records.scores import MmluOutcome, MmluScores
+from ewq_gguf.records.scores import Answer, GenerationScores, MmluOutcome, MmluScores
 
-Task = Literal["perplexity", "kld", "mmlu", "speed", "memory"]
+Task = Literal["perplexity", "kld", "mmlu", "generation", "speed", "memory"]
 
 
 class BenchedFile(Part):
@@ -72,6 +72,8 @@ class BenchParameters(Part):
         n_generated: tokens it generates.
         n_repeats: of each test, after a warm-up.
         mmlu_sha256: of MMLU's prompts; None where none was asked.
+        prompts_sha256: of the prompts to be answered; None where there were none.
+        max_tokens: of an answer; None likewise.
     """
 
     tasks: tuple[Task, ...]
@@ -84,6 +86,8 @@ class BenchParameters(Part):
     n_generated: int
     n_repeats: int
     mmlu_sha256: str | None = None
+    prompts_sha256: str | None = None
+    max_tokens: int | None = None
 
 
 class Engine(Part):
@@ -238,6 +242,10 @@ class Result(Record):
         accuracy: share of MMLU's questions that were right.
         accuracy_stderr: of it.
         mmlu_perplexity: the paper's, of the right letters.
+        bleu: of the answers beside the prompts' references; None without any.
+        rouge_l: likewise, 0 to 1.
+        fidelity_rouge_l: of the answers beside the base's.
+        common_prefix_share: of an answer, before it leaves the base's.
         prompt_tps: tokens per second.
         generation_tps: tokens per second.
         ttft_seconds: to the first token.
@@ -245,6 +253,7 @@ class Result(Record):
         device_bytes: on devices.
         texts: each text's numbers, in the order asked.
         mmlu: all about it.
+        generation: all about the answers.
         speed: all about it.
         memory: all about it.
     """
@@ -265,6 +274,10 @@ class Result(Record):
     accuracy: float | None = None
     accuracy_stderr: float | None = None
     mmlu_perplexity: float | None = None
+    bleu: float | None = None
+    rouge_l: float | None = None
+    fidelity_rouge_l: float | None = None
+    common_prefix_share: float | None = None
     prompt_tps: float | None = None
     generation_tps: float | None = None
     ttft_seconds: float | None = None
@@ -272,6 +285,7 @@ class Result(Record):
     device_bytes: int | None = None
     texts: tuple[TextResult, ...] = ()
     mmlu: MmluScores | None = None
+    generation: GenerationScores | None = None
     speed: Speed | None = None
     memory: Memory | None = None
 
@@ -314,9 +328,10 @@ class RunPart(Part):
     """A child that came to its end.
 
     Attributes:
-        name: `texts`, `mmlu` or `speed`.
+        name: `texts`, `mmlu`, `generation` or `speed`.
         engine: what computed.
         mmlu: scored; None where it was not asked.
+        generation: likewise.
         speed: measured; None where it was not asked.
         memory: measured; None likewise.
     """
@@ -324,6 +339,7 @@ class RunPart(Part):
     name: str
     engine: Engine
     mmlu: MmluScores | None = None
+    generation: GenerationScores | None = None
     speed: Speed | None = None
     memory: Memory | None = None
 
@@ -338,3 +354,15 @@ class MmluPart(Part):
 
     name: str
     outcome: MmluOutcome
+
+
+class AnswerPart(Part):
+    """A prompt that was answered.
+
+    Attributes:
+        name: its id.
+        answer: to it.
+    """
+
+    name: str
+    answer: Answer
