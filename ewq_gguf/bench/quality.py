@@ -89,15 +89,11 @@ def score_text(
 def _score(
     model: Named, base: Named | None, scorers: Sequence[Scorer], batch: Sequence[Window]
 ) -> ChunkPart:
-    joined, targets = _joined(batch)
     for scorer in scorers:
         scorer.clear()
     nll: list[float] = []
     compared: list[Divergence] = []
-    # Piece by piece, so that the logits of a long window need not fit into memory.
-    for begin in range(0, len(joined), N_BATCH):
-        piece = _slice(joined, slice(begin, begin + N_BATCH))
-        wanted = targets[begin : begin + N_BATCH][piece.wanted]
+    for piece, wanted in pieces(batch):
         rows = [scorer.evaluate(piece) for scorer in scorers]
         if not len(wanted):
             continue
@@ -117,6 +113,17 @@ def _score(
         kld_nats=tuple(x for d in compared for x in d.kld_nats.tolist()),
         is_same_top=tuple(x for d in compared for x in d.is_same_top.tolist()),
     )
+
+
+def pieces(batch: Sequence[Window]) -> Iterator[tuple[Batch, IntArray]]:
+    """A batch of windows as forward passes, and the scored tokens of each.
+
+    The logits of a long window need not fit into memory.
+    """
+    joined, targets = _joined(batch)
+    for begin in range(0, len(joined), N_BATCH):
+        piece = _slice(joined, slice(begin, begin + N_BATCH))
+        yield piece, targets[begin : begin + N_BATCH][piece.wanted]
 
 
 def _joined(batch: Sequence[Window]) -> tuple[Batch, IntArray]:

@@ -25,6 +25,7 @@ from ewq_gguf.records.plan import (
     Totals,
     UniformPolicy,
 )
+from ewq_gguf.records.reference import HeadShape, Reference, ReferenceText
 from ewq_gguf.records.result import (
     BenchedFile,
     BenchParameters,
@@ -57,6 +58,7 @@ __all__ = [
     "Engine",
     "EwqPolicy",
     "FastEwqPolicy",
+    "HeadShape",
     "Imatrix",
     "ImportedPolicy",
     "Kld",
@@ -74,6 +76,8 @@ __all__ = [
     "PlanTensor",
     "Policy",
     "Record",
+    "Reference",
+    "ReferenceText",
     "Result",
     "RulePolicy",
     "RunPart",
