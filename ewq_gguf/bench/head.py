@@ -56,9 +56,7 @@ _scale = _function("ggml_scale_inplace", _POINTER, _POINTER, _POINTER, _FLOAT)
 _tanh = _function("ggml_tanh_inplace", _POINTER, _POINTER, _POINTER)
 _new_graph = _function("ggml_new_graph", _POINTER, _POINTER)
 _expand = _function("ggml_build_forward_expand", None, _POINTER, _POINTER)
-_new_backend = _function(
-    "ggml_backend_init_by_type", _POINTER, _INT, ctypes.c_char_p
-)
+_new_backend = _function("ggml_backend_init_by_type", _POINTER, _INT, ctypes.c_char_p)
 _free_backend = _function("ggml_backend_free", None, _POINTER)
 _device_of = _function("ggml_backend_get_device", _POINTER, _POINTER)
 _registry_of = _function("ggml_backend_dev_backend_reg", _POINTER, _POINTER)
@@ -87,6 +85,11 @@ class Weights:
     matrix: NDArray[np.uint8]
     bias: FloatArray | None
 
+    @property
+    def n_bytes(self) -> int:
+        """Of both."""
+        return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
 
 class Head:
     """Logits of final hidden states; `open_head` makes one."""
@@ -97,7 +100,9 @@ class Head:
         self._graph = _new_graph(context)
         self._tensors = tensors
         _expand(self._graph, tensors.logits)
+        self.n_vocab = tensors.n_vocab
         self.n_bytes = tensors.n_bytes
+        self.weights_bytes = tensors.weights_bytes
 
     def logits(self, states: FloatArray) -> FloatArray:
         """The matrix times each state, then scaled and capped; (n, E) -> (n, V).
@@ -120,12 +125,13 @@ class Head:
 
 @dataclass(frozen=True)
 class _Tensors:
-    """Pointers to the graph's ends."""
+    """Pointers to the graph's ends; and bytes, of all and of the weights."""
 
     states: int
     logits: int
     n_vocab: int
     n_bytes: int
+    weights_bytes: int
 
 
 @contextmanager
@@ -157,12 +163,16 @@ def open_head(
         logits = _shaped(context, logits, shape)
         buffer = _allocate(context, backend)
         if not buffer:
-            problem = f"its output matrix of {weights.matrix.nbytes:,} bytes does not fit"
+            problem = (
+                f"its output matrix of {weights.matrix.nbytes:,} bytes does not fit"
+            )
             raise ResourceError(STAGE, "reference", problem, "free some memory")
         _set(matrix, weights.matrix.ctypes.data, 0, weights.matrix.nbytes)
         if weights.bias is not None:
             _set(bias, weights.bias.ctypes.data, 0, weights.bias.nbytes)
-        tensors = _Tensors(states, logits, n_vocab, _buffer_bytes(buffer))
+        tensors = _Tensors(
+            states, logits, n_vocab, _buffer_bytes(buffer), weights.n_bytes
+        )
         yield Head(backend, context, tensors)
     finally:
         if buffer:

@@ -11,11 +11,11 @@ from ewq_gguf import errors
 from ewq_gguf.bench.mmlu_data import MmluTask, load_task
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import EwqError, ResourceError
-from ewq_gguf.records import BenchParameters
+from ewq_gguf.records import BenchedFile, BenchParameters
 from ewq_gguf.records.base import Part
 
 #: Of children: the texts need the base beside the model, the others the model alone.
-Kind = Literal["speed", "texts", "mmlu"]
+Kind = Literal["speed", "texts", "mmlu", "reference"]
 
 _MARK = "@ewq "
 # What ggml's backends and llama.cpp say.
@@ -46,6 +46,18 @@ class MmluRequest(Part):
         return load_task(Path(self.folder), n_shots=self.n_shots, limit=self.limit)
 
 
+class ReferenceRequest(Part):
+    """Which reference is written, and of what.
+
+    Attributes:
+        out: the file; absolute.
+        model: the base.
+    """
+
+    out: str
+    model: BenchedFile
+
+
 class Job(Part):
     """What a child does; its paths are absolute.
 
@@ -58,6 +70,7 @@ class Job(Part):
         parameters: what was asked.
         journal: gets each finished part, a line of JSON.
         failure: gets the error that ended the child, where it is one of ours.
+        reference: what is written instead of the journal; None for no reference.
     """
 
     part: Kind
@@ -68,6 +81,7 @@ class Job(Part):
     parameters: BenchParameters
     journal: str
     failure: str
+    reference: ReferenceRequest | None = None
 
 
 class Failure(Part):

@@ -49,6 +49,25 @@ def check_comparable(
         )
 
 
+def check_stored(model: Named, base: Named, windows: Windows, stored: Windows) -> None:
+    """Refuse a reference that has not the windows that are asked; more are fine.
+
+    Raises:
+        InputError: its tokens are others, or it has fewer windows.
+    """
+    n_asked, n_stored = len(windows.windows), len(stored.windows)
+    n_both = min(n_asked, n_stored)
+    own, other = (Windows(w.windows[:n_both]) for w in (windows, stored))
+    check_comparable(model, base, own, other)
+    if n_stored < n_asked:
+        raise InputError(
+            STAGE,
+            base.path,
+            f"has {n_stored} windows of the text, {n_asked} are asked",
+            f"use --chunks {n_stored}, or make it anew with more",
+        )
+
+
 def score_text(
     model: Named,
     base: Named | None,
@@ -82,8 +101,26 @@ def score_text(
             for named in (model, base)
             if named is not None
         ]
+        if base is not None:
+            _check_vocabularies(model, base, scorers)
         for i, batch in enumerate(batches):
             yield i, None if is_done(i) else _score(model, base, scorers, batch)
+
+
+def _check_vocabularies(model: Named, base: Named, scorers: Sequence[Scorer]) -> None:
+    """Refuse a base whose tokens are as many as they are by padding alone.
+
+    Raises:
+        InputError: the models have logits of different numbers.
+    """
+    own, other = (scorer.n_vocab for scorer in scorers)
+    if own != other:
+        raise InputError(
+            STAGE,
+            base.path,
+            f"has {other} logits per token, {model.path.name} has {own}",
+            "compare files of one model",
+        )
 
 
 def _score(

@@ -43,7 +43,11 @@ _TASKS: tuple[Task, ...] = get_args(Task)
     metavar="LIST",
     help=f"Of {','.join(_TASKS)}.  [default: all; kld with --base, mmlu with --mmlu]",
 )
-@click.option("--base", type=PATH, help="The base GGUF that `kld` compares with.")
+@click.option(
+    "--base",
+    type=PATH,
+    help="The base GGUF that `kld` compares with, or its reference.",
+)
 @click.option(
     "--text",
     "texts",
@@ -188,23 +192,11 @@ def _request(values: dict[str, Any]) -> Request:
         raise UsageError(
             STAGE, "--tasks", f"there is no {unknown[0]!r}", f"use {','.join(_TASKS)}"
         )
-    servers = _list(values["rpc"])
     return Request(
         tasks=tasks,
         base=values["base"],
-        texts=tuple(map(_named_text, values["texts"])),
-        setup=BenchSetup(
-            device=values["device"],
-            n_gpu_layers=values["gpu_layers"],
-            tensor_split=tuple(map(_share, _list(values["tensor_split"]))),
-            rpc=tuple(
-                server_address(server, allow_public=values["allow_public"])
-                for server in servers
-            ),
-            n_threads=options_of(values).n_threads,
-            cache_type_k=values["cache_type_k"],
-            cache_type_v=values["cache_type_v"],
-        ),
+        texts=tuple(map(named_text, values["texts"])),
+        setup=setup_of(values),
         n_ctx=values["ctx"],
         n_chunks=values["chunks"],
         is_lines=values["lines"],
@@ -216,6 +208,26 @@ def _request(values: dict[str, Any]) -> Request:
         )
         if folder
         else None,
+    )
+
+
+def setup_of(values: dict[str, Any]) -> BenchSetup:
+    """How models are loaded, by the options.
+
+    Raises:
+        UsageError: a share or a worker's address is none.
+    """
+    return BenchSetup(
+        device=values["device"],
+        n_gpu_layers=values["gpu_layers"],
+        tensor_split=tuple(map(_share, _list(values["tensor_split"]))),
+        rpc=tuple(
+            server_address(server, allow_public=values["allow_public"])
+            for server in _list(values["rpc"])
+        ),
+        n_threads=options_of(values).n_threads,
+        cache_type_k=values["cache_type_k"],
+        cache_type_v=values["cache_type_v"],
     )
 
 
@@ -235,7 +247,12 @@ def _share(text: str) -> float:
     return share
 
 
-def _named_text(text: str) -> tuple[str, Path]:
+def named_text(text: str) -> tuple[str, Path]:
+    """NAME=FILE in its parts.
+
+    Raises:
+        UsageError: it is not that.
+    """
     name, separator, path = text.partition("=")
     if not (separator and name and path):
         raise UsageError(STAGE, "--text", f"{text!r} is not NAME=FILE", "name the file")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ewq_gguf.records.base import Part, Record
 from ewq_gguf.records.result import BenchedFile, BenchSetup, Engine
@@ -17,7 +19,7 @@ class HeadShape(Part):
     """
 
     scale: float
-    softcap: float | None
+    softcap: Annotated[float, Field(gt=0)] | None
 
 
 class ReferenceText(Part):
@@ -37,7 +39,7 @@ class ReferenceText(Part):
     n_windows: int
     n_tokens: int
     n_scored: int
-    first: int
+    first: Annotated[int, Field(ge=1)]
 
 
 class Reference(Record):
