@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ewq_gguf import store
@@ -12,7 +13,7 @@ from ewq_gguf.bench.runner import OnProgress, Request, run_job
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.llamacpp.verify import check_bindings
-from ewq_gguf.records import Reference
+from ewq_gguf.records import BenchParameters, Reference
 
 
 def make_reference(
@@ -34,8 +35,7 @@ def make_reference(
         ResourceError: memory or the disk has no room.
     """
     check_bindings(STAGE)
-    asked = request.parameters()
-    model = identify(base)
+    asked, model = _asked(request), identify(base)
     with store.replacing(out, stage=STAGE) as temporary:
         job = Job(
             part="reference",
@@ -61,7 +61,7 @@ def existing_reference(out: Path, base: Path, request: Request) -> Reference | N
     """
     if not out.exists():
         return None
-    asked, model = request.parameters(), identify(base)
+    asked, model = _asked(request), identify(base)
     try:
         record = read_reference(out).record
     except (InputError, VerificationError):
@@ -69,3 +69,8 @@ def existing_reference(out: Path, base: Path, request: Request) -> Reference | N
     if not is_made_of(record, model, asked):
         raise store.already_exists(out, STAGE)
     return record
+
+
+def _asked(request: Request) -> BenchParameters:
+    """The texts matter, whichever task will read them."""
+    return replace(request, tasks=("perplexity",)).parameters()
