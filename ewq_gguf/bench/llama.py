@@ -329,7 +329,7 @@ def load_error(path: Path, said: str) -> EwqError:
     """Why a model does not load, by llama.cpp's log."""
     if is_out_of_memory(said):
         return too_large(path, "does not fit into memory")
-    problem = f"does not load: {_last_line(said)}"
+    problem = f"does not load: {_reason(said)}"
     return VerificationError(STAGE, path, problem, "make it again")
 
 
@@ -340,13 +340,16 @@ def context_error(path: Path, said: str) -> EwqError:
     return InputError(
         STAGE,
         path,
-        f"allows no such context: {_last_line(said)}",
+        f"allows no such context: {_reason(said)}",
         "use another --ctx, --cache-type-k or --cache-type-v",
     )
 
 
-def _last_line(text: str) -> str:
-    return "".join([line for line in text.splitlines() if line.strip()][-1:])
+def _reason(text: str) -> str:
+    """The last line that tells of an error, else the last one."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line]
+    return "".join((errors or lines)[-1:])
 
 
 def _ggml_type(name: str) -> int:

@@ -139,6 +139,7 @@ class _Maker:
         """Kept states, and the most by which their log-probabilities are off.
 
         Raises:
+            InputError: the states do not fit the matrix.
             VerificationError: the base computes NaN.
         """
         self._scorer.clear()
@@ -146,6 +147,8 @@ class _Maker:
             logits, states = self._scorer.evaluate_with_states(piece)
             if not len(targets):
                 continue
+            if states.shape[1] != self.n_embd:
+                raise self.refusal(float("inf"))
             kept = pack(states, self._kind)
             error = self._error(logits, head.logits(self._unpacked(kept)))
             yield kept, error
