@@ -25,6 +25,7 @@ from ewq_gguf.bench.scorer import STAGE, FloatArray
 from ewq_gguf.bench.texts import Window, Windows
 from ewq_gguf.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from ewq_gguf.errors import InputError
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.records import BenchedFile, BenchParameters, Reference
 
 ARCHITECTURE = "ewq-reference"
@@ -234,6 +235,7 @@ def is_made_of(record: Reference, model: BenchedFile, asked: BenchParameters) ->
         (record.model.sha256, record.setup) == (model.sha256, asked.setup)
         and (record.n_ctx, record.n_chunks) == (asked.n_ctx, asked.n_chunks)
         and record.is_lines == asked.is_lines
+        and record.engine.commit == LLAMA_CPP_COMMIT
         and [(t.name, t.sha256) for t in record.texts]
         == [(t.name, t.sha256) for t in asked.texts]
     )
