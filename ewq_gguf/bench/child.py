@@ -19,17 +19,20 @@ from ewq_gguf import store
 from ewq_gguf.bench.answers import Texts, answer, texts_for, tokens_of
 from ewq_gguf.bench.datafile import read_text
 from ewq_gguf.bench.generation import generation_scores
-from ewq_gguf.bench.job import Failure, Job, progress_line
-from ewq_gguf.bench.llama import Log
+from ewq_gguf.bench.job import Failure, Job, ReferenceRequest, progress_line
+from ewq_gguf.bench.llama import LlamaModel, Log
 from ewq_gguf.bench.load import load
 from ewq_gguf.bench.mmlu import mmlu_scores
 from ewq_gguf.bench.quality import (
     Named,
     another_tokenizer,
     check_comparable,
+    check_stored,
     score_text,
 )
 from ewq_gguf.bench.questions import ask
+from ewq_gguf.bench.reference import ReferenceModel
+from ewq_gguf.bench.reference_writing import write_reference
 from ewq_gguf.bench.scorer import Model
 from ewq_gguf.bench.speed import measure
 from ewq_gguf.bench.texts import Windows, chunks_of, lines_of
@@ -61,6 +64,9 @@ def main(path: Path) -> int:
         with _journal(Path(job.journal)) as keep:
             log = Log()
             setup = job.parameters.setup
+            if job.reference is not None:
+                _reference(job, job.reference, LlamaModel(Path(job.model), setup, log))
+                return 0
             model = load(Path(job.model), setup, log)
             if job.part == "speed":
                 _speed(job, model, keep)
@@ -96,7 +102,7 @@ def _texts(
     done = read_journal(Path(job.journal), ChunkPart)
     asked = job.parameters
     # All texts are looked at before the first is scored.
-    texts = [_windows(job, Path(path), model, base) for path in job.texts]
+    texts = [_windows(job, i, model, base) for i in range(len(job.texts))]
     n_all = sum(len(text.windows) for text in texts)
     n_done = 0
     for number, windows in enumerate(texts):
@@ -113,6 +119,12 @@ def _texts(
         skipped = windows.n_skipped
         keep(TextPart(name=str(number), n_batches=n_batches, n_skipped=skipped))
     keep(RunPart(name="texts", engine=model.model.engine))
+
+
+def _reference(job: Job, asked: ReferenceRequest, model: LlamaModel) -> None:
+    named = Named(model.path, model)
+    texts = [_windows(job, i, named, None) for i in range(len(job.texts))]
+    write_reference(model, asked, job.parameters, texts, _tell)
 
 
 def _mmlu(job: Job, model: Named, keep: Callable[[Part], None]) -> None:
@@ -225,15 +237,19 @@ def _known(prefix: str, done: dict[str, ChunkPart]) -> Callable[[int], bool]:
     return lambda i: f"{prefix}{i}" in done
 
 
-def _windows(job: Job, path: Path, model: Named, base: Named | None) -> Windows:
-    asked = job.parameters
+def _windows(job: Job, number: int, model: Named, base: Named | None) -> Windows:
+    asked, path = job.parameters, Path(job.texts[number])
     cut = lines_of if asked.is_lines else chunks_of
     text = read_text(path)
-    windows = cut(model.model, text, asked.n_ctx, path)
-    if base is not None:
+    whole = cut(model.model, text, asked.n_ctx, path)
+    windows = Windows(whole.windows[: asked.n_chunks], whole.n_skipped)
+    if base is not None and isinstance(base.model, ReferenceModel):
+        stored = base.model.windows(asked.texts[number].sha256)
+        check_stored(model, base, windows, stored)
+    elif base is not None:
         other = cut(base.model, text, asked.n_ctx, path)
-        check_comparable(model, base, windows, other)
-    return Windows(windows.windows[: asked.n_chunks], windows.n_skipped)
+        check_comparable(model, base, whole, other)
+    return windows
 
 
 @contextmanager

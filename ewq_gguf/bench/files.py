@@ -7,10 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.reference_file import check_asked, is_reference, read_reference
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, VerificationError
-from ewq_gguf.records import BenchedFile
+from ewq_gguf.records import BenchedFile, BenchParameters
 
 #: llama_split_path in src/llama.cpp.
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -20,13 +21,37 @@ def identify(path: Path) -> BenchedFile:
     """Check a file's header, and those of its other parts, and hash them.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or it is a reference and no model.
         VerificationError: it is not a sound GGUF file, or parts are missing or of
             another file.
     """
     if not path.exists():
         raise InputError(STAGE, path, "no such file", "check the path")
-    parts = _parts(path)
+    if is_reference(read_gguf(path)):
+        raise InputError(
+            STAGE, path, "is a reference and no model", "give it as --base"
+        )
+    return _hashed(path)
+
+
+def identify_base(path: Path, asked: BenchParameters) -> BenchedFile:
+    """The same for what a file is compared with: a model, or a reference of one.
+
+    Raises:
+        InputError: there is no such file, or a reference is of something else than
+            what is asked.
+        VerificationError: as of `identify`.
+    """
+    if not path.exists() or not is_reference(read_gguf(path)):
+        return identify(path)
+    reference = read_reference(path)
+    check_asked(reference, asked)
+    model = reference.record.model.sha256
+    return _hashed(path).model_copy(update={"reference_of": model})
+
+
+def _hashed(path: Path) -> BenchedFile:
+    parts = parts_of(path)
     stats = [part.stat() for part in parts]
     hashes = [
         _sha256(part, stat.st_size, stat.st_mtime_ns)
@@ -45,8 +70,12 @@ def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
     return store.sha256_file(path)
 
 
-def _parts(path: Path) -> list[Path]:
-    """A split file's parts in order, or the file alone."""
+def parts_of(path: Path) -> list[Path]:
+    """A split file's parts in order, or the file alone.
+
+    Raises:
+        VerificationError: parts are missing or of another file.
+    """
     count = int(read_gguf(path).kv.get("split.count", 1))
     if count <= 1:
         return [path]

@@ -12,11 +12,11 @@ from ewq_gguf.bench.generation import GenerationPrompt, load_prompts
 from ewq_gguf.bench.mmlu_data import MmluTask, load_task
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import EwqError, ResourceError
-from ewq_gguf.records import BenchParameters
+from ewq_gguf.records import BenchedFile, BenchParameters
 from ewq_gguf.records.base import Part
 
 #: Of children: texts and generation need the base too, the others the model alone.
-Kind = Literal["speed", "texts", "mmlu", "generation"]
+Kind = Literal["speed", "texts", "mmlu", "generation", "reference"]
 
 _MARK = "@ewq "
 # What ggml's backends and llama.cpp say.
@@ -69,6 +69,18 @@ class PromptsRequest(Part):
         return load_prompts(Path(self.path), self.limit)
 
 
+class ReferenceRequest(Part):
+    """Which reference is written, and of what.
+
+    Attributes:
+        out: the file; absolute.
+        model: the base.
+    """
+
+    out: str
+    model: BenchedFile
+
+
 class Job(Part):
     """What a child does; its paths are absolute.
 
@@ -83,18 +95,20 @@ class Job(Part):
         parameters: what was asked.
         journal: gets each finished part, a line of JSON.
         failure: gets the error that ended the child, where it is one of ours.
+        reference: what is written instead of the journal; None for no reference.
     """
 
     part: Kind
     model: str
-    base: str | None
+    base: str | None = None
     texts: tuple[str, ...]
-    mmlu: MmluRequest | None
-    prompts: PromptsRequest | None
-    base_answers: str | None
+    mmlu: MmluRequest | None = None
+    prompts: PromptsRequest | None = None
+    base_answers: str | None = None
     parameters: BenchParameters
     journal: str
     failure: str
+    reference: ReferenceRequest | None = None
 
 
 class Failure(Part):

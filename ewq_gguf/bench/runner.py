@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ewq_gguf import store
-from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.files import identify, identify_base
 from ewq_gguf.bench.generation import check_libraries, prompts_hash
 from ewq_gguf.bench.job import (
     Failure,
@@ -30,13 +30,12 @@ from ewq_gguf.errors import (
     ChildError,
     InputError,
     ResourceError,
-    ToolError,
     UsageError,
     printable,
 )
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.logs import child_log
-from ewq_gguf.llamacpp.verify import can_load
+from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.process import N_CPUS, python_argv, run
 from ewq_gguf.records import (
     BenchedFile,
@@ -207,20 +206,17 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
         ChildError: a child crashed; what it had finished is kept.
         ResourceError: memory ran out.
     """
-    if not can_load():
-        raise ToolError(
-            STAGE, "llama-cpp-python", "is not installed", "run `make setup`"
-        )
+    check_bindings(STAGE)
     asked = request.parameters()
     file = identify(path)
-    base = identify(request.compared_base) if request.compared_base else None
+    base = _base(request, asked)
     journal = _journal(file, base, asked)
     kinds = _kinds(asked)
     with store.locked(journal, stage=STAGE):
         for i, kind in enumerate(kinds):
             if kind not in read_journal(journal, RunPart):
                 job = _job(kind, path, request, base, asked, journal)
-                _run(job, _share_of(on_progress, i, len(kinds)))
+                run_job(job, _share_of(on_progress, i, len(kinds)))
         result = result_of(file, base, asked, journal)
         # The next run of the same measures anew: speeds differ from day to day.
         journal.unlink()
@@ -234,13 +230,18 @@ def is_result_of(result: Result, path: Path, request: Request) -> bool:
         InputError, VerificationError: the file or its base is not sound.
     """
     asked = request.parameters()
-    base = identify(request.compared_base) if request.compared_base else None
+    base = _base(request, asked)
     return (
         result.file.sha256 == identify(path).sha256
         and (result.base and result.base.sha256) == (base and base.sha256)
         and result.parameters == asked
         and result.engine.commit == LLAMA_CPP_COMMIT
     )
+
+
+def _base(request: Request, asked: BenchParameters) -> BenchedFile | None:
+    path = request.compared_base
+    return None if path is None else identify_base(path, asked)
 
 
 def _kinds(asked: BenchParameters) -> list[Kind]:
@@ -282,8 +283,9 @@ def _job(
     asked: BenchParameters,
     journal: Path,
 ) -> Job:
-    # The texts need the base for the divergence only.
-    is_compared = kind != "texts" or "kld" in asked.tasks
+    # The texts need the base for the divergence only; a reference gives no answers.
+    has_answers = base is not None and base.reference_of is None
+    is_compared = has_answers if kind == "generation" else "kld" in asked.tasks
     compared = request.compared_base if is_compared else None
     return Job(
         part=kind,
@@ -293,7 +295,7 @@ def _job(
         mmlu=request.mmlu,
         prompts=request.prompts,
         base_answers=str(_base_answers(base, asked))
-        if base and kind == "generation"
+        if compared and base and kind == "generation"
         else None,
         parameters=asked,
         journal=str(journal),
@@ -301,7 +303,7 @@ def _job(
     )
 
 
-def _run(job: Job, on_progress: OnProgress) -> None:
+def run_job(job: Job, on_progress: OnProgress) -> None:
     """Run a child to its end.
 
     Raises:
@@ -336,7 +338,8 @@ def _run(job: Job, on_progress: OnProgress) -> None:
             workers = ", ".join(job.parameters.setup.rpc)
             if workers:
                 error.problem += f"; its RPC workers: {workers}"
-            error.remedy += "; what it finished is kept: run again to go on"
+            if job.reference is None:
+                error.remedy += "; what it finished is kept: run again to go on"
             raise
         except ResourceError as error:
             needed = model.stat().st_size / 1e9

@@ -31,6 +31,7 @@ _COMMANDS = {
     "quantize": ("quantize", "Write the planned GGUF from a base GGUF."),
     "verify": ("verify", "Compare a GGUF with its plan, tensor by tensor."),
     "bench": ("bench", "Measure what GGUF files are worth, with error bars."),
+    "reference": ("reference", "Keep a base's answers, to compare files with."),
     "compare": ("compare", "Plans beside presets: made, measured alike, told apart."),
     "fastewq": ("fastewq", "Evaluate and train the classifier of layers."),
     "paper": ("paper", "Recompute what the paper's tables allow."),

@@ -30,7 +30,9 @@ from ewq_gguf.report.bench_view import bench_view
 @click.command()
 @click.argument("files", type=PATH, metavar="FILE...", nargs=-1, required=True)
 @out_option("the result, a folder for several.  [default: results/NAME.json]")
-@click.option("--base", type=PATH, help="The base GGUF to compare with.")
+@click.option(
+    "--base", type=PATH, help="The base GGUF to compare with, or its reference."
+)
 @bench_options
 @force_option
 @quiet_option

@@ -26,6 +26,7 @@ from ewq_gguf.records.plan import (
     Totals,
     UniformPolicy,
 )
+from ewq_gguf.records.reference import HeadShape, Reference, ReferenceText
 from ewq_gguf.records.result import (
     AnswerPart,
     BenchedFile,
@@ -60,6 +61,7 @@ __all__ = [
     "Engine",
     "EwqPolicy",
     "FastEwqPolicy",
+    "HeadShape",
     "Imatrix",
     "ImportedPolicy",
     "Kld",
@@ -79,6 +81,8 @@ __all__ = [
     "PresetPolicy",
     "PresetTypes",
     "Record",
+    "Reference",
+    "ReferenceText",
     "Result",
     "RulePolicy",
     "RunPart",

@@ -17,11 +17,14 @@ class BenchedFile(Part):
         name: without its folder.
         size_bytes: of all its parts.
         sha256: of the file; of its parts' hashes where it is split.
+        reference_of: SHA-256 of the model that a reference file was made of; None for
+            a model itself.
     """
 
     name: str
     size_bytes: int
     sha256: str
+    reference_of: str | None = None
 
 
 class BenchSetup(Part):
