@@ -22,6 +22,8 @@ _MARK = "@ewq "
 _NO_ROOM = re.compile(
     r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
 )
+# What faulthandler says before it ends a child that no longer tells how far it is.
+_STALLED = re.compile(r"^Timeout \((\d+:\d\d:\d\d)", re.M)
 
 
 class MmluRequest(Part):
@@ -107,6 +109,12 @@ class Failure(Part):
 def is_out_of_memory(log: str) -> bool:
     """Whether llama.cpp says that memory ran out, the host's or a device's."""
     return _NO_ROOM.search(log) is not None
+
+
+def stalled_for(log: str) -> str | None:
+    """How long a child made no progress that was ended for it, as h:mm:ss."""
+    found = _STALLED.search(log)
+    return found and found[1]
 
 
 def too_large(path: Path, problem: str) -> ResourceError:

@@ -33,7 +33,7 @@ from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.records import BenchSetup, Engine
 
 #: ggml_log_level; debugging tells of every forward pass.
-_DEBUG, _CONTINUED = 4, 5
+_DEBUG, _CONTINUED = 1, 5
 _N_BATCH = 2048
 _N_UBATCH = 512
 _INTS = ctypes.POINTER(ctypes.c_int32)

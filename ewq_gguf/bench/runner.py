@@ -19,6 +19,7 @@ from ewq_gguf.bench.job import (
     MmluRequest,
     is_out_of_memory,
     read_progress,
+    stalled_for,
     too_large,
 )
 from ewq_gguf.bench.scorer import STAGE
@@ -293,6 +294,9 @@ def _run(job: Job, on_progress: OnProgress) -> None:
             if is_out_of_memory("\n".join(error.log_tail)):
                 raise too_large(model, "ran out of memory") from error
             error.subject = printable(model)
+            log = error.log_path.read_text(errors="replace") if error.log_path else ""
+            if stalled := stalled_for(log):
+                error.problem = f"made no progress for {stalled} and was ended"
             workers = ", ".join(job.parameters.setup.rpc)
             if workers:
                 error.problem += f"; its RPC workers: {workers}"
