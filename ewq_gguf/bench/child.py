@@ -18,6 +18,7 @@ from ewq_gguf.bench.job import Failure, Job, progress_line
 from ewq_gguf.bench.llama import Log
 from ewq_gguf.bench.load import load
 from ewq_gguf.bench.mmlu import mmlu_scores
+from ewq_gguf.bench.nvml import gpu_bytes
 from ewq_gguf.bench.quality import Named, check_comparable, score_text
 from ewq_gguf.bench.questions import ask
 from ewq_gguf.bench.speed import measure
@@ -146,7 +147,8 @@ def _append(file: IO[str], part: Part) -> None:
 def _tell(share: float) -> None:
     """Say how far it is; and end the process, should it never say so again."""
     faulthandler.dump_traceback_later(_STALL_SECONDS, exit=True)
-    sys.stdout.write(progress_line(share, psutil.Process().memory_info().rss))
+    rss_bytes = psutil.Process().memory_info().rss
+    sys.stdout.write(progress_line(share, rss_bytes, gpu_bytes()))
     sys.stdout.flush()
 
 

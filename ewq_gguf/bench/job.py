@@ -128,14 +128,30 @@ def too_large(path: Path, problem: str) -> ResourceError:
     )
 
 
-def progress_line(share: float, rss_bytes: int) -> str:
+class MemoryUse(int):
+    """Bytes of a child's RSS.
+
+    Attributes:
+        gpu_bytes: what it has on NVIDIA's GPUs; None where the driver does not tell.
+    """
+
+    gpu_bytes: int | None
+
+    def __new__(cls, rss_bytes: int, gpu_bytes: int | None = None) -> MemoryUse:
+        """Both together."""
+        use = super().__new__(cls, rss_bytes)
+        use.gpu_bytes = gpu_bytes
+        return use
+
+
+def progress_line(share: float, rss_bytes: int, gpu_bytes: int | None = None) -> str:
     """How far a child is, as a line of its own in its log."""
-    return f"\n{_MARK}{json.dumps([share, rss_bytes])}\n"
+    return f"\n{_MARK}{json.dumps([share, rss_bytes, gpu_bytes])}\n"
 
 
-def read_progress(line: str) -> tuple[float, int] | None:
-    """(share, bytes of RSS) of such a line; None for another."""
+def read_progress(line: str) -> tuple[float, MemoryUse] | None:
+    """(share, memory) of such a line; None for another."""
     if not line.startswith(_MARK):
         return None
-    share, rss_bytes = json.loads(line.removeprefix(_MARK))
-    return float(share), int(rss_bytes)
+    share, rss_bytes, gpu_bytes = json.loads(line.removeprefix(_MARK))
+    return float(share), MemoryUse(rss_bytes, gpu_bytes)

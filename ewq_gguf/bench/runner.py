@@ -16,6 +16,7 @@ from ewq_gguf.bench.job import (
     Failure,
     Job,
     Kind,
+    MemoryUse,
     MmluRequest,
     is_out_of_memory,
     read_progress,
@@ -61,8 +62,8 @@ CACHE_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
 )  # fmt: skip
 
-#: Told the share done, 0 to 1, and the child's bytes of RSS.
-OnProgress = Callable[[float, int], None]
+#: Told the share done, 0 to 1, and the child's memory.
+OnProgress = Callable[[float, MemoryUse], None]
 
 CPU_SETUP = BenchSetup(
     device="cpu",
@@ -310,7 +311,7 @@ def _run(job: Job, on_progress: OnProgress) -> None:
 
 
 def _share_of(on_progress: OnProgress, index: int, count: int) -> OnProgress:
-    return lambda share, rss_bytes: on_progress((index + share) / count, rss_bytes)
+    return lambda share, use: on_progress((index + share) / count, use)
 
 
 def _result(
