@@ -89,7 +89,7 @@ def harness() -> Path:
         )
         # Its own packages first, then ours: pip runs from there, and finds torch.
         Path(there, "parent.pth").write_text(f"{here}\n")
-        argv = [python, "-m", "pip", "install", "--quiet", *_PACKAGES]
+        argv: list[str | Path] = [python, "-m", "pip", "install", "--quiet", *_PACKAGES]
         run(argv, stage=_STAGE, log_path=folder / "pip.log")
         ready.write_text(wanted)
     return python

@@ -50,7 +50,9 @@ def main(job_path: Path, out: Path) -> None:
 
 def task_of(folder: Path, subject: str, files: dict[str, str]) -> dict[str, Any]:
     """The harness's task of a subject, with its data set replaced by local files."""
-    task: dict[str, Any] = yaml.safe_load((folder / "_default_template_yaml").read_text())
+    task: dict[str, Any] = yaml.safe_load(
+        (folder / "_default_template_yaml").read_text()
+    )
     task |= yaml.safe_load((folder / f"mmlu_{subject}.yaml").read_text())
     for key in ("include", "tag", "dataset_name"):
         task.pop(key, None)

@@ -16,6 +16,7 @@ import pytest
 
 from ewq_gguf import store
 from ewq_gguf.bench import runner
+from ewq_gguf.bench.job import read_progress
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ChildError, ResourceError
@@ -164,7 +165,7 @@ def test_a_child_without_progress_is_ended(monkeypatch, bench):
 
 @pytest.mark.fault(80)
 def test_a_child_that_was_killed_says_what_it_needs(bench, monkeypatch, tiny):
-    hear = runner.read_progress
+    hear = read_progress
 
     def kill(line):
         for child in psutil.Process().children():
