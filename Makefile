@@ -69,6 +69,8 @@ bench: setup
 	@$(VENV)/bin/python -m benchmarks.scan
 	@$(VENV)/bin/python -m benchmarks.plan
 	@$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.bench 8)
+	@$(if $(EWQ_MMLU_DIR),$(VENV)/bin/python -m benchmarks.mmlu marketing 50 BF16)
+	@$(if $(EWQ_MMLU_DIR),$(VENV)/bin/python -m benchmarks.lm_eval)
 
 # The user's cache stays: it may be shared, and can be deleted by hand (docs/exactness.md).
 clean:

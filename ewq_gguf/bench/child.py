@@ -23,6 +23,7 @@ from ewq_gguf.bench.job import Failure, Job, ReferenceRequest, progress_line
 from ewq_gguf.bench.llama import LlamaModel, Log
 from ewq_gguf.bench.load import load
 from ewq_gguf.bench.mmlu import mmlu_scores
+from ewq_gguf.bench.nvml import gpu_bytes
 from ewq_gguf.bench.quality import (
     Named,
     another_tokenizer,
@@ -272,7 +273,8 @@ def _append(file: IO[str], part: Part) -> None:
 def _tell(share: float) -> None:
     """Say how far it is; and end the process, should it never say so again."""
     faulthandler.dump_traceback_later(_STALL_SECONDS, exit=True)
-    sys.stdout.write(progress_line(share, psutil.Process().memory_info().rss))
+    rss_bytes = psutil.Process().memory_info().rss
+    sys.stdout.write(progress_line(share, rss_bytes, gpu_bytes()))
     sys.stdout.flush()
 
 

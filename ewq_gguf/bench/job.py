@@ -23,6 +23,8 @@ _MARK = "@ewq "
 _NO_ROOM = re.compile(
     r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
 )
+# What faulthandler says before it ends a child that no longer tells how far it is.
+_STALLED = re.compile(r"^Timeout \((\d+:\d\d:\d\d)", re.M)
 
 
 class MmluRequest(Part):
@@ -150,6 +152,12 @@ def is_out_of_memory(log: str) -> bool:
     return _NO_ROOM.search(log) is not None
 
 
+def stalled_for(log: str) -> str | None:
+    """How long a child made no progress that was ended for it, as h:mm:ss."""
+    found = _STALLED.search(log)
+    return found and found[1]
+
+
 def too_large(path: Path, problem: str) -> ResourceError:
     """The error for a model that has not enough memory."""
     size = path.stat().st_size / 1e9
@@ -161,14 +169,30 @@ def too_large(path: Path, problem: str) -> ResourceError:
     )
 
 
-def progress_line(share: float, rss_bytes: int) -> str:
+class MemoryUse(int):
+    """Bytes of a child's RSS.
+
+    Attributes:
+        gpu_bytes: what it has on NVIDIA's GPUs; None where the driver does not tell.
+    """
+
+    gpu_bytes: int | None
+
+    def __new__(cls, rss_bytes: int, gpu_bytes: int | None = None) -> MemoryUse:
+        """Both together."""
+        use = super().__new__(cls, rss_bytes)
+        use.gpu_bytes = gpu_bytes
+        return use
+
+
+def progress_line(share: float, rss_bytes: int, gpu_bytes: int | None = None) -> str:
     """How far a child is, as a line of its own in its log."""
-    return f"\n{_MARK}{json.dumps([share, rss_bytes])}\n"
+    return f"\n{_MARK}{json.dumps([share, rss_bytes, gpu_bytes])}\n"
 
 
-def read_progress(line: str) -> tuple[float, int] | None:
-    """(share, bytes of RSS) of such a line; None for another."""
+def read_progress(line: str) -> tuple[float, MemoryUse] | None:
+    """(share, memory) of such a line; None for another."""
     if not line.startswith(_MARK):
         return None
-    share, rss_bytes = json.loads(line.removeprefix(_MARK))
-    return float(share), int(rss_bytes)
+    share, rss_bytes, gpu_bytes = json.loads(line.removeprefix(_MARK))
+    return float(share), MemoryUse(rss_bytes, gpu_bytes)

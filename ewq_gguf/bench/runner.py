@@ -18,10 +18,12 @@ from ewq_gguf.bench.job import (
     Failure,
     Job,
     Kind,
+    MemoryUse,
     MmluRequest,
     PromptsRequest,
     is_out_of_memory,
     read_progress,
+    stalled_for,
     too_large,
 )
 from ewq_gguf.bench.results import result_of
@@ -61,8 +63,8 @@ CACHE_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
 )  # fmt: skip
 
-#: Told the share done, 0 to 1, and the child's bytes of RSS.
-OnProgress = Callable[[float, int], None]
+#: Told the share done, 0 to 1, and the child's memory.
+OnProgress = Callable[[float, MemoryUse], None]
 
 CPU_SETUP = BenchSetup(
     device="cpu",
@@ -335,6 +337,9 @@ def run_job(job: Job, on_progress: OnProgress) -> None:
             if is_out_of_memory("\n".join(error.log_tail)):
                 raise too_large(model, "ran out of memory") from error
             error.subject = printable(model)
+            log = error.log_path.read_text(errors="replace") if error.log_path else ""
+            if stalled := stalled_for(log):
+                error.problem = f"made no progress for {stalled} and was ended"
             workers = ", ".join(job.parameters.setup.rpc)
             if workers:
                 error.problem += f"; its RPC workers: {workers}"
@@ -349,7 +354,7 @@ def run_job(job: Job, on_progress: OnProgress) -> None:
 
 
 def _share_of(on_progress: OnProgress, index: int, count: int) -> OnProgress:
-    return lambda share, rss_bytes: on_progress((index + share) / count, rss_bytes)
+    return lambda share, use: on_progress((index + share) / count, use)
 
 
 def _text_hash(path: Path) -> str:

@@ -11,6 +11,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
+from ewq_gguf.bench.nvml import gpu_bytes
 from ewq_gguf.bench.scorer import Batch, IntArray, Model, Scorer
 from ewq_gguf.records import Memory, Speed
 
@@ -131,6 +132,7 @@ def _memory(scorer: Scorer) -> Memory:
     return Memory(
         peak_rss_bytes=peak_rss_bytes(),
         device_bytes=buffers.device_bytes,
+        nvml_bytes=gpu_bytes(),
         weights_bytes=buffers.weights_bytes,
         kv_bytes=buffers.kv_bytes,
         compute_bytes=buffers.compute_bytes,

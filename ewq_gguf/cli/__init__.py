@@ -137,7 +137,7 @@ def _report(error: EwqError) -> int:
     click.echo(f"ewq: {error}", err=True)
     if isinstance(error, VerificationError):
         for line in error.differences:
-            click.echo(f"  {line}", err=True)
+            click.echo(f"  {printable(line)}", err=True)
     if isinstance(error, ChildError):
         for line in error.log_tail:
             click.echo(f"  | {line}", err=True)

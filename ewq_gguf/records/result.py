@@ -215,6 +215,8 @@ class Memory(Part):
         kv_bytes: of the KV cache, and of recurrent states.
         compute_bytes: of compute and output buffers.
         n_ctx: tokens that the KV cache has room for.
+        nvml_bytes: of the process on NVIDIA's GPUs, as their driver counts; None where
+            it does not tell.
     """
 
     peak_rss_bytes: int
@@ -223,6 +225,7 @@ class Memory(Part):
     kv_bytes: int
     compute_bytes: int
     n_ctx: int
+    nvml_bytes: int | None = None
 
 
 class Result(Record):
