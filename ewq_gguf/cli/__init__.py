@@ -31,6 +31,7 @@ _COMMANDS = {
     "quantize": ("quantize", "Write the planned GGUF from a base GGUF."),
     "verify": ("verify", "Compare a GGUF with its plan, tensor by tensor."),
     "bench": ("bench", "Measure what GGUF files are worth, with error bars."),
+    "study": ("study", "Measure what a way of planning is worth, with controls."),
     "fastewq": ("fastewq", "Evaluate and train the classifier of layers."),
     "paper": ("paper", "Recompute what the paper's tables allow."),
     "demo": ("demo", "Write the built-in model's checkpoint."),

@@ -192,7 +192,7 @@ def _request(values: dict[str, Any]) -> Request:
     return Request(
         tasks=tasks,
         base=values["base"],
-        texts=tuple(map(_named_text, values["texts"])),
+        texts=tuple(map(named_text, values["texts"])),
         setup=BenchSetup(
             device=values["device"],
             n_gpu_layers=values["gpu_layers"],
@@ -235,7 +235,12 @@ def _share(text: str) -> float:
     return share
 
 
-def _named_text(text: str) -> tuple[str, Path]:
+def named_text(text: str) -> tuple[str, Path]:
+    """A text of the command line.
+
+    Raises:
+        UsageError: it is not NAME=FILE.
+    """
     name, separator, path = text.partition("=")
     if not (separator and name and path):
         raise UsageError(STAGE, "--text", f"{text!r} is not NAME=FILE", "name the file")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.records import EwqPolicy, ImportedPolicy, Policy, UniformPolicy
+from ewq_gguf.records import EwqPolicy, GivenPolicy, Policy, UniformPolicy
 
 #: Of precisions in a ladder; ggml has no more types that rise in size.
 _MAX_RUNGS = 12
@@ -21,14 +21,14 @@ def check_policy(
         UsageError: naming the parameter.
         InputError: a type needs an importance matrix.
     """
-    if has_budget and isinstance(policy, UniformPolicy | ImportedPolicy):
+    if has_budget and isinstance(policy, UniformPolicy | GivenPolicy):
         raise UsageError(
             "plan",
             "--budget",
             f"policy {policy.name} has no types to choose from",
             "use it with --policy ewq or fastewq",
         )
-    if isinstance(policy, ImportedPolicy):
+    if isinstance(policy, GivenPolicy):
         return
     for option, name in (
         ("--embedding-type", policy.embedding_type),
