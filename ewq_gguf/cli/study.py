@@ -26,6 +26,7 @@ from ewq_gguf.cli.common import (
     threads_option,
 )
 from ewq_gguf.cli.policy import ewq_policy_of, factors_of, raw_type_of, rule_options
+from ewq_gguf.errors import InputError
 from ewq_gguf.pipeline.studying import (
     STAGE,
     Question,
@@ -33,7 +34,7 @@ from ewq_gguf.pipeline.studying import (
     study_factor,
     study_sensitivity,
 )
-from ewq_gguf.records import Measures, Study
+from ewq_gguf.records import Measures, Study, load_record
 from ewq_gguf.report.study_view import study_view
 
 _OPTIONS = (
@@ -199,7 +200,7 @@ def _run(
     text = named_text(values["text"]) if values["text"] else None
     setup = {"device": values["device"], "n_threads": options.n_threads}
     request = Request(
-        tasks=("perplexity", "kld"),
+        tasks=("perplexity",),
         texts=(text or ("wikitext", wikitext(STAGE)),),
         setup=CPU_SETUP.model_copy(update=setup),
         n_ctx=values["ctx"],
@@ -208,8 +209,28 @@ def _run(
     checkpoint = pipeline.open_model(model, options=options, progress=progress)
     out = out or Path("results") / f"{checkpoint.identity.name}.{name}.json"
     store.check_distinct(out, [shard.path for shard in checkpoint.shards], STAGE)
+    question = Question(checkpoint, request, options, progress)
+    if out.exists() and not values["force"]:
+        _check_known(out, name, question)
     with store.locked(out, stage=STAGE):
-        result = run(Question(checkpoint, request, options, progress))
+        result = run(question)
         store.write_text(out, result.to_json(), stage=STAGE, force=values["force"])
     progress.note(f"wrote {out}")
     show_record(result, study_view, as_json=values["as_json"])
+
+
+def _check_known(out: Path, name: str, question: Question) -> None:
+    """Refuse before hours of work what would be refused after them.
+
+    Raises:
+        UsageError: what is there is no study, or one of another question.
+    """
+    try:
+        known = load_record(Study, out, STAGE)
+    except InputError:
+        raise store.already_exists(out, STAGE) from None
+    asked = question.request.parameters()
+    measured = known.parameters.model_copy(update={"tasks": asked.tasks})
+    model = question.checkpoint.identity.fingerprint
+    if (known.findings.kind, known.model.fingerprint, measured) != (name, model, asked):
+        raise store.already_exists(out, STAGE)

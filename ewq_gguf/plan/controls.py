@@ -27,8 +27,8 @@ from ewq_gguf.records import (
 
 #: Parts that are no single layer and no role.
 NOTHING, ALL_LAYERS = "nothing", "layers"
-#: Of the probe that shows what the rounding of activations costs: its weights are so
-#: near to the base's that little else is left.
+#: Of the probe that bounds what the rounding of activations costs: it has that, and as
+#: little of the weights' rounding as any type.
 ROUNDING_TYPE = "Q8_0"
 
 

@@ -85,8 +85,8 @@ class Sensitivity(Part):
         epsilon: of the softmax entropies.
         n_bins: of the histogram entropies.
         floor: nothing quantised; a divergence of exactly 0.
-        rounding: all layers at Q8_0: mostly the rounding of activations, which any
-            quantised matrix brings with it and no choice of type for it avoids.
+        rounding: all layers at Q8_0: no more than this is the rounding of activations,
+            which any quantised matrix brings with it, whatever its type.
         layers: one at a time.
         roles: one at a time, those outside the layers too.
         correlations: of every statistic with the layers' mean divergence.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
+from statistics import fmean, pstdev
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ewq_gguf.bench.statistics import ALPHA
 from ewq_gguf.errors import printable
 from ewq_gguf.ggml_types import bits_per_weight
 from ewq_gguf.records import (
@@ -23,6 +27,12 @@ from ewq_gguf.records import (
 from ewq_gguf.records.scores import RankCorrelation
 
 _BAR = 24
+#: Statistics beside each layer's divergence; the correlations have them all.
+_SHOWN = {
+    "softmax_entropy_nats": "softmax z",
+    "histogram_entropy_bits": "histogram z",
+    "std": "std z",
+}
 #: Below so many windows a bootstrap's intervals are too narrow.
 _FEW_WINDOWS = 20
 _ORDERS = {
@@ -58,15 +68,13 @@ def _sensitivity(found: Sensitivity) -> list[RenderableType]:
     largest = max(
         *(_kld(one.file) for one in found.layers), *(_kld(r.file) for r in found.roles)
     )
-    layers = _table("layer", "KLD ±", *_SHOWN)
+    names = {n: t for n, t in _SHOWN.items() if n in found.layers[0].statistics}
+    layers = _table("layer", "KLD ±", *names.values())
     layers.add_column("")
-    for one in found.layers:
-        layers.add_row(
-            str(one.layer_idx),
-            _kld_text(one.file),
-            *(f"{one.statistics[name]:.4g}" for name in _SHOWN),
-            _bar(_kld(one.file), largest),
-        )
+    columns = [_z_texts([one.statistics[n] for one in found.layers]) for n in names]
+    for one, *zs in zip(found.layers, *columns, strict=True):
+        bar = _bar(_kld(one.file), largest)
+        layers.add_row(str(one.layer_idx), _kld_text(one.file), *zs, bar)
     roles = _table("role", "tensors", "M weights", "KLD ±", left=1)
     roles.add_column("")
     for role in sorted(found.roles, key=lambda role: -_kld(role.file)):
@@ -83,19 +91,19 @@ def _sensitivity(found: Sensitivity) -> list[RenderableType]:
     return [
         Text(f"one layer at {found.ggml_type}, everything else as the base has it"),
         layers,
+        Text("z: how many standard deviations it lies from the layers' mean"),
         Text(),
         Text(f"one role at {found.ggml_type} in every layer"),
         roles,
         Text(),
-        Text("Spearman's correlation with the layers' KLD"),
+        Text(
+            "Spearman's correlation with the layers' KLD; z above is how many standard"
+        ),
+        Text("deviations a layer lies from the layers' mean"),
         ranks,
         Text(),
         *(Text(line) for line in sensitivity_sentences(found)),
     ]
-
-
-#: Statistics beside each layer's divergence; the correlations have them all.
-_SHOWN = ("softmax_entropy_nats", "histogram_entropy_bits", "excess_kurtosis")
 
 
 def sensitivity_sentences(found: Sensitivity) -> list[str]:
@@ -108,9 +116,9 @@ def sensitivity_sentences(found: Sensitivity) -> list[str]:
     lines = [
         f"Nothing quantised: KLD {floor:.3g}, "
         f"{'as it must be' if floor == 0 else 'which should be 0'}.",
-        f"All layers at Q8_0: KLD {_kld(found.rounding):.5f}, nearly all of it the "
-        "rounding of activations that comes with any quantised matrix; the layers one "
-        f"at a time at {found.ggml_type} sum to {total:.5f}.",
+        f"All layers at Q8_0: KLD {_kld(found.rounding):.5f}; the rounding of "
+        "activations that any quantised matrix brings with it costs no more. The "
+        f"layers one at a time at {found.ggml_type} sum to {total:.5f}.",
     ]
     if tests:
         lines.append(
@@ -157,7 +165,9 @@ def _rank_cells(test: RankCorrelation) -> list[str]:
 
 def _controls(found: Controls) -> list[RenderableType]:
     sizes = {one.file.size_bytes for one in found.controls} | {found.plan.size_bytes}
-    table = _table("file", "KLD ±", "perplexity", "KLD - the plan's", "95 %", left=1)
+    table = _table("file", "KLD ±", "less the plan's", "95 %", left=1)
+    if len(sizes) > 1:
+        table.add_column("bytes", justify="right")
     ranked = sorted(
         [(found.plan, None), *((one.file, one) for one in found.controls)],
         key=lambda pair: _kld(pair[0]),
@@ -169,12 +179,9 @@ def _controls(found: Controls) -> list[RenderableType]:
         table.add_row(
             Text(printable(file.label)),
             _kld_text(file),
-            f"{file.quality.ppl:.3f}",
             *cells,
             style="bold" if control is None else "",
         )
-    if len(sizes) > 1:
-        table.add_column("bytes", justify="right")
     orders = dict.fromkeys(one.order for one in found.controls)
     return [
         Text(f"layers of each file: {_counts(found.plan)}"),
@@ -202,10 +209,18 @@ def controls_sentences(found: Controls) -> list[str]:
     random = [one for one in found.controls if one.order == "random"]
     n = len(random) + 1
     least = (
-        ""
-        if 1 / n <= 0.05
-        else f"; fewer than 19 random ones cannot give less than "
-        f"{1 / n:.2f}, so nothing can be shown with them"
+        f"; with {n - 1} random ones it cannot be less than {1 / n:.2f}, and 19 are "
+        "the fewest that could show anything"
+        if n < 1 / ALPHA
+        else ""
+    )
+    p_worse = (n - found.rank + 1) / n
+    verdict = (
+        "are a better choice than chance's"
+        if found.p <= ALPHA
+        else "are a worse choice than chance's"
+        if p_worse <= ALPHA
+        else "cannot be told from chance's choice"
     )
     lines = [
         f"Every file has {next(iter(sizes)):,} bytes."
@@ -214,6 +229,7 @@ def controls_sentences(found: Controls) -> list[str]:
         f"Among {n} plans with as many layers of each type, it and {n - 1} random "
         f"ones, the plan is number {found.rank} by KLD. Were its layers chosen at "
         f"random, it would be as good or better with probability {found.p:.2f}{least}.",
+        f"On this model, type and text the layers that the plan quantises {verdict}.",
     ]
     sides: dict[str, list[str]] = {"worse": [], "better": [], "equal": [], "same": []}
     for one in found.controls:
@@ -274,7 +290,8 @@ def _table(*names: str, left: int = 0) -> Table:
     """Columns of numbers, the first `left` ones of words."""
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < left else "right")
+        justify: Literal["left", "right"] = "left" if i < left else "right"
+        table.add_column(name, justify=justify, no_wrap=i > 0)
     return table
 
 
@@ -285,6 +302,12 @@ def _numbers(file: StudyFile) -> Kld:
 
 def _kld(file: StudyFile) -> float:
     return _numbers(file).kld_mean_nats
+
+
+def _z_texts(values: Sequence[float]) -> list[str]:
+    """How many standard deviations each lies from their mean."""
+    mean, std = fmean(values), pstdev(values)
+    return [f"{(value - mean) / std:+.2f}" if std else "-" for value in values]
 
 
 def _kld_text(file: StudyFile) -> str:
