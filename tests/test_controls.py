@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ewq_gguf.bench.studies import correlations, kld_difference, rank_among
 from ewq_gguf.entropy.layers import layer_scans, layer_statistics
@@ -16,6 +17,7 @@ from ewq_gguf.plan.controls import check_probe_type, controls, probes
 from ewq_gguf.plan.naming import plan_label
 from ewq_gguf.records import EwqPolicy, Plan, UniformPolicy
 from ewq_gguf.report.plan_diff_view import plan_diff_values
+from ewq_gguf.report.plan_view import plan_view
 from tests.scans import LAYER, decisions, make_layout, make_scan
 from tests.studies import study_file
 
@@ -29,6 +31,13 @@ POLICY = EwqPolicy(ladder=("Q4_0", "Q8_0", "raw"))
 def planned(entropies=ENTROPIES, policy=POLICY, **of_scan) -> Plan:
     scan = make_scan(entropies, **of_scan)
     return make_plan(scan, policy, make_layout(scan))
+
+
+def shown(plan: Plan) -> str:
+    console = Console(width=80, force_terminal=False)
+    with console.capture() as capture:
+        console.print(plan_view(plan))
+    return " ".join(capture.get().split())
 
 
 def by_order(made, order: str) -> Plan:
@@ -140,6 +149,31 @@ def test_a_control_is_a_plan_like_any_other():
     gains = [one["size_bytes_difference"] for one in changes["layers"].values()]
     assert any(gains)
     assert sum(gains) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        pytest.param(0, "control: random, seed 0, the layer decisions of plan", id="0"),
+        pytest.param(
+            1, "control: inverted, the layer decisions of plan", id="inverted"
+        ),
+    ],
+)
+def test_plan_show_says_what_a_control_is(number, said):
+    plan = planned()
+
+    text = shown(controls(plan, VARIANCES, 1)[number])
+
+    assert f"{said} {plan.sha256[:12]}" in text
+    assert "layers 3 BF16 · 1 Q8_0 · 1 Q4_0" in text
+
+
+def test_plan_show_says_what_a_probe_is():
+    made = {probe.part: probe.plan for probe in probes(planned(), "Q5_0")}
+
+    assert "policy probe: layer 3 at Q5_0" in shown(made["layer 3"])
+    assert plan_label(made["layer 3"]) == "probe-layer3-Q5_0"
 
 
 @pytest.mark.parametrize(
