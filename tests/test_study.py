@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 
 from ewq_gguf.cli import main
-from ewq_gguf.records import Study, StudyPart, load_record, read_journal
+from ewq_gguf.records import (
+    Controls,
+    FactorSweep,
+    Study,
+    StudyPart,
+    load_record,
+    read_journal,
+)
 from tests.checkpoints import write_llama
 from tests.gguf_files import using_cache
 from tests.test_bench_llama import prose
@@ -160,6 +167,7 @@ def test_controls_share_what_was_measured_and_say_what_they_cannot(
     assert n_measured(session_cache) == before
     assert "6 of 6 files need no measuring" in said.err
     found = study.findings
+    assert isinstance(found, Controls)
     probes = {one.file.layer_types: one.file for one in sensitivity.findings.layers}
     files = [found.plan, *(one.file for one in found.controls)]
     assert [file.quality for file in files] == [
@@ -191,6 +199,7 @@ def test_factors_that_plan_the_same_share_a_file(
     assert main([*argv(folder, "factor", *more), "-o", str(folder / "f.json")]) == 0
 
     study = Study.model_validate_json(capsys.readouterr().out)
+    assert isinstance(study.findings, FactorSweep)
     first, second = study.findings.files
     assert (first.factor, second.factor) == (0.5, 0.9)
     assert first.file.quality == second.file.quality

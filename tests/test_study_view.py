@@ -148,15 +148,15 @@ def test_a_floor_that_is_not_0_is_told():
 
 def test_controls_in_80_columns():
     plan = scaled("ewq", 0.010)
-    others = [("random", i, scaled(f"random {i}", 0.008 + 0.001 * i)) for i in range(5)]
-    others += [
+    random = [("random", i, scaled(f"random {i}", 0.008 + 0.001 * i)) for i in range(5)]
+    rules = [
         ("inverted", None, scaled("inverted", 0.02)),
         ("variance", None, plan.model_copy(update={"label": "variance"})),
         ("first", None, study_file("first", [0.01, 0.02, 0.0, 0.013, 0.007] * 4)),
         ("last", None, scaled("last", 0.0099, size=1001)),
     ]
 
-    lines = shown(controls_of(plan, others))
+    lines = shown(controls_of(plan, [*random, *rules]))
 
     assert max(map(len, lines)) <= 80
     assert "layers of each file: 1 BF16 · 1 Q8_0 · 1 Q4_K" in lines
