@@ -279,6 +279,8 @@ def _measured(
         if len(todo) < len(plans):
             n_known = len(plans) - len(todo)
             question.progress.note(f"{n_known} of {len(plans)} files need no measuring")
+        if not todo:
+            return parts
         with question.progress.stage(f"measure {len(todo)} files") as tell:
             for i, (name, made) in enumerate(todo.items()):
 
