@@ -243,9 +243,16 @@ def named_texts(text: str) -> tuple[tuple[str, Path], ...]:
     Raises:
         UsageError: it is neither NAME=FILE nor `domains`.
     """
-    if text == _DOMAINS:
-        return data.domains()
+    return data.domains() if text == _DOMAINS else (named_text(text),)
+
+
+def named_text(text: str) -> tuple[str, Path]:
+    """NAME=FILE in its parts.
+
+    Raises:
+        UsageError: it is not that.
+    """
     name, separator, path = text.partition("=")
     if not (separator and name and path):
         raise UsageError(STAGE, "--text", f"{text!r} is not NAME=FILE", "name the file")
-    return ((name, Path(path)),)
+    return name, Path(path)

@@ -8,7 +8,7 @@ from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import (
     EwqPolicy,
-    ImportedPolicy,
+    GivenPolicy,
     Policy,
     PresetPolicy,
     UniformPolicy,
@@ -27,7 +27,7 @@ def check_policy(
         UsageError: naming the parameter.
         InputError: a type needs an importance matrix.
     """
-    is_given = isinstance(policy, ImportedPolicy | PresetPolicy)
+    is_given = isinstance(policy, GivenPolicy | PresetPolicy)
     if has_budget and (is_given or isinstance(policy, UniformPolicy)):
         raise UsageError(
             "plan",
@@ -35,7 +35,7 @@ def check_policy(
             f"policy {policy.name} has no types to choose from",
             "use it with --policy ewq or fastewq",
         )
-    if isinstance(policy, ImportedPolicy | PresetPolicy):
+    if is_given:
         return
     for option, name in (
         ("--embedding-type", policy.embedding_type),

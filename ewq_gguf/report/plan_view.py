@@ -14,6 +14,7 @@ from ewq_gguf.ggml_types import bits_per_weight
 from ewq_gguf.plan.ewq import z_score
 from ewq_gguf.records import (
     Budget,
+    ControlPolicy,
     EwqPolicy,
     FastEwqPolicy,
     Imatrix,
@@ -21,6 +22,7 @@ from ewq_gguf.records import (
     Plan,
     PlanTensor,
     PresetPolicy,
+    ProbePolicy,
     UniformPolicy,
 )
 from ewq_gguf.report.placement_view import placement_view
@@ -151,6 +153,14 @@ def _policy_text(plan: Plan) -> str:
         return f"uniform {policy.ggml_type}"
     if isinstance(policy, ImportedPolicy):
         return f"imported from {printable(policy.file_name)}"
+    if isinstance(policy, ProbePolicy):
+        return f"probe: {printable(policy.part)} at {policy.ggml_type}"
+    if isinstance(policy, ControlPolicy):
+        seed = "" if policy.seed is None else f", seed {policy.seed}"
+        return (
+            f"control: {policy.order}{seed}, the layer decisions of plan "
+            f"{printable(policy.plan_sha256[:12])}"
+        )
     ladder = f"ladder {', '.join(policy.ladder)}"
     for what, asked in (
         ("embedding", policy.embedding_type),
