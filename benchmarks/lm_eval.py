@@ -31,7 +31,7 @@ import numpy as np
 
 from ewq_gguf import store
 from ewq_gguf.bench.job import MmluRequest
-from ewq_gguf.bench.mmlu_data import LETTERS
+from ewq_gguf.bench.mmlu_files import LETTERS
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint

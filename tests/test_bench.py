@@ -17,6 +17,7 @@ from ewq_gguf.bench.datafile import read_text
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import (
     Failure,
+    MemoryUse,
     MmluRequest,
     PromptsRequest,
     progress_line,
@@ -387,7 +388,8 @@ def test_an_error_survives_the_way_from_a_child():
 
 
 def test_progress_lines_are_told_from_a_log():
-    assert read_progress(progress_line(0.25, 123).strip()) == (0.25, 123)
+    told = read_progress(progress_line(0.25, 123).strip())
+    assert told == (0.25, MemoryUse(123))
     assert read_progress("load_tensors: 100 %") is None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf.bench.job import PromptsRequest
+from ewq_gguf.bench.job import MemoryUse, PromptsRequest
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
@@ -66,7 +66,7 @@ def request_(tiny, prompts) -> Request:
     )
 
 
-def silent(_share: float, _rss: int) -> None:
+def silent(_share: float, _use: MemoryUse) -> None:
     pass
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from ewq_gguf import store
 from ewq_gguf.bench import runner
-from ewq_gguf.bench.job import read_progress
+from ewq_gguf.bench.job import MemoryUse, read_progress
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ChildError, ResourceError
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.llamacpp, pytest.mark.usefixtures("own_cache")]
 _OTHER_VERSION = struct.pack("<Q4B24x", 28, 99, 0, 0, 0)
 
 
-def silent(_share: float, _rss: int) -> None:
+def silent(_share: float, _use: MemoryUse) -> None:
     pass
 
 

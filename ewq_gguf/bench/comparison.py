@@ -66,7 +66,22 @@ def estimates(result: Result) -> dict[str, Estimate]:
             found[name] = Estimate(value=value, low=low, high=high)
     if result.mmlu is not None:
         found |= _mmlu_estimates(result.mmlu)
+    if (answers := result.generation) is not None:
+        same = answers.fidelity.scores if answers.fidelity else None
+        for name, scores in (("rouge_l", answers.references), ("fidelity", same)):
+            if scores is not None:
+                found[name] = _around(scores.rouge_l, scores.rouge_l_stderr)
     return found
+
+
+def _around(value: float, stderr: float | None) -> Estimate:
+    """A mean over answers, taken as independent."""
+    half = None if stderr is None else Z95 * stderr
+    return Estimate(
+        value=value,
+        low=None if half is None else value - half,
+        high=None if half is None else value + half,
+    )
 
 
 def compare_pair(first: ComparedFile, second: ComparedFile) -> ComparedPair:

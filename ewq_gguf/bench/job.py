@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -169,20 +170,17 @@ def too_large(path: Path, problem: str) -> ResourceError:
     )
 
 
-class MemoryUse(int):
-    """Bytes of a child's RSS.
+@dataclass(frozen=True)
+class MemoryUse:
+    """What a child has of memory.
 
     Attributes:
-        gpu_bytes: what it has on NVIDIA's GPUs; None where the driver does not tell.
+        rss_bytes: of the host's.
+        gpu_bytes: on NVIDIA's GPUs; None where the driver does not tell.
     """
 
-    gpu_bytes: int | None
-
-    def __new__(cls, rss_bytes: int, gpu_bytes: int | None = None) -> MemoryUse:
-        """Both together."""
-        use = super().__new__(cls, rss_bytes)
-        use.gpu_bytes = gpu_bytes
-        return use
+    rss_bytes: int
+    gpu_bytes: int | None = None
 
 
 def progress_line(share: float, rss_bytes: int, gpu_bytes: int | None = None) -> str:

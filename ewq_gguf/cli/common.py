@@ -177,7 +177,7 @@ def show_record(
 def memory_text(use: MemoryUse) -> str:
     """A child's memory, and what it has on GPUs where a driver tells it."""
     on_gpu = "" if use.gpu_bytes is None else f" + {size_text(use.gpu_bytes)} on GPU"
-    return f"{size_text(use)}{on_gpu}"
+    return f"{size_text(use.rss_bytes)}{on_gpu}"
 
 
 def console() -> Console:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.process import N_CPUS
 
 
@@ -24,8 +25,8 @@ class Progress(Protocol):
 
     def measure(
         self, name: str
-    ) -> AbstractContextManager[Callable[[float, int], None]]:
-        """Likewise; its function is also told the memory of the child, in bytes."""
+    ) -> AbstractContextManager[Callable[[float, MemoryUse], None]]:
+        """Likewise; its function is also told the memory of the child."""
 
 
 class Silent:
@@ -42,9 +43,9 @@ class Silent:
         yield lambda share: None
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[Callable[[float, int], None]]:
+    def measure(self, name: str) -> Iterator[Callable[[float, MemoryUse], None]]:
         """Show nothing."""
-        yield lambda share, rss: None
+        yield lambda share, use: None
 
 
 SILENT = Silent()

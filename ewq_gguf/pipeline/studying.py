@@ -15,6 +15,7 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf._version import __version__
 from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.bench.studies import correlations, kld_difference, kld_mean, rank_among
 from ewq_gguf.checkpoint.folder import Checkpoint
@@ -284,7 +285,7 @@ def _measured(
         with question.progress.stage(f"measure {len(todo)} files") as tell:
             for i, (name, made) in enumerate(todo.items()):
 
-                def of_file(share: float, _rss_bytes: int, i: int = i) -> None:
+                def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
                     tell((i + share) / len(todo))
 
                 with store.work_dir(journal, stage=STAGE) as folder:

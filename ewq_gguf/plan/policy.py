@@ -27,15 +27,15 @@ def check_policy(
         UsageError: naming the parameter.
         InputError: a type needs an importance matrix.
     """
-    is_given = isinstance(policy, GivenPolicy | PresetPolicy)
-    if has_budget and (is_given or isinstance(policy, UniformPolicy)):
+    is_given = isinstance(policy, GivenPolicy)
+    if has_budget and (is_given or isinstance(policy, UniformPolicy | PresetPolicy)):
         raise UsageError(
             "plan",
             "--budget",
             f"policy {policy.name} has no types to choose from",
             "use it with --policy ewq or fastewq",
         )
-    if is_given:
+    if isinstance(policy, GivenPolicy) or isinstance(policy, PresetPolicy):
         return
     for option, name in (
         ("--embedding-type", policy.embedding_type),

@@ -42,6 +42,8 @@ class ComparedFile(Part):
         top1_agreement: with the base, likewise.
         accuracy: of MMLU; Wilson's interval.
         mmlu_perplexity: the paper's; interval of its logarithm, questions independent.
+        rouge_l: of answers beside references, F1.
+        fidelity: ROUGE-L of answers beside the base's.
         composite_score: the paper's ln(MMLU perplexity) - accuracy, lower is better.
     """
 
@@ -56,6 +58,8 @@ class ComparedFile(Part):
     top1_agreement: Estimate | None = None
     accuracy: Estimate | None = None
     mmlu_perplexity: Estimate | None = None
+    rouge_l: Estimate | None = None
+    fidelity: Estimate | None = None
     composite_score: Estimate | None = None
 
 
