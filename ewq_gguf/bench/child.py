@@ -41,7 +41,7 @@ def main(path: Path) -> int:
         with _journal(Path(job.journal)) as keep:
             log = Log()
             setup = job.parameters.setup
-            model = load(Path(job.model), setup, log)
+            model = load(Path(job.model), setup, log, job.precisions)
             if job.part == "speed":
                 _speed(job, model, keep)
             elif job.part == "mmlu":

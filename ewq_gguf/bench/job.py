@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from ewq_gguf import errors
+from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.mmlu_data import MmluTask, load_task
+from ewq_gguf.bench.precision import Precision
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchParameters
@@ -20,7 +22,8 @@ Kind = Literal["speed", "texts", "mmlu"]
 _MARK = "@ewq "
 # What ggml's backends and llama.cpp say.
 _NO_ROOM = re.compile(
-    r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
+    r"out of memory|unable to allocate|failed to allocate|can't allocate memory|alloc_buffer.* failed",
+    re.I,
 )
 
 
@@ -51,7 +54,8 @@ class Job(Part):
 
     Attributes:
         part: which of the tasks.
-        model: the GGUF file.
+        model: the GGUF file, or the folder of a checkpoint.
+        precisions: of the checkpoint's tensors that bitsandbytes quantises.
         base: what it is compared with; None for no comparison.
         texts: files, as many as the parameters name.
         mmlu: the questions; None for none.
@@ -62,6 +66,7 @@ class Job(Part):
 
     part: Kind
     model: str
+    precisions: dict[str, Precision]
     base: str | None
     texts: tuple[str, ...]
     mmlu: MmluRequest | None
@@ -111,7 +116,7 @@ def is_out_of_memory(log: str) -> bool:
 
 def too_large(path: Path, problem: str) -> ResourceError:
     """The error for a model that has not enough memory."""
-    size = path.stat().st_size / 1e9
+    size = identify(path).size_bytes / 1e9
     return ResourceError(
         STAGE,
         path,

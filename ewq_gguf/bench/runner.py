@@ -21,6 +21,7 @@ from ewq_gguf.bench.job import (
     read_progress,
     too_large,
 )
+from ewq_gguf.bench.precision import AppliedPlan, engine_key
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.bench.summary import Tokens, kld, perplexity, text_result
 from ewq_gguf.errors import (
@@ -31,7 +32,6 @@ from ewq_gguf.errors import (
     UsageError,
     printable,
 )
-from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.verify import can_load
 from ewq_gguf.process import N_CPUS, python_argv, run
@@ -90,6 +90,7 @@ class Request:
         n_generated: tokens of its answer.
         n_repeats: of it.
         mmlu: the questions of task `mmlu`.
+        plan: that bitsandbytes follows in a checkpoint; None without one.
     """
 
     tasks: tuple[Task, ...]
@@ -103,6 +104,7 @@ class Request:
     n_generated: int = 128
     n_repeats: int = 5
     mmlu: MmluRequest | None = None
+    plan: AppliedPlan | None = None
 
     @property
     def is_scored(self) -> bool:
@@ -153,6 +155,7 @@ class Request:
             n_generated=self.n_generated,
             n_repeats=self.n_repeats,
             mmlu_sha256=self._mmlu_sha256(),
+            plan_sha256=self.plan and self.plan.sha256,
         )
 
     def _mmlu_sha256(self) -> str | None:
@@ -172,7 +175,7 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
     """Measure a file.
 
     Args:
-        path: the GGUF file, or the first part of a split one.
+        path: the GGUF file, or the first part of a split one; or a checkpoint's folder.
         request: what is asked.
         on_progress: told how far it is.
 
@@ -188,9 +191,10 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
             STAGE, "llama-cpp-python", "is not installed", "run `make setup`"
         )
     asked = request.parameters()
-    file = identify(path)
+    file = identify(path, request.plan)
     base = identify(request.base) if request.base and "kld" in asked.tasks else None
-    journal = _journal(file, base, asked)
+    engines = " ".join(engine_key(one) for one in (path, request.base) if one)
+    journal = _journal(engines, file, base, asked)
     kinds = _kinds(asked)
     with store.locked(journal, stage=STAGE):
         for i, kind in enumerate(kinds):
@@ -212,10 +216,10 @@ def is_result_of(result: Result, path: Path, request: Request) -> bool:
     asked = request.parameters()
     base = identify(request.base) if request.base and "kld" in asked.tasks else None
     return (
-        result.file.sha256 == identify(path).sha256
+        result.file.sha256 == identify(path, request.plan).sha256
         and (result.base and result.base.sha256) == (base and base.sha256)
         and result.parameters == asked
-        and result.engine.commit == LLAMA_CPP_COMMIT
+        and result.engine.key == engine_key(path)
     )
 
 
@@ -232,10 +236,10 @@ def _kinds(asked: BenchParameters) -> list[Kind]:
 
 
 def _journal(
-    file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
+    engines: str, file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
 ) -> Path:
     """Where finished parts are kept, by everything they depend on."""
-    hashes = f"{file.sha256} {base and base.sha256} {LLAMA_CPP_COMMIT}"
+    hashes = f"{file.sha256} {base and base.sha256} {engines}"
     key = store.sha256_text(f"{hashes} {asked.model_dump_json()}")
     return store.cache_dir("bench") / f"{key}.journal"
 
@@ -250,6 +254,7 @@ def _job(
     return Job(
         part=kind,
         model=str(path.absolute()),
+        precisions=dict(request.plan.precisions) if request.plan else {},
         base=str(request.base.absolute())
         if request.base and "kld" in asked.tasks
         else None,
@@ -299,7 +304,7 @@ def _run(job: Job, on_progress: OnProgress) -> None:
             error.remedy += "; what it finished is kept: run again to go on"
             raise
         except ResourceError as error:
-            needed = model.stat().st_size / 1e9
+            needed = identify(model).size_bytes / 1e9
             error.subject = printable(model)
             error.problem += f"; its weights alone need {needed:.1f} GB"
             raise
@@ -322,7 +327,7 @@ def _result(
         base=base,
         parameters=asked,
         engine=engine,
-        size_bytes=file.size_bytes,
+        size_bytes=engine.weights_bytes or file.size_bytes,
     )
     update: dict[str, object] = {}
     if timed := runs.get("speed"):

@@ -6,6 +6,7 @@ Scans, layouts and base files are kept in the cache by what they depend on, so a
 run does only what changed.
 """
 
+from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
 from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import (
     Made,
@@ -27,6 +28,7 @@ from ewq_gguf.pipeline.planning import (
 from ewq_gguf.pipeline.scanning import layout, open_model, scan
 
 __all__ = [
+    "ForTransformers",
     "Made",
     "Options",
     "Progress",
@@ -35,6 +37,7 @@ __all__ = [
     "base_file",
     "check_layout",
     "check_plan",
+    "for_transformers",
     "import_plan",
     "layout",
     "layout_bytes",
