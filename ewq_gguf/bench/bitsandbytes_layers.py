@@ -138,7 +138,7 @@ def read(model: Any, path: Path, device: torch.device) -> None:
         VerificationError: the file is of another model.
     """
     with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     modules = dict(model.named_modules())
     for mark, precision in ((_INT8_MARK, "int8"), (_NF4_MARK, "nf4")):
         for name in [n.removesuffix(mark) for n in tensors if n.endswith(mark)]:
@@ -195,7 +195,7 @@ def no_weights() -> Iterator[None]:
 
 
 def _empty_layer(linear: Any, precision: str) -> Any:
-    """bitsandbytes' layer of a Linear's shape, its weight still to come."""
+    """The layer that takes a Linear's place, its weight still to come."""
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     if precision == "int8":
         layer = bnb.nn.Linear8bitLt(

@@ -20,10 +20,9 @@ from ewq_gguf.records.base import Part
 Kind = Literal["speed", "texts", "mmlu"]
 
 _MARK = "@ewq "
-# What ggml's backends and llama.cpp say.
+# What ggml's backends, llama.cpp and torch say.
 _NO_ROOM = re.compile(
-    r"out of memory|unable to allocate|failed to allocate|can't allocate memory|alloc_buffer.* failed",
-    re.I,
+    r"out of memory|(unable to|failed to|can't) allocate|alloc_buffer.* failed", re.I
 )
 
 

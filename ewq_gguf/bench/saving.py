@@ -18,7 +18,7 @@ from ewq_gguf.bench.precision import (
     library_versions,
 )
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.errors import ChildError, UsageError
+from ewq_gguf.errors import ChildError
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import BenchSetup

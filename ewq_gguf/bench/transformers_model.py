@@ -173,8 +173,8 @@ class TransformersModel:
         if precisions:
             from ewq_gguf.bench.bitsandbytes_layers import move_rest, quantise
 
-            n_kept = quantise(model, precisions, self._device)
-            self._n_modules["kept_raw"] = n_kept
+            if n_kept := quantise(model, precisions, self._device):
+                self._n_modules["kept_raw"] = n_kept
             move_rest(model, self._device)
             return model
         return model.to(self._device)

@@ -1,4 +1,4 @@
-"""A transformers model with room for some sequences: their keys and values, side by side.
+"""A transformers model with room for some sequences: their keys and values.
 
 Only child processes import this.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ewq_gguf.bench.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
+from ewq_gguf.bench.scorer import STAGE, Batch, Buffers, FloatArray
 from ewq_gguf.errors import ResourceError
 
 #: Keys and values of each layer, (1, heads, tokens, width); None of one without any.
@@ -216,7 +216,7 @@ class TransformersScorer:
         columns: NDArray[np.intp],
         held: Sequence[_Sequence],
     ) -> tuple[torch.Tensor, _Layers]:
-        """(k, n) tokens after `n_held` others -> (k, columns, n_vocab) and all layers."""
+        """(k, n) tokens after `n_held` others -> (k, columns, n_vocab), all layers."""
         cache = _joined([sequence.layers for sequence in held])
         positions = torch.arange(n_held, n_held + tokens.shape[1], device=self._device)
         options = {}
