@@ -29,12 +29,13 @@ from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ToolError, UsageError, VerificationError
 from ewq_gguf.ggml_types import PLANNABLE
-from ewq_gguf.pipeline import base_file, for_transformers
+from ewq_gguf.llamacpp.layout import layout_of
+from ewq_gguf.pipeline import base_file, for_transformers, scan
 from ewq_gguf.pipeline import plan as make_plan
 from ewq_gguf.records import BenchSetup, Result, UniformPolicy, load_record
 from tests.bench_models import Table, check_protocol
 from tests.checkpoints import write_llama
-from tests.gguf_files import with_types
+from tests.gguf_files import Tiny, using_cache, with_types
 
 pytest_plugins = ["tests.toolchain_fixtures"]
 pytestmark = [pytest.mark.llamacpp, pytest.mark.usefixtures("own_cache")]
@@ -60,10 +61,22 @@ def logits_of(model, n_tokens: int = 20):
         return scorer.evaluate(Batch.of(tokens, 0, n_wanted=n_tokens))
 
 
-def with_config(folder: Path, **changes) -> Path:
-    path = folder / "config.json"
+def with_config(folder: Path, name: str = "config.json", **changes) -> Path:
+    path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, session_cache, toolchain) -> Tiny:
+    """Two BF16 layers whose config says what engines take for granted differently."""
+    folder = write_llama(tmp_path_factory.mktemp("tiny") / "tiny-BOS")
+    with_config(folder, "tokenizer_config.json", add_bos_token=True)
+    with using_cache(session_cache):
+        checkpoint = open_checkpoint(str(folder))
+        layout = layout_of(checkpoint, toolchain)
+        base = base_file(checkpoint, toolchain)
+        return Tiny(folder, checkpoint, scan(checkpoint), layout, base)
 
 
 @pytest.fixture(scope="module")
