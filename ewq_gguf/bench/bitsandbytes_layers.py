@@ -179,7 +179,8 @@ def no_weights() -> Iterator[None]:
     Buffers that no file holds, such as the frequencies of positions, are computed when
     a module is made.
     """
-    register = nn.Module.register_parameter
+    every: Any = nn.Module
+    register = every.register_parameter
 
     def on_meta(module: Any, name: str, parameter: Any) -> None:
         register(module, name, parameter)
@@ -187,11 +188,11 @@ def no_weights() -> Iterator[None]:
             empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
             module._parameters[name] = empty
 
-    nn.Module.register_parameter = on_meta
+    every.register_parameter = on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        every.register_parameter = register
 
 
 def _empty_layer(linear: Any, precision: str) -> Any:

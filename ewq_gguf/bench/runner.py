@@ -155,7 +155,7 @@ class Request:
             n_generated=self.n_generated,
             n_repeats=self.n_repeats,
             mmlu_sha256=self._mmlu_sha256(),
-            plan_sha256=self.plan and self.plan.sha256,
+            plan_sha256=self.plan.sha256 if self.plan else None,
         )
 
     def _mmlu_sha256(self) -> str | None:
