@@ -478,6 +478,7 @@ def test_the_command_measures_in_memory_and_saved(tiny, request_of, tmp_path, ca
     ("options", "code", "message"),
     [
         pytest.param(["--plan", "p.json"], 2, "for --backend bnb", id="llama"),
+        pytest.param([], 2, "is a folder", id="folder"),
         pytest.param(["--backend", "bnb", "--save", "d"], 2, "needs a plan", id="save"),
         pytest.param(["x", "--backend", "bnb"], 2, "takes one", id="two"),
         pytest.param(

@@ -209,6 +209,10 @@ def _resolved(
         if plan or folder:
             what = "--plan" if plan else "--save"
             raise UsageError(STAGE, what, "is for --backend bnb", "add it")
+        for file in files:
+            if file.is_dir():
+                problem = "is a folder, llama.cpp takes GGUF files"
+                raise UsageError(STAGE, file, problem, "add --backend bnb")
         return files, out, request
     if len(files) > 1:
         problem = f"{len(files)} models are given, bnb takes one"
