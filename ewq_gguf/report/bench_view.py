@@ -111,9 +111,7 @@ def _what(engine: Engine) -> str:
     if engine.commit:
         return f"{engine.name} {engine.commit[:9]}"
     counts = [f"{count} {kind}" for kind, count in sorted(engine.n_modules.items())]
-    return "; ".join(
-        [engine.version, *([f"matrices: {', '.join(counts)}"] if counts else [])]
-    )
+    return engine.version + (f"; matrices: {', '.join(counts)}" if counts else "")
 
 
 def _where(engine: Engine) -> str:
