@@ -20,9 +20,12 @@ from ewq_gguf.bench.precision import (
     precision_of,
     precisions_of,
 )
+from ewq_gguf.bench.quality import Named, check_comparable, score_text
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file, is_result_of
 from ewq_gguf.bench.saving import save_quantised
 from ewq_gguf.bench.scorer import Batch
+from ewq_gguf.bench.summary import text_result
+from ewq_gguf.bench.texts import Windows, chunks_of, read_text
 from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.source import open_checkpoint
@@ -516,32 +519,36 @@ def test_a_plan_of_another_checkpoint_is_refused(exact, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_built_in_model_is_the_same_in_both_engines(toolchain, request_of):
+def test_the_built_in_model_is_the_same_in_both_engines(toolchain):
+    llama = pytest.importorskip("ewq_gguf.bench.llama")
     folder = os.environ.get("EWQ_TEXT_DIR")
-    text = Path(folder or "", "wikitext-2-raw", "wiki.test.raw")
-    if not folder or not text.is_file():
+    path = Path(folder or "", "wikitext-2-raw", "wiki.test.raw")
+    if not folder or not path.is_file():
         pytest.skip("EWQ_TEXT_DIR names no folder with wikitext-2-raw/wiki.test.raw")
     checkpoint = open_checkpoint("demo")
-    base = base_file(checkpoint, toolchain)
+    base_path = base_file(checkpoint, toolchain)
+    base = Named(base_path, llama.LlamaModel(base_path, SETUP, llama.Log()))
     names = [t.name for _, t in checkpoint.tensors if "_proj" in t.name]
+    text = read_text(path)[:20_000]
+
+    def windows_of(model) -> Windows:
+        return Windows(chunks_of(model, text, 256, path).windows[:3])
+
     found = {}
     for kind in ("raw", "int8", "nf4"):
-        plan = applied(checkpoint.folder, dict.fromkeys(names, kind))
-        request = request_of(
-            "perplexity",
-            "kld",
-            base=base,
-            texts=(("wikitext", text),),
-            n_ctx=256,
-            n_chunks=2,
-            plan=None if kind == "raw" else plan,
-        )
-        found[kind] = bench_file(checkpoint.folder, request, silent)
+        precisions = {} if kind == "raw" else dict.fromkeys(names, kind)
+        model = Named(checkpoint.folder, load(checkpoint.folder, precisions))
+        windows = windows_of(model.model)
+        check_comparable(model, base, windows, windows_of(base.model))
+        parts = [p for _, p in score_text(model, base, windows, 256, lambda i: False)]
+        found[kind] = text_result("wikitext", [p for p in parts if p], 0)
 
-    raw = found["raw"].texts[0].kld
+    raw, int8, nf4 = (found[kind].kld for kind in ("raw", "int8", "nf4"))
     assert raw is not None
+    assert int8 is not None
+    assert nf4 is not None
     # Activations are rounded to BF16 in one engine, not in the other.
-    assert found["raw"].ppl == pytest.approx(raw.base_ppl, rel=0.02)
-    assert raw.kld_mean_nats < 0.01
-    assert raw.kld_mean_nats < kld_of(found["int8"]) < 0.1
-    assert kld_of(found["int8"]) < kld_of(found["nf4"])
+    assert found["raw"].ppl == pytest.approx(raw.base_ppl, rel=0.01)
+    assert raw.kld_mean_nats < 0.003
+    assert raw.kld_mean_nats < int8.kld_mean_nats < 0.06
+    assert int8.kld_mean_nats < nf4.kld_mean_nats < 0.4
