@@ -96,9 +96,9 @@ def exact(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def layers(exact) -> dict[str, str]:
-    """The tiny Llama's matrices within layers, by the names of their tensors."""
+    """All matrices of the tiny Llama but its embedding, by their tensors' names."""
     names = [tensor.name for _, tensor in open_checkpoint(str(exact)).tensors]
-    return {n: "nf4" for n in names if "_proj" in n}
+    return {n: "nf4" for n in names if "_proj" in n or "lm_head" in n}
 
 
 @pytest.fixture

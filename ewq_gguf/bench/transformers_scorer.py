@@ -78,7 +78,7 @@ class TransformersScorer:
         self.n_ctx = n_ctx
         self.n_sequences = n_sequences
         self.n_batch = min(n_batch, n_ctx)
-        self.n_vocab = int(model.get_output_embeddings().weight.shape[0])
+        self.n_vocab = int(model.get_output_embeddings().out_features)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
