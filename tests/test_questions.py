@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from math import e, log
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
@@ -277,25 +276,13 @@ def test_prompts_without_room_for_an_answer_are_named():
     ]
 
 
-def gguf_with(path: Path, **strings: str) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in strings.items():
-        writer.add_string(f"tokenizer.{key}", value)
-    writer.add_uint32("tokenizer.ggml.eos_token_id", ord("$"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
-def test_a_files_own_chat_template_is_applied(tmp_path):
+def test_a_models_own_chat_template_is_applied():
     pytest.importorskip("jinja2")
-    template = "{{ bos_token }}<{{ messages[0].content }}>{{ eos_token }}"
-    path = gguf_with(tmp_path / "with.gguf", chat_template=template)
     model = chain(**{"$": "y"})
+    model.chat_template = "{{ bos_token }}<{{ messages[0].content }}>{{ eos_token }}"
     prompts = prompts_of(["a", "b"])
 
-    given = texts_for(model, path, prompts)
+    given = texts_for(model, prompts)
 
     assert given == Texts(
         ("line 1", "line 2"), ("\0<a>$", "\0<b>$"), has_chat_template=True
@@ -309,12 +296,10 @@ def test_a_files_own_chat_template_is_applied(tmp_path):
         list(answer(model, empty, n_ctx=50, max_tokens=4))
 
 
-def test_a_file_without_a_template_gets_the_prompts_as_they_are(tmp_path):
-    path = gguf_with(tmp_path / "without.gguf")
+def test_a_model_without_a_template_gets_the_prompts_as_they_are():
+    given = texts_for(Table(), prompts_of(["a"]))
 
-    assert texts_for(Table(), path, prompts_of(["a"])) == Texts(
-        ("line 1",), ("a",), False
-    )
+    assert given == Texts(("line 1",), ("a",), has_chat_template=False)
 
 
 # llama.cpp.

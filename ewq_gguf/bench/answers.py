@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -13,14 +12,11 @@ from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.generation import GenerationPrompt
 from ewq_gguf.bench.scorer import STAGE, Batch, IntArray, Model, Scorer
 from ewq_gguf.bench.tokens import too_long
-from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import Answer, TooLong
 
 #: Answers side by side.
 N_PARALLEL = 8
-_TEMPLATE_KEY = "tokenizer.chat_template"
-_EOS_KEY = "tokenizer.ggml.eos_token_id"
 
 
 @dataclass(frozen=True)
@@ -48,31 +44,27 @@ class _Open:
     tokens: list[int] = field(default_factory=list)
 
 
-def texts_for(model: Model, path: Path, prompts: Sequence[GenerationPrompt]) -> Texts:
-    """Prompts through the chat template of a model's file, where it has one.
+def texts_for(model: Model, prompts: Sequence[GenerationPrompt]) -> Texts:
+    """Prompts through a model's own chat template, where it has one.
 
     Args:
-        model: loaded from the file.
-        path: the GGUF file, or the first part of a split one.
+        model: any.
         prompts: what users say.
 
     Raises:
-        VerificationError: the file is not sound.
         InputError: the template is broken, refuses, takes too long or too much.
         ToolError: jinja2 is missing.
         ChildError: the sandbox could not be run.
     """
     ids = tuple(prompt.id for prompt in prompts)
     said = [prompt.text for prompt in prompts]
-    kv = read_gguf(path, header_only=True).kv
-    template = str(kv.get(_TEMPLATE_KEY, ""))
-    if not template.strip():
+    if not model.chat_template.strip():
         return Texts(ids, tuple(said), has_chat_template=False)
     texts = apply_chat_template(
-        template,
+        model.chat_template,
         said,
         bos_token=_name(model, model.bos),
-        eos_token=_name(model, int(kv.get(_EOS_KEY, -1))),
+        eos_token=_name(model, model.eos),
     )
     return Texts(ids, tuple(texts), has_chat_template=True)
 

@@ -68,7 +68,7 @@ def main(path: Path) -> int:
             if job.reference is not None:
                 _reference(job, job.reference, LlamaModel(Path(job.model), setup, log))
                 return 0
-            model = load(Path(job.model), setup, log)
+            model = load(Path(job.model), setup, log, job.precisions)
             if job.part == "speed":
                 _speed(job, model, keep)
             elif job.part == "mmlu":
@@ -154,7 +154,7 @@ def _generation(
 ) -> None:
     assert job.prompts is not None
     prompts = job.prompts.prompts()
-    texts = texts_for(model.model, model.path, prompts)
+    texts = texts_for(model.model, prompts)
     known = read_journal(Path(job.journal), AnswerPart)
     n_models = 1 if job.base is None else 2
     answers, skipped = _answers(

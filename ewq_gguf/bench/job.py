@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from ewq_gguf import errors
+from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.generation import GenerationPrompt, load_prompts
 from ewq_gguf.bench.mmlu_data import MmluTask, load_task
+from ewq_gguf.bench.precision import Precision
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchedFile, BenchParameters
@@ -20,9 +22,9 @@ from ewq_gguf.records.base import Part
 Kind = Literal["speed", "texts", "mmlu", "generation", "reference"]
 
 _MARK = "@ewq "
-# What ggml's backends and llama.cpp say.
+# What ggml's backends, llama.cpp and torch say.
 _NO_ROOM = re.compile(
-    r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
+    r"out of memory|(unable to|failed to|can't) allocate|alloc_buffer.* failed", re.I
 )
 # What faulthandler says before it ends a child that no longer tells how far it is.
 _STALLED = re.compile(r"^Timeout \((\d+:\d\d:\d\d)", re.M)
@@ -89,7 +91,8 @@ class Job(Part):
 
     Attributes:
         part: which of the tasks.
-        model: the GGUF file.
+        model: the GGUF file, or the folder of a checkpoint.
+        precisions: of the checkpoint's tensors that bitsandbytes quantises.
         base: what it is compared with; None for no comparison.
         texts: files, as many as the parameters name.
         mmlu: the questions; None for none.
@@ -103,6 +106,7 @@ class Job(Part):
 
     part: Kind
     model: str
+    precisions: dict[str, Precision] = {}
     base: str | None = None
     texts: tuple[str, ...]
     mmlu: MmluRequest | None = None
@@ -161,7 +165,7 @@ def stalled_for(log: str) -> str | None:
 
 def too_large(path: Path, problem: str) -> ResourceError:
     """The error for a model that has not enough memory."""
-    size = path.stat().st_size / 1e9
+    size = identify(path).size_bytes / 1e9
     return ResourceError(
         STAGE,
         path,

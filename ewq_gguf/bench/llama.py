@@ -110,6 +110,9 @@ class LlamaModel:
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))
+        self.eos = int(llama_cpp.llama_vocab_eos(self._vocab))
+        template = llama_cpp.llama_model_chat_template(self._model, None) or b""
+        self.chat_template = template.decode(errors="replace")
 
     @property
     def engine(self) -> Engine:

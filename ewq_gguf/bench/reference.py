@@ -52,7 +52,8 @@ class ReferenceModel:
     """
 
     add_bos = False
-    bos = -1
+    bos = eos = -1
+    chat_template = ""
 
     def __init__(self, path: Path, n_threads: int) -> None:
         """Read all but the hidden states."""

@@ -40,7 +40,7 @@ def result_of(
         base=base,
         parameters=asked,
         engine=engine,
-        size_bytes=file.size_bytes,
+        size_bytes=engine.weights_bytes or file.size_bytes,
     )
     update: dict[str, object] = {}
     if timed := runs.get("speed"):

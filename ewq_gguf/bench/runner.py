@@ -26,6 +26,7 @@ from ewq_gguf.bench.job import (
     stalled_for,
     too_large,
 )
+from ewq_gguf.bench.precision import AppliedPlan, engine_key
 from ewq_gguf.bench.results import result_of
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import (
@@ -35,7 +36,6 @@ from ewq_gguf.errors import (
     UsageError,
     printable,
 )
-from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.process import N_CPUS, python_argv, run
@@ -94,6 +94,7 @@ class Request:
         n_repeats: of it.
         mmlu: the questions of task `mmlu`.
         prompts: those of task `generation`.
+        plan: that bitsandbytes follows in a checkpoint; None without one.
     """
 
     tasks: tuple[Task, ...]
@@ -108,6 +109,7 @@ class Request:
     n_repeats: int = 5
     mmlu: MmluRequest | None = None
     prompts: PromptsRequest | None = None
+    plan: AppliedPlan | None = None
 
     @property
     def is_scored(self) -> bool:
@@ -167,6 +169,7 @@ class Request:
             max_tokens=self.prompts.max_tokens
             if self.prompts and "generation" in self.tasks
             else None,
+            plan_sha256=self.plan.sha256 if self.plan else None,
         )
 
     # Data is read once per request, not once per file that is measured.
@@ -197,7 +200,7 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
     """Measure a file.
 
     Args:
-        path: the GGUF file, or the first part of a split one.
+        path: the GGUF file, or the first part of a split one; or a checkpoint's folder.
         request: what is asked.
         on_progress: told how far it is.
 
@@ -210,9 +213,10 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
     """
     check_bindings(STAGE)
     asked = request.parameters()
-    file = identify(path)
+    file = identify(path, request.plan)
     base = _base(request, asked)
-    journal = _journal(file, base, asked)
+    engines = " ".join(engine_key(one) for one in (path, request.base) if one)
+    journal = _journal(engines, file, base, asked)
     kinds = _kinds(asked)
     with store.locked(journal, stage=STAGE):
         for i, kind in enumerate(kinds):
@@ -234,10 +238,10 @@ def is_result_of(result: Result, path: Path, request: Request) -> bool:
     asked = request.parameters()
     base = _base(request, asked)
     return (
-        result.file.sha256 == identify(path).sha256
+        result.file.sha256 == identify(path, request.plan).sha256
         and (result.base and result.base.sha256) == (base and base.sha256)
         and result.parameters == asked
-        and result.engine.commit == LLAMA_CPP_COMMIT
+        and result.engine.key == engine_key(path)
     )
 
 
@@ -261,18 +265,18 @@ def _kinds(asked: BenchParameters) -> list[Kind]:
 
 
 def _journal(
-    file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
+    engines: str, file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
 ) -> Path:
     """Where finished parts are kept, by everything they depend on."""
-    hashes = f"{file.sha256} {base and base.sha256} {LLAMA_CPP_COMMIT}"
+    hashes = f"{file.sha256} {base and base.sha256} {engines}"
     key = store.sha256_text(f"{hashes} {asked.model_dump_json()}")
     return store.cache_dir("bench") / f"{key}.journal"
 
 
-def _base_answers(base: BenchedFile, asked: BenchParameters) -> Path:
+def _base_answers(path: Path, base: BenchedFile, asked: BenchParameters) -> Path:
     """A folder for the base's answers, by everything they depend on but the tokens."""
     setup = asked.setup.model_dump_json()
-    hashes = f"{base.sha256} {LLAMA_CPP_COMMIT} {asked.prompts_sha256}"
+    hashes = f"{base.sha256} {engine_key(path)} {asked.prompts_sha256}"
     key = store.sha256_text(f"{hashes} {asked.max_tokens} {setup}")
     return store.cache_dir("bench", "answers", key)
 
@@ -293,10 +297,11 @@ def _job(
         part=kind,
         model=str(path.absolute()),
         base=str(compared.absolute()) if compared else None,
+        precisions=dict(request.plan.precisions) if request.plan else {},
         texts=tuple(str(text.absolute()) for _, text in request.texts),
         mmlu=request.mmlu,
         prompts=request.prompts,
-        base_answers=str(_base_answers(base, asked))
+        base_answers=str(_base_answers(compared, base, asked))
         if compared and base and kind == "generation"
         else None,
         parameters=asked,
@@ -347,7 +352,7 @@ def run_job(job: Job, on_progress: OnProgress) -> None:
                 error.remedy += "; what it finished is kept: run again to go on"
             raise
         except ResourceError as error:
-            needed = model.stat().st_size / 1e9
+            needed = identify(model).size_bytes / 1e9
             error.subject = printable(model)
             error.problem += f"; its weights alone need {needed:.1f} GB"
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
+from ewq_gguf.bench.saving import save_quantised
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.cli.bench_options import bench_options, request_of, with_data
 from ewq_gguf.cli.common import (
@@ -19,19 +21,41 @@ from ewq_gguf.cli.common import (
     BarProgress,
     force_option,
     json_option,
+    options_of,
     out_option,
     quiet_option,
 )
 from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.pipeline import for_transformers
 from ewq_gguf.records import Result, load_record
 from ewq_gguf.report.bench_view import bench_view
 
 
 @click.command()
-@click.argument("files", type=PATH, metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", type=PATH, metavar="FILE...|MODEL", nargs=-1, required=True)
 @out_option("the result, a folder for several.  [default: results/NAME.json]")
 @click.option(
-    "--base", type=PATH, help="The base GGUF to compare with, or its reference."
+    "--base",
+    type=PATH,
+    help="What to compare with: the base GGUF, its reference, or a checkpoint.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(("llama", "bnb")),
+    default="llama",
+    show_default=True,
+    help="bnb: MODEL in transformers, with bitsandbytes' layers.",
+)
+@click.option(
+    "--plan",
+    type=PATH,
+    help="With bnb: what becomes of MODEL's matrices.  [default: unquantised]",
+)
+@click.option(
+    "--save",
+    type=PATH,
+    metavar="DIR",
+    help="With bnb: write the quantised model there, and measure it from there.",
 )
 @bench_options
 @force_option
@@ -45,7 +69,7 @@ def bench(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Measure what GGUF files are worth, with error bars.
+    """Measure what GGUF files, or a plan with bitsandbytes, are worth, with error bars.
 
     Perplexity as llama-perplexity counts it, the divergence from a base model, MMLU
     by letters, answers beside references and the base model's, and speed as
@@ -54,6 +78,8 @@ def bench(
     """
     request = request_of(values)
     request.check_base()
+    progress = BarProgress(quiet=quiet)
+    files, out, request = _resolved(files, out, request, values, force, progress)
     for file in files:
         identify(file)
     request = with_data(request, values)
@@ -64,7 +90,6 @@ def bench(
         _existing(path, file, request, force=force)
         for path, file in zip(outs, files, strict=True)
     ]
-    progress = BarProgress(quiet=quiet)
     results = []
     for file, path, found in zip(files, outs, known, strict=True):
         if found is not None:
@@ -78,6 +103,45 @@ def bench(
         progress.note(f"wrote {path}")
         results.append(result)
     _print(results, as_json=as_json)
+
+
+def _resolved(
+    files: tuple[Path, ...],
+    out: Path | None,
+    request: Request,
+    values: dict[str, Any],
+    force: bool,
+    progress: BarProgress,
+) -> tuple[tuple[Path, ...], Path | None, Request]:
+    """What is measured, and where its result goes; for bnb the checkpoint's folder.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+    plan, folder = values["plan"], values["save"]
+    if values["backend"] == "llama":
+        if plan or folder:
+            what = "--plan" if plan else "--save"
+            raise UsageError(STAGE, what, "is for --backend bnb", "add it")
+        for file in files:
+            if file.is_dir():
+                problem = "is a folder, llama.cpp takes GGUF files"
+                raise UsageError(STAGE, file, problem, "add --backend bnb")
+        return files, out, request
+    if len(files) > 1:
+        problem = f"{len(files)} models are given, bnb takes one"
+        raise UsageError(STAGE, "MODEL", problem, "measure them one by one")
+    if folder and not plan:
+        raise UsageError(STAGE, "--save", "needs a plan", "name it with --plan")
+    options = options_of({**values, "force": force})
+    model = for_transformers(str(files[0]), plan, options=options, progress=progress)
+    out = out or Path("results") / f"{model.name}.json"
+    if not folder:
+        return (model.folder,), out, replace(request, plan=model.plan)
+    assert model.plan is not None
+    if save_quantised(model.folder, model.plan, request.setup, folder, force=force):
+        progress.note(f"wrote {folder}")
+    return (folder,), out, request
 
 
 def _print(results: list[Result], *, as_json: bool) -> None:

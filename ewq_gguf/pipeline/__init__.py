@@ -6,6 +6,7 @@ Scans, layouts and base files are kept in the cache by what they depend on, so a
 run does only what changed.
 """
 
+from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
 from ewq_gguf.pipeline.comparing import Wanted, compare
 from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import (
@@ -30,6 +31,7 @@ from ewq_gguf.pipeline.scanning import layout, open_model, scan
 from ewq_gguf.pipeline.versions import WantedPlan
 
 __all__ = [
+    "ForTransformers",
     "Made",
     "Options",
     "Progress",
@@ -41,6 +43,7 @@ __all__ = [
     "check_layout",
     "check_plan",
     "compare",
+    "for_transformers",
     "import_plan",
     "layout",
     "layout_bytes",

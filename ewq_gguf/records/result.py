@@ -1,4 +1,4 @@
-"""Result: what one GGUF file is worth, with what it was measured."""
+"""Result: what one model file is worth, with what it was measured."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Task = Literal["perplexity", "kld", "mmlu", "generation", "speed", "memory"]
 
 
 class BenchedFile(Part):
-    """A GGUF file, whatever it is called now.
+    """A GGUF file or a checkpoint, whatever it is called now.
 
     Attributes:
         name: without its folder.
-        size_bytes: of all its parts.
-        sha256: of the file; of its parts' hashes where it is split.
+        size_bytes: of all its parts, of a checkpoint those with weights.
+        sha256: of the file; of its parts' hashes where there are several.
         reference_of: SHA-256 of the model that a reference file was made of; None for
             a model itself.
     """
@@ -77,6 +77,7 @@ class BenchParameters(Part):
         mmlu_sha256: of MMLU's prompts; None where none was asked.
         prompts_sha256: of the prompts to be answered; None where there were none.
         max_tokens: of an answer; None likewise.
+        plan_sha256: of the plan that bitsandbytes followed; None without one.
     """
 
     tasks: tuple[Task, ...]
@@ -91,18 +92,23 @@ class BenchParameters(Part):
     mmlu_sha256: str | None = None
     prompts_sha256: str | None = None
     max_tokens: int | None = None
+    plan_sha256: str | None = None
 
 
 class Engine(Part):
     """What computed.
 
     Attributes:
-        name: `llama.cpp`.
-        version: of the bindings.
-        commit: of llama.cpp.
+        name: `llama.cpp` or `transformers`.
+        version: of the bindings, or of all libraries that numbers depend on.
+        commit: of llama.cpp; empty for transformers.
         system: CPU features and libraries, as it prints them.
         devices: descriptions of the devices used, by their names; empty for the CPU.
         n_layers_offloaded: to them, the output head counted as one.
+        n_modules: of a model with bitsandbytes' layers: matrices that are `int8`, `nf4`
+            or `raw`, and `kept_raw` embeddings that the plan quantises; else empty.
+        weights_bytes: of a transformers model: parameters, buffers and statistics, in
+            memory as in a file; else None.
     """
 
     name: str
@@ -111,6 +117,13 @@ class Engine(Part):
     system: str
     devices: dict[str, str]
     n_layers_offloaded: int
+    n_modules: dict[str, int] = {}
+    weights_bytes: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What must be the same for numbers to be the same."""
+        return self.commit or self.version
 
 
 class Chunk(Part):
@@ -239,7 +252,7 @@ class Result(Record):
         base: what it was compared with.
         parameters: what was asked.
         engine: what computed.
-        size_bytes: of the file.
+        size_bytes: of the file, or of the weights that bitsandbytes left.
         ppl: perplexity over all texts' tokens.
         ppl_stderr: tokens taken as independent.
         kld_mean_nats: against the base.

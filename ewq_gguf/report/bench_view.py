@@ -37,7 +37,7 @@ def bench_view(results: Sequence[Result]) -> RenderableType:
     if any(result.speed or result.memory for result in results):
         parts += [_speed(results), Text()]
     engine = results[0].engine
-    parts.append(Text(f"{_where(engine)}; {engine.name} {engine.commit[:9]}"))
+    parts.append(Text(f"{_where(engine)}; {_what(engine)}"))
     return Group(*parts)
 
 
@@ -110,6 +110,13 @@ def _speed(results: Sequence[Result]) -> Table:
 
 def _error(value: float | None) -> str:
     return "" if value is None else f" ±{value:.5f}"
+
+
+def _what(engine: Engine) -> str:
+    if engine.commit:
+        return f"{engine.name} {engine.commit[:9]}"
+    counts = [f"{count} {kind}" for kind, count in sorted(engine.n_modules.items())]
+    return engine.version + (f"; matrices: {', '.join(counts)}" if counts else "")
 
 
 def _where(engine: Engine) -> str:
