@@ -65,9 +65,7 @@ def study_view(study: Study) -> RenderableType:
 
 
 def _sensitivity(found: Sensitivity) -> list[RenderableType]:
-    largest = max(
-        *(_kld(one.file) for one in found.layers), *(_kld(r.file) for r in found.roles)
-    )
+    largest = max(_kld(one.file) for one in found.layers)
     names = {n: t for n, t in _SHOWN.items() if n in found.layers[0].statistics}
     layers = _table("layer", "KLD ±", *names.values())
     layers.add_column("")
@@ -77,6 +75,7 @@ def _sensitivity(found: Sensitivity) -> list[RenderableType]:
         layers.add_row(str(one.layer_idx), _kld_text(one.file), *zs, bar)
     roles = _table("role", "tensors", "M weights", "KLD ±", left=1)
     roles.add_column("")
+    largest = max(_kld(role.file) for role in found.roles)
     for role in sorted(found.roles, key=lambda role: -_kld(role.file)):
         roles.add_row(
             Text(printable(role.role)),
@@ -96,10 +95,7 @@ def _sensitivity(found: Sensitivity) -> list[RenderableType]:
         Text(f"one role at {found.ggml_type} in every layer"),
         roles,
         Text(),
-        Text(
-            "Spearman's correlation with the layers' KLD; z above is how many standard"
-        ),
-        Text("deviations a layer lies from the layers' mean"),
+        Text("Spearman's correlation with the layers' KLD"),
         ranks,
         Text(),
         *(Text(line) for line in sensitivity_sentences(found)),
@@ -123,7 +119,8 @@ def sensitivity_sentences(found: Sensitivity) -> list[str]:
     if tests:
         lines.append(
             f"{len(low)} of {len(tests)} statistics have an interval without 0"
-            f"{names}; chance alone would give about {len(tests) / 20:.1f}."
+            f"{names}; chance alone would give about {len(tests) / 20:.1f}, "
+            "more at once where statistics are akin."
         )
     for name in ("softmax_entropy_nats", "histogram_entropy_bits"):
         match = next((c for c in tests if c.statistic == name), None)
