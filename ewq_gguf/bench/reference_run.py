@@ -52,6 +52,33 @@ def make_reference(
     return read_reference(out).record
 
 
+def cached_reference(
+    base: Path, request: Request, on_progress: OnProgress
+) -> Path | None:
+    """The cache's reference of a base, made on first use: many files are compared.
+
+    Returns:
+        None where the base's logits cannot be recomputed, and lockstep has to serve.
+
+    Raises:
+        EwqError: as of `make_reference`.
+    """
+    asked, model = _asked(request), identify(base)
+    key = store.sha256_text(f"{model.sha256} {asked.model_dump_json()}")
+    path = store.cache_dir("references") / f"{key[:32]}.gguf"
+    with store.locked(path, stage=STAGE, wait=True):
+        try:
+            if path.exists() and is_made_of(read_reference(path).record, model, asked):
+                return path
+        except (InputError, VerificationError):
+            pass  # damaged: made again
+        try:
+            make_reference(base, path, request, on_progress)
+        except InputError:
+            return None
+    return path
+
+
 def existing_reference(out: Path, base: Path, request: Request) -> Reference | None:
     """The reference that is there already, where it was made of the same.
 

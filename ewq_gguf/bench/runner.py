@@ -84,6 +84,7 @@ class Request:
     Attributes:
         tasks: any of them.
         base: what `kld` and `generation` compare with; not looked at without them.
+        reference: what the base said of the texts, so that it need not run for `kld`.
         texts: files by the names they are reported under.
         setup: how models are loaded.
         n_ctx: tokens of a window.
@@ -99,6 +100,7 @@ class Request:
 
     tasks: tuple[Task, ...]
     base: Path | None = None
+    reference: Path | None = None
     texts: tuple[tuple[str, Path], ...] = ()
     setup: BenchSetup = CPU_SETUP
     n_ctx: int = 512
@@ -247,7 +249,16 @@ def is_result_of(result: Result, path: Path, request: Request) -> bool:
 
 def _base(request: Request, asked: BenchParameters) -> BenchedFile | None:
     path = request.compared_base
-    return None if path is None else identify_base(path, asked)
+    if path is None:
+        return None
+    base = identify_base(path, asked)
+    if request.reference is not None and "kld" in asked.tasks:
+        model = identify_base(request.reference, asked).reference_of
+        if model != base.sha256:
+            raise InputError(
+                STAGE, request.reference, f"is not of {path}", "make it anew"
+            )
+    return base
 
 
 def _kinds(asked: BenchParameters) -> list[Kind]:
@@ -293,6 +304,8 @@ def _job(
     has_answers = base is not None and base.reference_of is None
     is_compared = has_answers if kind == "generation" else "kld" in asked.tasks
     compared = request.compared_base if is_compared else None
+    if compared and kind == "texts":
+        compared = request.reference or compared
     return Job(
         part=kind,
         model=str(path.absolute()),

@@ -8,6 +8,7 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.bench.comparison import estimates, pairs_of
 from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.reference_run import cached_reference
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.bench.speed import combined
@@ -110,11 +111,12 @@ def compare(
         _check_room(files, versions)
         base = base_file(checkpoint, toolchain, progress=progress)
         _check_room(files, versions)
+        request = _referred(wanted.request, base, progress)
         made = []
         for version in versions:
             # Measured as soon as it is there: a device that is missing is said before
             # all files are made.
-            one = _made(version, base, folder, wanted.request)
+            one = _made(version, base, folder, request)
             if version.plan is not None:
                 text, plan_path = version.plan.to_json(), folder / "plans"
                 store.write_text(
@@ -141,6 +143,15 @@ def compare(
                 if one.version.kind != "base":
                     one.path.unlink()
     return comparison, out
+
+
+def _referred(request: Request, base: Path, progress: Progress) -> Request:
+    """With what the base says of the texts, so that it runs once and not per file."""
+    if "kld" not in request.tasks:
+        return request
+    of_base = replace(request, base=base)
+    with progress.measure(f"bench {base.name}") as tell:
+        return replace(request, reference=cached_reference(base, of_base, tell))
 
 
 def _check_model(out: Path, checkpoint: Checkpoint, options: Options) -> None:
@@ -180,7 +191,8 @@ def _of_base(request: Request) -> Request:
     tasks: list[Task] = [
         "perplexity" if task == "kld" else task for task in request.tasks
     ]
-    return replace(request, tasks=tuple(dict.fromkeys(tasks)), base=None)
+    asked = tuple(dict.fromkeys(tasks))
+    return replace(request, tasks=asked, base=None, reference=None)
 
 
 def _untimed(request: Request) -> Request:

@@ -16,6 +16,7 @@ from ewq_gguf import store
 from ewq_gguf._version import __version__
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import MemoryUse
+from ewq_gguf.bench.reference_run import cached_reference
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.bench.studies import correlations, kld_difference, kld_mean, rank_among
 from ewq_gguf.checkpoint.folder import Checkpoint
@@ -282,6 +283,9 @@ def _measured(
             question.progress.note(f"{n_known} of {len(plans)} files need no measuring")
         if not todo:
             return parts
+        with question.progress.measure(f"bench {base.name}") as hear:
+            reference = cached_reference(base, request, hear)
+        request = replace(request, reference=reference)
         with question.progress.stage(f"measure {len(todo)} files") as tell:
             for i, (name, made) in enumerate(todo.items()):
 
