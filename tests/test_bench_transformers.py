@@ -227,7 +227,8 @@ def test_types_of_seven_bits_and_more_are_int8_and_fewer_are_nf4(ggml_type):
 
 
 def test_a_plan_becomes_modules_one_by_one(tiny):
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     types = {
         "blk.0.attn_q.weight": "Q4_K",
         "blk.0.attn_v.weight": "Q8_0",
@@ -303,7 +304,8 @@ def test_a_checkpoint_with_a_tensor_too_few_is_refused(tmp_path):
 
 @pytest.mark.fault(92)
 def test_cuda_that_is_not_there_is_no_silent_cpu(exact, request_of):
-    torch = pytest.importorskip("torch")
+    import torch
+
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     setup = SETUP.model_copy(update={"device": "cuda"})
