@@ -55,8 +55,8 @@ another model. `ewq compare` and `ewq study` tell it of yours.
 ± is half of a 95 % interval, of speeds the standard deviation. KLD is in nats against
 the BF16 file; `like base` is ROUGE-L of greedy answers beside the base's. MMLU has
 {n_mmlu} questions with 5 examples; at chance is 25 %. bitsandbytes computes in
-transformers, in the same process as the BF16 GGUF that it is compared with, and its size
-is that of the weights in memory; its speed on a CPU is not what it is made for.
+transformers, in the same process as the BF16 GGUF that it is compared with, and its
+size is that of the weights in memory; its speed on a CPU is not what it is made for.
 """
 
 
@@ -117,7 +117,7 @@ class Commands:
     @property
     def seconds(self) -> float:
         """Of all that were run here, each at its first time."""
-        return sum(self._known[command] for command in self.commands)
+        return sum((self._known[command] for command in self.commands), 0.0)
 
     def __call__(self, *arguments: str) -> str:
         """Run one to its end, and return what it printed."""
