@@ -21,7 +21,8 @@ help:
 	@echo "make test  [ARGS=...]                        run all tests (ARGS go to pytest)"
 	@echo "make check                                   ruff, mypy and the direction of imports"
 	@echo "make fuzz  [SECONDS=600]                     hostile headers, indexes and configs"
-	@echo "make bench                                   measure the speed of scans and plans"
+	@echo "make bench                                   make docs/results.md, compare with other"
+	@echo "                                             tools, measure the speed of everything"
 	@echo "make clean                                   remove .venv and build products"
 
 # The build in the cache may have gone since, or belong to another CACHE: asking for it
@@ -66,9 +67,12 @@ fuzz: setup
 	@$(VENV)/bin/python tests/fuzz_readers.py --seconds $(SECONDS)
 
 bench: setup
+	@$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.results)
 	@$(VENV)/bin/python -m benchmarks.scan
 	@$(VENV)/bin/python -m benchmarks.plan
 	@$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.bench 8)
+	@$(if $(EWQ_MMLU_DIR),$(VENV)/bin/python -m benchmarks.mmlu marketing 50 BF16)
+	@$(if $(EWQ_MMLU_DIR),$(VENV)/bin/python -m benchmarks.lm_eval)
 
 # The user's cache stays: it may be shared, and can be deleted by hand (docs/exactness.md).
 clean:

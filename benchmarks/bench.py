@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.checkpoint.texts import wikitext
@@ -83,11 +84,38 @@ def quality(toolchain: Toolchain, folder: Path, file: Path, request: Request) ->
     log, tool_seconds = timed(both)
     mean = number(r"Mean +KLD: +([\d.]+)", log)
     line("mean KLD, nats", ours.kld_mean_nats or 0.0, mean, seconds, tool_seconds)
-    print(f"llama-perplexity wrote {logits.stat().st_size / 1e6:,.0f} MB for it")
+    n_tool_bytes = logits.stat().st_size
+    print(f"llama-perplexity wrote {n_tool_bytes / 1e6:,.0f} MB for it")
     logits.unlink()
+    through_reference(file, compare, folder, ours, n_tool_bytes)
     own = bench(request.base, compare).texts[0].kld
     assert own is not None
     print(f"the base against itself: maximum {own.kld_max_nats} nats")
+
+
+def through_reference(
+    file: Path, request: Request, folder: Path, lockstep: Result, n_tool_bytes: int
+) -> None:
+    """The divergence through a reference file, beside that in lockstep."""
+    assert request.base is not None
+    base, out = request.base, folder / "base.ref"
+    _, seconds = timed(
+        lambda: make_reference(base, out, request, lambda share, rss_bytes: None)
+    )
+    size = out.stat().st_size
+    print(
+        f"the reference has {size / 1e6:,.1f} MB, {size / n_tool_bytes:.1%} of these, "
+        f"made in {seconds:.1f} s"
+    )
+    through = replace(request, base=out)
+    found, seconds = timed(lambda: bench(file, through))
+    mean, direct = found.kld_mean_nats or 0.0, lockstep.kld_mean_nats or 0.0
+    print(
+        f"mean KLD through it {mean:.8f} nats, {mean - direct:+g} from lockstep, "
+        f"in {seconds:.1f} s"
+    )
+    own = bench(base, through).kld_mean_nats
+    print(f"the base through its reference: mean {own} nats")
 
 
 def speed(toolchain: Toolchain, folder: Path, file: Path, request: Request) -> None:

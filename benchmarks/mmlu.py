@@ -7,6 +7,10 @@ The built-in model with five examples. Each question is asked by `ask`, by `rese
 beginning that its last prompt shared. They take turns, because other work on a machine
 slows whatever runs meanwhile. The usual ways get no `logprobs`, which would have them
 keep the logits of every token: the letters' are read from the context afterwards.
+
+The last line is the noise of the arithmetic: each question alone again, with one token
+of another sequence before it in the cache. It is masked, and nothing but the order of
+sums changes; activations that are then rounded another way do the rest.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from ewq_gguf.bench.mmlu import score_question
 from ewq_gguf.bench.mmlu_data import MmluTask, Prompt, letter_tokens, load_task
 from ewq_gguf.bench.questions import N_PARALLEL, ask
 from ewq_gguf.bench.runner import CPU_SETUP
+from ewq_gguf.bench.scorer import Batch
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline import base_file
@@ -67,6 +72,7 @@ def main(subject: str, n_questions: int, ftype: str) -> None:
         counted = counting(LlamaScorer.evaluate, ways[0])
         with patch.object(LlamaScorer, "evaluate", counted):
             n_all = take_turns(file, task, ways)
+        ways.append(shifted(file, task))
     print(
         f"{subject}, {len(task.prompts)} questions, {task.n_shots} examples, "
         f"{file.name}, {N_CPUS} threads, {N_PARALLEL} side by side"
@@ -93,6 +99,24 @@ def take_turns(file: Path, task: MmluTask, ways: list[Way]) -> int:
         for way, llm in zip(ways[1:], usual, strict=True):
             complete(way, llm, prompt, letters)
     return n_all
+
+
+def shifted(file: Path, task: MmluTask) -> Way:
+    """Each question alone, one place further back in the cache."""
+    way = Way("alone, shifted")
+    model = bench_model(file)
+    letters = letter_tokens(lambda text: model.tokenize(text).tolist())
+    with model.scorer(_N_CTX, n_sequences=2) as scorer:
+        for prompt in task.prompts:
+            tokens = prompt_tokens(model, prompt.text)
+            started = time.perf_counter()
+            scorer.clear()
+            scorer.evaluate(Batch.of(tokens[:1], 0, sequence=1, n_wanted=0))
+            (logits,) = scorer.evaluate(Batch.of(tokens, 0))
+            way.seconds += time.perf_counter() - started
+            way.n_tokens += len(tokens) + 1
+            way.outcomes.append(score_question(prompt.question, logits, letters))
+    return way
 
 
 def bench_model(file: Path) -> LlamaModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from io import StringIO
 from math import exp, log, sqrt
 from pathlib import Path
@@ -11,14 +12,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ewq_gguf import data
+from ewq_gguf.bench.datafile import read_text
 from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.job import Failure, progress_line, read_progress
+from ewq_gguf.bench.job import (
+    Failure,
+    MemoryUse,
+    MmluRequest,
+    PromptsRequest,
+    progress_line,
+    read_progress,
+)
 from ewq_gguf.bench.quality import Named, check_comparable, score_text
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.scoring import divergence, token_nll
 from ewq_gguf.bench.speed import measure
 from ewq_gguf.bench.summary import Tokens, kld, perplexity, text_result
-from ewq_gguf.bench.texts import Window, Windows, chunks_of, lines_of, read_text
+from ewq_gguf.bench.texts import Window, Windows, chunks_of, lines_of
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.errors import ChildError, InputError, UsageError, VerificationError
 from ewq_gguf.process import python_argv, run
@@ -135,9 +145,9 @@ def test_lines_share_batches_up_to_the_room_and_the_documents_allowed():
     [
         pytest.param(b"", "is empty", id="empty"),
         pytest.param(b" \n", "is empty", id="blank"),
-        pytest.param(b"ab\xff", "byte 2 is no UTF-8", id="encoding"),
-        pytest.param(b"\xef\xbb\xbfabc", "byte order mark", id="bom"),
-        pytest.param(b"ab\0c", "NUL at character 2", id="nul"),
+        pytest.param(b"ab\xff", "is not UTF-8 at byte 2", id="encoding"),
+        pytest.param(b"\xef\xbb\xbfabc", "begins with a byte order mark", id="bom"),
+        pytest.param(b"ab\0c", "has a NUL at byte 2", id="nul"),
     ],
 )
 def test_texts_that_are_no_texts_are_refused(tmp_path, data, message):
@@ -319,6 +329,7 @@ def test_memory_alone_needs_no_repeats():
         (Request(tasks=()), "--tasks: is empty"),
         (Request(tasks=("kld",), texts=(("a", FILE),)), "no base"),
         (Request(tasks=("perplexity",)), "--text: is missing"),
+        (Request(tasks=("generation",)), "--prompts: is missing"),
         (
             Request(tasks=("perplexity",), texts=(("a", FILE), ("a", FILE))),
             "two texts have one name",
@@ -330,6 +341,45 @@ def test_tasks_that_lack_something_are_refused(request_, message):
         request_.parameters()
 
 
+def test_data_is_read_once_however_many_files_are_measured(tmp_path):
+    for split in ("test", "dev"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"maths_{split}.csv").write_text("2 + 2?,3,4,5,6,B\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}')
+    request = Request(
+        tasks=("mmlu", "generation"),
+        mmlu=MmluRequest(folder=str(tmp_path), n_shots=1, limit=None),
+        prompts=PromptsRequest(
+            path=str(tmp_path / "prompts.jsonl"), limit=None, max_tokens=9
+        ),
+    )
+
+    asked = request.parameters()
+
+    for path in ("test/maths_test.csv", "dev/maths_dev.csv", "prompts.jsonl"):
+        (tmp_path / path).unlink()
+    assert request.parameters() == asked
+    assert None not in (asked.mmlu_sha256, asked.prompts_sha256, asked.max_tokens)
+    with pytest.raises(InputError, match="cannot be read"):
+        replace(request, tasks=("generation",)).parameters()
+
+
+@pytest.mark.fault(67)
+def test_the_packages_own_texts_are_six_domains_of_one_document_per_line():
+    table = Table()
+    found = dict(data.domains())
+
+    assert list(found) == [
+        "code", "conversational", "general", "literary", "nonsense", "scientific",
+    ]  # fmt: skip
+    for path in found.values():
+        windows = lines_of(table, read_text(path), 512, path)
+        assert (len(windows.windows), windows.n_skipped) == (20, 0)
+        # As one running text they are too short, and the message says by how much.
+        with pytest.raises(InputError, match=r"has \d+ tokens, one context needs 8192"):
+            chunks_of(table, read_text(path), 8192, path)
+
+
 def test_an_error_survives_the_way_from_a_child():
     error = VerificationError("bench", "a.gguf", "is broken", "do not use it")
     found = Failure.model_validate_json(Failure.of(error).model_dump_json()).error()
@@ -338,7 +388,8 @@ def test_an_error_survives_the_way_from_a_child():
 
 
 def test_progress_lines_are_told_from_a_log():
-    assert read_progress(progress_line(0.25, 123).strip()) == (0.25, 123)
+    told = read_progress(progress_line(0.25, 123).strip())
+    assert told == (0.25, MemoryUse(123))
     assert read_progress("load_tensors: 100 %") is None
 
 

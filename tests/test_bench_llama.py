@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
@@ -40,7 +41,7 @@ WORDS = "the quick brown fox jumps over a lazy dog while entropy is measured".sp
 N_CTX = 64
 
 
-def silent(_share: float, _rss: int) -> None:
+def silent(_share: float, _use: MemoryUse) -> None:
     pass
 
 

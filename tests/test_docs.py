@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -51,6 +52,19 @@ def test_the_cli_page_is_what_help_prints():
     if os.environ.get("EWQ_UPDATE_DOCS"):
         CLI_PAGE.write_text(page)
     assert CLI_PAGE.read_text() == page
+
+
+def test_every_data_file_is_packaged():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    globs = project["tool"]["setuptools"]["package-data"]["ewq_gguf"]
+    package = ROOT / "ewq_gguf"
+
+    packaged = {path for glob in globs for path in package.glob(glob)}
+
+    files = {path for path in (package / "data").rglob("*") if path.is_file()}
+    assert {p for p in files if "__pycache__" not in p.parts} - packaged == {
+        package / "data" / "__init__.py"
+    }
 
 
 def test_links_in_the_documentation_lead_to_files():

@@ -4,8 +4,9 @@
 15-18 odd tensors, 19 hostile names, 20-21 files that change, 22-24 paths, links and
 pipes, 25-30 index and shards, 31-33 repositories without weights of ours, 34-36 config
 and code, 37-38 tokenizer, 39 chat template (test_generation.py), 40 tied embeddings,
-41-52 plans (test_plan_faults.py), 65, 66 and 68 questions (test_mmlu.py), 70 empty
-answers.
+41-52 plans (test_plan_faults.py), 53-61 GGUF files (test_gguf_faults.py,
+test_gguf_file.py), 62-64 budgets, 65, 66 and 68 questions (test_mmlu.py), 70 empty
+answers, 77-80, 92, 93 and 95 children, devices and workers (test_bench_faults.py).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def marked() -> set[int]:
 
 
 def test_every_fault_has_a_test():
-    assert marked() >= {*range(1, 53), 65, 66, 68, 70}
+    assert marked() >= {*range(1, 71), *range(77, 81), 92, 93, 95}
 
 
 @pytest.mark.fault(29, 30)

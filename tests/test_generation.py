@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from math import exp, log, sqrt
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ewq_gguf import data
 from ewq_gguf.bench.chat import apply_chat_template
 from ewq_gguf.bench.generation import (
     GenerationPrompt,
     fidelity,
     generation_scores,
     load_prompts,
+    prompts_hash,
     text_scores,
 )
 from ewq_gguf.errors import InputError, ToolError
@@ -90,6 +93,20 @@ def test_a_file_whose_characters_are_in_doubt_is_refused(tmp_path, content):
         load_prompts(path)
     with pytest.raises(InputError, match="cannot be read"):
         load_prompts(tmp_path / "none.jsonl")
+
+
+def test_the_hash_of_prompts_is_that_of_texts_and_references():
+    one, other = (GenerationPrompt("line 1", "One", r) for r in ("a", None))
+
+    assert prompts_hash([one]) == prompts_hash([replace(one, id="line 9")])
+    assert len({prompts_hash(some) for some in ([one], [other], [one, one], [])}) == 4
+
+
+def test_the_packages_own_prompts_have_references():
+    prompts = load_prompts(data.PROMPTS)
+
+    assert len({prompt.text for prompt in prompts}) == 20
+    assert all(prompt.reference for prompt in prompts)
 
 
 # Scores.
@@ -215,6 +232,7 @@ def test_fidelity_needs_no_references():
     assert found.common_prefix_mean == 1
     # All of it, a third of the longer, and all of nothing.
     assert found.common_prefix_share == pytest.approx((1 + 1 / 3 + 1) / 3)
+    assert found.common_prefix_share_stderr == pytest.approx(2 / 3 / 3)
     assert found.n_identical == 2
     assert found.scores.n_empty_answers == 1
     with pytest.raises(InputError, match="answered none of the prompts"):
@@ -243,14 +261,18 @@ def test_scores_of_a_run():
     assert against.references is None
     assert against.fidelity is not None
     assert against.fidelity.n_identical == 1
-    with pytest.raises(InputError, match="all 1 prompts are longer"):
+    with pytest.raises(
+        InputError, match="all 1 are longer than the context of 64 tokens"
+    ):
         generation_scores(prompts, ["One", "Two"], [], skipped=skipped)
 
 
 def test_a_missing_library_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sacrebleu.metrics.bleu", None)
+    monkeypatch.setattr("ewq_gguf.bench.generation.find_spec", lambda _: None)
 
-    with pytest.raises(ToolError, match=r"sacrebleu.* pip install 'ewq-gguf\[eval\]'"):
+    with pytest.raises(
+        ToolError, match=r"rouge_score.* pip install 'ewq-gguf\[eval\]'"
+    ):
         text_scores([("line 1", "a", "a")])
 
 

@@ -149,6 +149,7 @@ def test_every_scalar_type_is_read(read, number, kind, value):
     assert read(data).kv == {"k": value}
 
 
+@pytest.mark.fault(60)
 def test_text_that_is_not_utf_8_is_escaped(read):
     data = file([text(b"k\xff") + struct.pack("<I", STRING) + text(b"v\xfe")])
 
@@ -212,6 +213,7 @@ def test_it_agrees_with_gguf_on_a_converted_file(tiny):
 # Faults 53 to 56 and 61.
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 7, 8, 15, 16, 23, 24, 25, 31, 33])
 def test_a_file_cut_in_its_first_bytes_is_refused(refuse, length):
     refuse(ONE[:length], "the file ends|not GGUF|do not fit")
@@ -233,22 +235,26 @@ def test_a_real_file_cut_anywhere_is_refused(tiny, tmp_path):
         read_gguf(path)
 
 
+@pytest.mark.fault(53)
 def test_a_zeroed_header_is_refused(refuse):
     refuse(bytes(64) + ONE[64:], r"starts with b'\\x00\\x00\\x00\\x00', not GGUF")
     refuse(ONE[:24] + bytes(len(ONE) - 24), "value type|appears twice|dimensions")
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize("magic", [b"GGML", b"FUGG", b"PK\3\4", b"gguf", b"<htm"])
 def test_another_magic_is_named(refuse, magic):
     refuse(magic + ONE[4:], "not GGUF")
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize("version", [0, 1, 4, 255, 2**31])
 def test_another_version_is_named(refuse, version):
     error = refuse(ONE[:4] + struct.pack("<I", version) + ONE[8:], "version|big-endian")
     assert version >= 2**16 or f"version {version}" in str(error)
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_big_endian_file_is_named_as_such(refuse, version):
     refuse(
@@ -257,12 +263,14 @@ def test_a_big_endian_file_is_named_as_such(refuse, version):
     )
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize("count", [HUGE, HUGE - 1, 2**64 - 1, 1 << 32, 1 << 21])
 @pytest.mark.parametrize("what", ["n_kv", "n_tensors"])
 def test_counts_are_checked_against_the_bytes_left(refuse, what, count):
     refuse(file(**{what: count}), f"{count} .* do not fit its 32 bytes")
 
 
+@pytest.mark.fault(54)
 def test_counts_have_a_limit_in_a_large_file(tmp_path):
     path = tmp_path / "sparse.gguf"
     with path.open("wb") as sparse:
@@ -275,6 +283,7 @@ def test_counts_have_a_limit_in_a_large_file(tmp_path):
     assert time.perf_counter() - begin < 1
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize("count", [HUGE, 2**64 - 1, 1 << 40, 1000])
 @pytest.mark.parametrize("item", [0, 4, 7, STRING, 12])
 def test_array_counts_are_checked_against_the_bytes_left(refuse, item, count):
@@ -286,6 +295,7 @@ def test_arrays_of_arrays_and_unknown_items_are_refused(refuse, item):
     refuse(file([array("k", item, 1, bytes(64))]), f"array item type {item} is not")
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize("length", [HUGE, 2**64 - 1, 1 << 40, 100])
 def test_string_lengths_are_checked_against_the_bytes_left(refuse, length):
     size = struct.pack("<Q", length)
@@ -301,6 +311,7 @@ def test_an_unknown_value_type_is_named(refuse, kind):
     refuse(file([text("k") + struct.pack("<I", kind)]), f"value type {kind} is unknown")
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize(
     "body",
     [
@@ -318,10 +329,12 @@ def test_57_bytes_that_hang_the_gguf_package_are_refused_at_once(read, body):
         read(data)
 
 
+@pytest.mark.fault(55)
 def test_a_key_that_appears_twice_is_refused(refuse):
     refuse(file([u32("x", 1), u32("x", 2)]), "key x appears twice")
 
 
+@pytest.mark.fault(55)
 def test_a_tensor_that_appears_twice_is_refused(refuse):
     refuse(
         file([], [info("a", (32,)), info("a", (32,), 0, 128)], bytes(256)),
@@ -329,6 +342,7 @@ def test_a_tensor_that_appears_twice_is_refused(refuse):
     )
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize("alignment", [0, 3, 48, 2 << 20, 2**32 - 1])
 def test_an_alignment_that_is_no_power_of_two_or_too_large_is_refused(
     refuse, alignment
@@ -355,6 +369,7 @@ def test_an_alignment_that_is_no_u32_is_refused(refuse, value):
     )
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -370,6 +385,7 @@ def test_an_impossible_shape_is_refused(refuse, shape):
     refuse(file([], [info("a", shape)], bytes(128)), "a has an impossible shape")
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize("n_dims", [0, 5, 1000, 2**32 - 1])
 def test_more_than_four_or_no_dimensions_are_refused(refuse, n_dims):
     entry = text("a") + struct.pack("<I", n_dims) + bytes(200)
@@ -389,6 +405,7 @@ def test_a_row_that_is_no_whole_number_of_blocks_is_refused(refuse):
     )
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize("offset", [32, 128, 1 << 40, HUGE, 2**64 - 32])
 def test_an_offset_past_the_end_is_refused(refuse, offset):
     refuse(file([], [info("a", (32,), 0, offset)], bytes(128)), "a (ends|starts) at")
@@ -409,6 +426,7 @@ def test_tensors_that_overlap_or_leave_a_hole_are_refused_as_ggml_does(refuse, o
     )
 
 
+@pytest.mark.fault(60)
 def test_a_hostile_name_cannot_reach_the_terminal(refuse):
     error = refuse(
         file([], [info("\x1b[2J\n<script>", (0,))], bytes(128)), "impossible shape"

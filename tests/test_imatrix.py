@@ -32,6 +32,7 @@ from ewq_gguf.records import (
     FastEwqPolicy,
     Imatrix,
     Plan,
+    PresetPolicy,
     UniformPolicy,
     load_record,
 )
@@ -198,6 +199,28 @@ def test_the_same_types_get_other_bytes_and_the_same_bytes_again(planned, made, 
     assert {name for name in first if "blk" in name and "norm" not in name} == (
         first.keys() - same
     )
+
+
+def test_a_preset_with_a_matrix_is_llama_quantizes_own(
+    deep, toolchain, made, plain, tmp_path
+):
+    preset, own = PresetPolicy(preset="IQ4_XS"), tmp_path / "own.gguf"
+    without = pipeline.plan(deep.checkpoint, preset)
+    weighed = pipeline.plan(deep.checkpoint, preset, options=Options(imatrix=plain))
+
+    argv = [toolchain.tool("llama-quantize"), "--imatrix", plain, deep.base, own]
+    run([*argv, preset.preset], stage="test", log_path=tmp_path / "log")
+    out = made(weighed, plain)
+
+    assert tensor_bytes(out) == tensor_bytes(own)
+    assert out.stat().st_size == weighed.totals.file_size_bytes
+    # Its mixture spares the first layers' down projections nothing then.
+    changed = {
+        tensor.role
+        for tensor, other in zip(weighed.tensors, without.tensors, strict=True)
+        if tensor.written_type != other.written_type
+    }
+    assert changed == {"ffn_down"}
 
 
 def tensor_bytes(path):

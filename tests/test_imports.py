@@ -59,11 +59,13 @@ RESERVED = {
     "jinja2": {"bench"},
     "pyarrow": {"bench"},
     "rouge_score": {"bench"},
+    "bitsandbytes": {"bench"},
+    "transformers": {"bench"},
     "sacrebleu": {"bench"},
 }
 HEAVY = (
     "torch", "numba", "llama_cpp", "transformers", "scipy", "sklearn", "xgboost",
-    "distributed", "jinja2", "nltk", "pyarrow", "sacrebleu",
+    "bitsandbytes", "distributed", "jinja2", "nltk", "pyarrow", "sacrebleu",
 )  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def test_odd_and_cut_parquet_files(tmp_path):
         with pytest.raises(InputError, match="is not a sound parquet file"):
             load_task(tmp_path, n_shots=0)
     pq.write_table(pyarrow.table({"question": ["Why?"]}), path)
-    with pytest.raises(InputError, match="is not a sound parquet file"):
+    with pytest.raises(InputError, match="has no column answer or choices"):
         load_task(tmp_path, n_shots=0)
 
 

@@ -70,7 +70,7 @@ def test_a_classifiers_plan_can_be_given_and_needs_no_scan(
     own_cache, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline.making, "scan", None)  # would be called for weights
+    monkeypatch.setattr(pipeline.planning, "scan", None)  # would be called for weights
     checkpoint = pipeline.open_model("demo")
     budget = parse_budget("60%")
     plan = pipeline.plan(checkpoint, FastEwqPolicy(), budget=budget)

@@ -289,6 +289,7 @@ def test_an_untampered_copy_is_sound(mixed, made, tmp_path):
     verify_file(mixed, copy, load=False)
 
 
+@pytest.mark.fault(57)
 def test_types_of_another_plan_are_all_listed(
     mixed, deep, toolchain, tmp_path, differences
 ):
@@ -312,6 +313,7 @@ def test_types_of_another_plan_are_all_listed(
     assert len(found) == 4
 
 
+@pytest.mark.fault(57)
 def test_a_dropped_tensor_is_found(made, tmp_path, differences):
     found = differences(
         tampered(made, tmp_path / "t.gguf", drop=["blk.3.ffn_up.weight"])
@@ -320,6 +322,7 @@ def test_a_dropped_tensor_is_found(made, tmp_path, differences):
     assert found[0] == "blk.3.ffn_up.weight: planned Q8_0, absent"
 
 
+@pytest.mark.fault(57)
 def test_an_unplanned_tensor_is_found(mixed, made, tmp_path):
     smaller = mixed.model_copy(update={"tensors": mixed.tensors[1:]})
 
@@ -372,6 +375,7 @@ def test_a_file_that_cannot_be_loaded_is_found(mixed, made, tmp_path):
     assert "log is " in caught.value.remedy
 
 
+@pytest.mark.fault(59)
 def test_weights_that_are_nan_are_found_by_loading(tiny, toolchain, tmp_path):
     plan = tiny.plan("F16")
     out = tmp_path / "nan.gguf"
@@ -463,6 +467,7 @@ def test_the_base_is_never_its_own_output(tiny, toolchain, tmp_path):
     assert base.read_bytes() == tiny.base.read_bytes()
 
 
+@pytest.mark.fault(78)
 def test_a_tool_that_exits_with_0_but_writes_another_file_is_caught(tiny, fake, old):
     """It takes the file of a stock preset for the plan's."""
     wrong = fake('exec "$real" base.gguf out.gguf Q4_0 1')
@@ -475,6 +480,7 @@ def test_a_tool_that_exits_with_0_but_writes_another_file_is_caught(tiny, fake, 
     assert_untouched(old)
 
 
+@pytest.mark.fault(78)
 @pytest.mark.parametrize(
     "script",
     [
@@ -500,6 +506,7 @@ def test_a_failing_tool_ends_with_its_last_lines(tiny, fake, old):
     assert_untouched(old)
 
 
+@pytest.mark.fault(77)
 def test_a_failing_tool_gives_exit_code_5_and_20_lines(tiny, fake, old):
     with pytest.raises(ChildError) as caught:
         quantize(tiny.plan(), tiny.base, old, fake("seq 1 30; exit 3"), n_threads=1)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from math import e, log
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
@@ -16,13 +15,13 @@ from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.generation import GenerationPrompt
 from ewq_gguf.bench.mmlu import score_question
 from ewq_gguf.bench.mmlu_data import (
-    LETTERS,
     MmluTask,
     Prompt,
     Question,
     letter_tokens,
     load_task,
 )
+from ewq_gguf.bench.mmlu_files import LETTERS
 from ewq_gguf.bench.questions import ask
 from ewq_gguf.bench.scorer import Batch
 from ewq_gguf.checkpoint.source import open_checkpoint
@@ -239,11 +238,11 @@ def prompts_of(texts: list[str]) -> list[GenerationPrompt]:
 
 
 def answers(model, texts, *, n_ctx=50, max_tokens=4, **options):
-    given = Texts(tuple(texts), has_chat_template=False)
+    ids = tuple(prompt.id for prompt in prompts_of(texts))
+    given = Texts(ids, tuple(texts), has_chat_template=False)
     return list(
         answer(
             model,
-            prompts_of(texts),
             given,
             n_ctx=n_ctx,
             max_tokens=max_tokens,
@@ -277,40 +276,30 @@ def test_prompts_without_room_for_an_answer_are_named():
     ]
 
 
-def gguf_with(path: Path, **strings: str) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in strings.items():
-        writer.add_string(f"tokenizer.{key}", value)
-    writer.add_uint32("tokenizer.ggml.eos_token_id", ord("$"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
-def test_a_files_own_chat_template_is_applied(tmp_path):
+def test_a_models_own_chat_template_is_applied():
     pytest.importorskip("jinja2")
-    template = "{{ bos_token }}<{{ messages[0].content }}>{{ eos_token }}"
-    path = gguf_with(tmp_path / "with.gguf", chat_template=template)
     model = chain(**{"$": "y"})
+    model.chat_template = "{{ bos_token }}<{{ messages[0].content }}>{{ eos_token }}"
     prompts = prompts_of(["a", "b"])
 
-    given = texts_for(model, path, prompts)
+    given = texts_for(model, prompts)
 
-    assert given == Texts(("\0<a>$", "\0<b>$"), has_chat_template=True)
-    (first, _) = answer(model, prompts, given, n_ctx=50, max_tokens=4)
+    assert given == Texts(
+        ("line 1", "line 2"), ("\0<a>$", "\0<b>$"), has_chat_template=True
+    )
+    (first, _) = answer(model, given, n_ctx=50, max_tokens=4)
     assert isinstance(first, Answer)
     assert first.text == "y"
     assert model.evaluated == 2 * len("\0<a>$y")  # no second BOS
-    empty = Texts(("",), has_chat_template=True)
+    empty = Texts(("line 1",), ("",), has_chat_template=True)
     with pytest.raises(InputError, match="makes an empty text"):
-        list(answer(model, prompts[:1], empty, n_ctx=50, max_tokens=4))
+        list(answer(model, empty, n_ctx=50, max_tokens=4))
 
 
-def test_a_file_without_a_template_gets_the_prompts_as_they_are(tmp_path):
-    path = gguf_with(tmp_path / "without.gguf")
+def test_a_model_without_a_template_gets_the_prompts_as_they_are():
+    given = texts_for(Table(), prompts_of(["a"]))
 
-    assert texts_for(Table(), path, prompts_of(["a"])) == Texts(("a",), False)
+    assert given == Texts(("line 1",), ("a",), has_chat_template=False)
 
 
 # llama.cpp.

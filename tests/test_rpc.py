@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import socket
 import subprocess
 import time
@@ -81,15 +82,28 @@ def perplexity(base, toolchain, tmp_path):
     return log_of
 
 
-@contextmanager
-def rpc_worker(toolchain):
-    """A worker on a free port of this machine; its address."""
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def rpc_worker(toolchain, port=None, *, most_bytes=None):
+    """A worker on a port of this machine, with as much memory; its address."""
+    port = port or free_port()
     argv = [toolchain.tool("ggml-rpc-server"), "-H", "127.0.0.1", "-p", str(port)]
+
+    def limit():
+        if most_bytes:
+            resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+
     server = subprocess.Popen(
-        [*argv, "-t", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*argv, "-t", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=limit,
     )
     try:
         for _ in range(100):

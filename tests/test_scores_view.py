@@ -80,5 +80,5 @@ def test_answers_in_80_columns():
     assert "1 answers are empty and score 0." in lines
     assert " ".join(lines[-2:]) == (
         "3 answers are the base model's; the mean answer leaves it after 1.3 tokens, "
-        "100 % of its length."
+        "100 ± 0 % of its length."
     )

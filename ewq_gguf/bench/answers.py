@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from ewq_gguf.bench.chat import apply_chat_template
 from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
-from ewq_gguf.bench.generation import STAGE, GenerationPrompt
-from ewq_gguf.bench.scorer import Batch, IntArray, Model, Scorer
+from ewq_gguf.bench.generation import GenerationPrompt
+from ewq_gguf.bench.scorer import STAGE, Batch, IntArray, Model, Scorer
 from ewq_gguf.bench.tokens import too_long
-from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import Answer, TooLong
 
 #: Answers side by side.
 N_PARALLEL = 8
-_TEMPLATE_KEY = "tokenizer.chat_template"
-_EOS_KEY = "tokenizer.ggml.eos_token_id"
 
 
 @dataclass(frozen=True)
@@ -28,10 +24,12 @@ class Texts:
     """Prompts as a model gets them.
 
     Attributes:
-        texts: in the prompts' order.
+        ids: of the prompts.
+        texts: of each.
         has_chat_template: whether they come from one, special tokens included.
     """
 
+    ids: tuple[str, ...]
     texts: tuple[str, ...]
     has_chat_template: bool
 
@@ -40,49 +38,55 @@ class Texts:
 class _Open:
     """An answer that grows."""
 
-    prompt: GenerationPrompt
+    id: str
     n_prompt: int
     sequence: int
     tokens: list[int] = field(default_factory=list)
 
 
-def texts_for(model: Model, path: Path, prompts: Sequence[GenerationPrompt]) -> Texts:
-    """Prompts through the chat template of a model's file, where it has one.
+def texts_for(model: Model, prompts: Sequence[GenerationPrompt]) -> Texts:
+    """Prompts through a model's own chat template, where it has one.
 
     Args:
-        model: loaded from the file.
-        path: the GGUF file, or the first part of a split one.
+        model: any.
         prompts: what users say.
 
     Raises:
-        VerificationError: the file is not sound.
         InputError: the template is broken, refuses, takes too long or too much.
         ToolError: jinja2 is missing.
         ChildError: the sandbox could not be run.
     """
+    ids = tuple(prompt.id for prompt in prompts)
     said = [prompt.text for prompt in prompts]
-    kv = read_gguf(path, header_only=True).kv
-    template = str(kv.get(_TEMPLATE_KEY, ""))
-    if not template.strip():
-        return Texts(tuple(said), has_chat_template=False)
+    if not model.chat_template.strip():
+        return Texts(ids, tuple(said), has_chat_template=False)
     texts = apply_chat_template(
-        template,
+        model.chat_template,
         said,
         bos_token=_name(model, model.bos),
-        eos_token=_name(model, int(kv.get(_EOS_KEY, -1))),
+        eos_token=_name(model, model.eos),
     )
-    return Texts(tuple(texts), has_chat_template=True)
+    return Texts(ids, tuple(texts), has_chat_template=True)
+
+
+def tokens_of(model: Model, texts: Texts) -> list[IntArray]:
+    """The texts as a model reads them.
+
+    Raises:
+        InputError: a template made an empty text.
+    """
+    return [_tokens(model, text, texts.has_chat_template) for text in texts.texts]
 
 
 def answer(
     model: Model,
-    prompts: Sequence[GenerationPrompt],
     texts: Texts,
     *,
     n_ctx: int,
     max_tokens: int,
     n_parallel: int = N_PARALLEL,
     known: Collection[str] = (),
+    on_step: Callable[[float], None] = lambda _n_answers: None,
 ) -> Iterator[Answer | TooLong]:
     """The likeliest token after the likeliest token, to the end of each answer.
 
@@ -90,13 +94,14 @@ def answer(
 
     Args:
         model: any.
-        prompts: that are answered.
-        texts: the same as the model gets them.
+        texts: that are answered.
         n_ctx: tokens of context: of a prompt with its answer, and of a group's
             together.
         max_tokens: of an answer; at least 1.
         n_parallel: answers of a group, at most.
         known: ids of prompts that are passed over.
+        on_step: told after each token how many answers those of the group that grows
+            amount to; a group may take long.
 
     Yields:
         First the prompts that do not fit the context; then answers in their order.
@@ -106,32 +111,33 @@ def answer(
         VerificationError: logits are not finite.
         ResourceError: memory ran out.
     """
-    tokens = [_tokens(model, text, texts.has_chat_template) for text in texts.texts]
+    tokens = tokens_of(model, texts)
     lengths = [len(some) + max_tokens for some in tokens]
-    skipped = too_long([prompt.id for prompt in prompts], lengths, n_ctx)
+    skipped = too_long(texts.ids, lengths, n_ctx)
     yield from (one for one in skipped if one.id not in known)
     fitting = [i for i, length in enumerate(lengths) if length <= n_ctx]
     with model.scorer(n_ctx, n_sequences=n_parallel) as scorer:
         for members in groups_of([lengths[i] for i in fitting], n_ctx, n_parallel):
             group = [
-                (prompts[i], tokens[i])
+                (texts.ids[i], tokens[i])
                 for i in (fitting[member] for member in members)
-                if prompts[i].id not in known
+                if texts.ids[i] not in known
             ]
             if group:
-                yield from _answer_group(model, scorer, group, max_tokens)
+                yield from _answer_group(model, scorer, group, max_tokens, on_step)
 
 
 def _answer_group(
     model: Model,
     scorer: Scorer,
-    group: Sequence[tuple[GenerationPrompt, IntArray]],
+    group: Sequence[tuple[str, IntArray]],
     max_tokens: int,
+    on_step: Callable[[float], None],
 ) -> Iterator[Answer]:
     scorer.clear()
     all_open = [
-        _Open(prompt, len(tokens), sequence)
-        for sequence, (prompt, tokens) in enumerate(group)
+        _Open(id_, len(tokens), sequence)
+        for sequence, (id_, tokens) in enumerate(group)
     ]
     growing = all_open
     batch = Batch.join(
@@ -151,11 +157,12 @@ def _answer_group(
             if len(one.tokens) < max_tokens:
                 goes_on.append(one)
         growing = goes_on
+        on_step(sum(len(one.tokens) for one in all_open) / max_tokens)
         if growing:
             batch = Batch.join([_last(one) for one in growing])
     for one in all_open:
         text = model.detokenize(np.array(one.tokens, np.int32))
-        yield Answer(id=one.prompt.id, text=text, tokens=tuple(one.tokens))
+        yield Answer(id=one.id, text=text, tokens=tuple(one.tokens))
 
 
 def _last(one: _Open) -> Batch:

@@ -7,30 +7,54 @@ from __future__ import annotations
 
 import faulthandler
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import psutil
 
-from ewq_gguf.bench.job import Failure, Job, progress_line
-from ewq_gguf.bench.llama import Log
+from ewq_gguf import store
+from ewq_gguf.bench.answers import Texts, answer, texts_for, tokens_of
+from ewq_gguf.bench.datafile import read_text
+from ewq_gguf.bench.generation import generation_scores
+from ewq_gguf.bench.job import Failure, Job, ReferenceRequest, progress_line
+from ewq_gguf.bench.llama import LlamaModel, Log
 from ewq_gguf.bench.load import load
 from ewq_gguf.bench.mmlu import mmlu_scores
-from ewq_gguf.bench.quality import Named, check_comparable, score_text
+from ewq_gguf.bench.nvml import gpu_bytes
+from ewq_gguf.bench.quality import (
+    Named,
+    another_tokenizer,
+    check_comparable,
+    check_stored,
+    score_text,
+)
 from ewq_gguf.bench.questions import ask
+from ewq_gguf.bench.reference import ReferenceModel
+from ewq_gguf.bench.reference_writing import write_reference
+from ewq_gguf.bench.scorer import Model
 from ewq_gguf.bench.speed import measure
-from ewq_gguf.bench.texts import Windows, chunks_of, lines_of, read_text
+from ewq_gguf.bench.texts import Windows, chunks_of, lines_of
 from ewq_gguf.errors import EwqError
-from ewq_gguf.records import ChunkPart, MmluPart, RunPart, TextPart, read_journal
+from ewq_gguf.records import (
+    AnswerPart,
+    ChunkPart,
+    MmluPart,
+    RunPart,
+    TextPart,
+    read_journal,
+)
 from ewq_gguf.records.base import Part
-from ewq_gguf.records.scores import MmluOutcome
+from ewq_gguf.records.scores import Answer, MmluOutcome, TooLong
 
 #: The longest without progress: a forward pass of a large model on a slow machine.
 _STALL_SECONDS = 1800
 #: Tokens of context for MMLU: the longest prompt with five examples has 3024.
 _MMLU_CTX = 4096
+#: Tokens of context for answers: of a prompt with its own, and of a group's together.
+_ANSWER_CTX = 4096
 
 
 def main(path: Path) -> int:
@@ -41,11 +65,16 @@ def main(path: Path) -> int:
         with _journal(Path(job.journal)) as keep:
             log = Log()
             setup = job.parameters.setup
-            model = load(Path(job.model), setup, log)
+            if job.reference is not None:
+                _reference(job, job.reference, LlamaModel(Path(job.model), setup, log))
+                return 0
+            model = load(Path(job.model), setup, log, job.precisions)
             if job.part == "speed":
                 _speed(job, model, keep)
             elif job.part == "mmlu":
                 _mmlu(job, model, keep)
+            elif job.part == "generation":
+                _generation(job, model, lambda path: load(path, setup, log), keep)
             else:
                 base = None if job.base is None else load(Path(job.base), setup, log)
                 _texts(job, model, base, keep)
@@ -74,7 +103,7 @@ def _texts(
     done = read_journal(Path(job.journal), ChunkPart)
     asked = job.parameters
     # All texts are looked at before the first is scored.
-    texts = [_windows(job, Path(path), model, base) for path in job.texts]
+    texts = [_windows(job, i, model, base) for i in range(len(job.texts))]
     n_all = sum(len(text.windows) for text in texts)
     n_done = 0
     for number, windows in enumerate(texts):
@@ -91,6 +120,12 @@ def _texts(
         skipped = windows.n_skipped
         keep(TextPart(name=str(number), n_batches=n_batches, n_skipped=skipped))
     keep(RunPart(name="texts", engine=model.model.engine))
+
+
+def _reference(job: Job, asked: ReferenceRequest, model: LlamaModel) -> None:
+    named = Named(model.path, model)
+    texts = [_windows(job, i, named, None) for i in range(len(job.texts))]
+    write_reference(model, asked, job.parameters, texts, _tell)
 
 
 def _mmlu(job: Job, model: Named, keep: Callable[[Part], None]) -> None:
@@ -111,19 +146,111 @@ def _mmlu(job: Job, model: Named, keep: Callable[[Part], None]) -> None:
     keep(RunPart(name="mmlu", engine=model.model.engine, mmlu=scores))
 
 
+def _generation(
+    job: Job,
+    model: Named,
+    load_other: Callable[[Path], Named],
+    keep: Callable[[Part], None],
+) -> None:
+    assert job.prompts is not None
+    prompts = job.prompts.prompts()
+    texts = texts_for(model.model, prompts)
+    known = read_journal(Path(job.journal), AnswerPart)
+    n_models = 1 if job.base is None else 2
+    answers, skipped = _answers(
+        model.model, texts, job, known, keep, lambda share: _tell(share / n_models)
+    )
+    base = None
+    if job.base is not None:
+        ids = [one.id for one in answers]
+        base = _base_answers(job, model, texts, ids, load_other)
+    scores = generation_scores(
+        prompts,
+        texts.texts,
+        answers,
+        skipped=skipped,
+        base=base,
+        has_chat_template=texts.has_chat_template,
+    )
+    keep(RunPart(name="generation", engine=model.model.engine, generation=scores))
+
+
+def _base_answers(
+    job: Job,
+    model: Named,
+    texts: Texts,
+    ids: Collection[str],
+    load_other: Callable[[Path], Named],
+) -> list[Answer]:
+    """The base's answers to the same texts; other files find them in a journal."""
+    assert job.base is not None
+    assert job.base_answers is not None
+    tokens = tokens_of(model.model, texts)
+    # The same texts are other tokens to another tokenizer, and then no answers to them.
+    key = store.sha256_text(repr([some.tolist() for some in tokens]))
+    journal = Path(job.base_answers) / f"{key}.journal"
+    known = read_journal(journal, AnswerPart)
+    if known.keys() >= set(ids):
+        return [known[name].answer for name in ids]
+    base = load_other(Path(job.base))
+    others = tokens_of(base.model, texts)
+    if not all(map(np.array_equal, tokens, others)):
+        raise another_tokenizer(model, base)
+    with _journal(journal) as keep:
+        answers, _ = _answers(
+            base.model, texts, job, known, keep, lambda share: _tell((1 + share) / 2)
+        )
+    return answers
+
+
+def _answers(
+    model: Model,
+    texts: Texts,
+    job: Job,
+    known: dict[str, AnswerPart],
+    keep: Callable[[Part], None],
+    tell: Callable[[float], None],
+) -> tuple[list[Answer], list[TooLong]]:
+    """A model's answers in order, those known among them; and what is too long."""
+    assert job.prompts is not None
+    found = {name: part.answer for name, part in known.items()}
+    skipped: list[TooLong] = []
+    n_all = len(texts.ids)
+    answered = answer(
+        model,
+        texts,
+        n_ctx=_ANSWER_CTX,
+        max_tokens=job.prompts.max_tokens,
+        known=set(known),
+        on_step=lambda n: tell((len(found) + len(skipped) + n) / n_all),
+    )
+    for one in answered:
+        if isinstance(one, TooLong):
+            skipped.append(one)
+        else:
+            found[one.id] = one
+            keep(AnswerPart(name=one.id, answer=one))
+    tell(1.0)
+    return [found[name] for name in texts.ids if name in found], skipped
+
+
 def _known(prefix: str, done: dict[str, ChunkPart]) -> Callable[[int], bool]:
     return lambda i: f"{prefix}{i}" in done
 
 
-def _windows(job: Job, path: Path, model: Named, base: Named | None) -> Windows:
-    asked = job.parameters
+def _windows(job: Job, number: int, model: Named, base: Named | None) -> Windows:
+    asked, path = job.parameters, Path(job.texts[number])
     cut = lines_of if asked.is_lines else chunks_of
     text = read_text(path)
-    windows = cut(model.model, text, asked.n_ctx, path)
-    if base is not None:
+    whole = cut(model.model, text, asked.n_ctx, path)
+    windows = Windows(whole.windows[: asked.n_chunks], whole.n_skipped)
+    if base is not None and isinstance(base.model, ReferenceModel):
+        stored = base.model.windows(asked.texts[number].sha256)
+        check_stored(model, base, windows, stored)
+    elif base is not None:
         other = cut(base.model, text, asked.n_ctx, path)
-        check_comparable(model, base, windows, other)
-    return Windows(windows.windows[: asked.n_chunks], windows.n_skipped)
+        check_comparable(model, base, whole, other)
+    return windows
 
 
 @contextmanager
@@ -146,7 +273,8 @@ def _append(file: IO[str], part: Part) -> None:
 def _tell(share: float) -> None:
     """Say how far it is; and end the process, should it never say so again."""
     faulthandler.dump_traceback_later(_STALL_SECONDS, exit=True)
-    sys.stdout.write(progress_line(share, psutil.Process().memory_info().rss))
+    rss_bytes = psutil.Process().memory_info().rss
+    sys.stdout.write(progress_line(share, rss_bytes, gpu_bytes()))
     sys.stdout.flush()
 
 

@@ -1,4 +1,4 @@
-"""Which GGUF file is measured, all its parts included."""
+"""Which GGUF file or checkpoint is measured, all its parts included."""
 
 from __future__ import annotations
 
@@ -7,26 +7,64 @@ from functools import lru_cache
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.precision import AppliedPlan
+from ewq_gguf.bench.reference_file import check_asked, is_reference, read_reference
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, VerificationError
-from ewq_gguf.records import BenchedFile
+from ewq_gguf.records import BenchedFile, BenchParameters
 
 #: llama_split_path in src/llama.cpp.
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+#: What a checkpoint is loaded from, its own weights and tokenizer.
+_CHECKPOINT = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja"})
 
 
-def identify(path: Path) -> BenchedFile:
+def identify(path: Path, plan: AppliedPlan | None = None) -> BenchedFile:
     """Check a file's header, and those of its other parts, and hash them.
 
+    A folder is a checkpoint: what it is loaded from is hashed, and the plan that
+    bitsandbytes follows with it.
+
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, it is a reference and no model, or the
+            folder holds no checkpoint.
         VerificationError: it is not a sound GGUF file, or parts are missing or of
             another file.
     """
     if not path.exists():
         raise InputError(STAGE, path, "no such file", "check the path")
-    parts = _parts(path)
+    if path.is_dir():
+        file = _identify_folder(path)
+        if plan is None:
+            return file
+        sha256 = store.sha256_text(f"{file.sha256} {plan.sha256}")
+        return file.model_copy(update={"name": plan.name, "sha256": sha256})
+    if is_reference(read_gguf(path)):
+        raise InputError(
+            STAGE, path, "is a reference and no model", "give it as --base"
+        )
+    return _hashed(path)
+
+
+def identify_base(path: Path, asked: BenchParameters) -> BenchedFile:
+    """The same for what a file is compared with: a model, or a reference of one.
+
+    Raises:
+        InputError: there is no such file, or a reference is of something else than
+            what is asked.
+        VerificationError: as of `identify`.
+    """
+    if not path.is_file() or not is_reference(read_gguf(path)):
+        return identify(path)
+    reference = read_reference(path)
+    check_asked(reference, asked)
+    model = reference.record.model.sha256
+    return _hashed(path).model_copy(update={"reference_of": model})
+
+
+def _hashed(path: Path) -> BenchedFile:
+    parts = parts_of(path)
     stats = [part.stat() for part in parts]
     hashes = [
         _sha256(part, stat.st_size, stat.st_mtime_ns)
@@ -39,14 +77,36 @@ def identify(path: Path) -> BenchedFile:
     )
 
 
+def _identify_folder(path: Path) -> BenchedFile:
+    files = sorted(p for p in path.iterdir() if p.suffix in _CHECKPOINT and p.is_file())
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if not weights or not (path / "config.json").is_file():
+        problem = "holds no config.json, or no *.safetensors"
+        raise InputError(STAGE, path, problem, "give the folder of a checkpoint")
+    stats = [file.stat() for file in files]
+    hashes = [
+        f"{file.name} {_sha256(file, stat.st_size, stat.st_mtime_ns)}"
+        for file, stat in zip(files, stats, strict=True)
+    ]
+    return BenchedFile(
+        name=path.resolve().name,
+        size_bytes=sum(file.stat().st_size for file in weights),
+        sha256=store.sha256_text(" ".join(hashes)),
+    )
+
+
 @lru_cache(maxsize=64)
 def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
     """The base of many files is hashed once."""
     return store.sha256_file(path)
 
 
-def _parts(path: Path) -> list[Path]:
-    """A split file's parts in order, or the file alone."""
+def parts_of(path: Path) -> list[Path]:
+    """A split file's parts in order, or the file alone.
+
+    Raises:
+        VerificationError: parts are missing or of another file.
+    """
     count = int(read_gguf(path).kv.get("split.count", 1))
     if count <= 1:
         return [path]

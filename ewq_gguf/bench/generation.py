@@ -7,9 +7,12 @@ are kept with them. An empty answer or reference scores 0 and is counted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,7 +21,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ewq_gguf.bench.datafile import read_text
+from ewq_gguf.bench.datafile import read_parquet, read_text
+from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.bench.statistics import Floats, bootstrap_interval
 from ewq_gguf.bench.tokens import common_prefix
 from ewq_gguf.errors import InputError, ToolError
@@ -32,7 +36,6 @@ from ewq_gguf.records.scores import (
     TooLong,
 )
 
-STAGE = "bench"
 #: Our names of rouge-score's measures.
 _ROUGES = {
     "rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL",
@@ -41,6 +44,9 @@ _ROUGES = {
 #: sacrebleu's default; each costs a BLEU.
 _N_RESAMPLES = 1000
 _REMEDY = 'give one {"prompt": ..., "reference": ...} per line'
+_LIBRARIES = ("rouge_score", "sacrebleu")
+#: What a bill of BillSum is given with.
+_SUMMARIZE = "Summarize this bill in one or two sentences.\n\n"
 
 
 class _Line(Part):
@@ -55,7 +61,7 @@ class GenerationPrompt:
     """What a model is asked to go on from.
 
     Attributes:
-        id: `line 3`, of its file.
+        id: `line 3` of its file, or `row 3`.
         text: the user's words.
         reference: a good answer; None where the file has none.
     """
@@ -65,15 +71,41 @@ class GenerationPrompt:
     reference: str | None
 
 
+def check_libraries() -> None:
+    """Refuse before hours of answers what could not be scored after them.
+
+    Raises:
+        ToolError: sacrebleu or rouge-score is missing.
+    """
+    for name in _LIBRARIES:
+        if find_spec(name) is None:
+            remedy = "pip install 'ewq-gguf[eval]'"
+            raise ToolError(STAGE, name, "is not installed", remedy)
+
+
 def load_prompts(path: Path, limit: int | None = None) -> tuple[GenerationPrompt, ...]:
-    """The prompts of a JSONL file, the first `limit` of them.
+    """The first `limit` prompts of a JSONL file, or of BillSum's parquet file.
 
     Raises:
         InputError: the file cannot be read or is not text, a line is not such an
             object, a prompt is empty, or some lines have a reference and some do not.
+        ToolError: pyarrow is missing for a parquet file.
     """
-    found: list[GenerationPrompt] = []
-    for n, line in enumerate(read_text(path, STAGE).split("\n"), 1):
+    is_bills = path.suffix == ".parquet"
+    prompts = tuple(islice((_bills if is_bills else _lines)(path), limit))
+    if not prompts:
+        raise InputError(STAGE, path, "has no prompt", _REMEDY)
+    for prompt in prompts:
+        if not prompt.text.strip():
+            raise InputError(STAGE, path, f"{prompt.id}: the prompt is empty", _REMEDY)
+        if (prompt.reference is None) != (prompts[0].reference is None):
+            problem = f"{prompts[0].id} and {prompt.id}: only one has a reference"
+            raise InputError(STAGE, path, problem, "give all of them one, or none")
+    return prompts
+
+
+def _lines(path: Path) -> Iterator[GenerationPrompt]:
+    for n, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -83,14 +115,23 @@ def load_prompts(path: Path, limit: int | None = None) -> tuple[GenerationPrompt
             where = "".join(f"{part}: " for part in first["loc"])
             problem = f"line {n}: {where}{first['msg']}"
             raise InputError(STAGE, path, problem, _REMEDY) from error
-        if not parsed.prompt.strip():
-            raise InputError(STAGE, path, f"line {n}: the prompt is empty", _REMEDY)
-        prompt = GenerationPrompt(f"line {n}", parsed.prompt, parsed.reference)
-        found.append(prompt)
-        if (prompt.reference is None) != (found[0].reference is None):
-            problem = f"{found[0].id} and {prompt.id}: only one has a reference"
-            raise InputError(STAGE, path, problem, "give all of them one, or none")
-    return tuple(found[:limit])
+        yield GenerationPrompt(f"line {n}", parsed.prompt, parsed.reference)
+
+
+def _bills(path: Path) -> Iterator[GenerationPrompt]:
+    """Bills of the US Congress, and the summaries of the library of Congress."""
+    for n, row in enumerate(read_parquet(path, ("text", "summary")), 1):
+        for name, value in row.items():
+            if not isinstance(value, str) or not value.strip():
+                problem = f"row {n}: has no {name}"
+                raise InputError(STAGE, path, problem, "download it again")
+        yield GenerationPrompt(f"row {n}", _SUMMARIZE + row["text"], row["summary"])
+
+
+def prompts_hash(prompts: Sequence[GenerationPrompt]) -> str:
+    """SHA-256 of all prompts and references; equal where models can be compared."""
+    pairs = json.dumps([(prompt.text, prompt.reference) for prompt in prompts])
+    return hashlib.sha256(pairs.encode()).hexdigest()
 
 
 def generation_scores(
@@ -117,8 +158,9 @@ def generation_scores(
         ToolError: sacrebleu or rouge-score is missing.
     """
     if not answers:
-        problem = f"all {len(skipped)} prompts are longer than the context"
-        raise InputError(STAGE, "prompts", problem, "raise --ctx")
+        n_ctx = max((one.n_ctx for one in skipped), default=0)
+        problem = f"all {len(skipped)} are longer than the context of {n_ctx} tokens"
+        raise InputError(STAGE, "prompts", problem, "give shorter ones")
     references = {prompt.id: prompt.reference for prompt in prompts}
     pairs = [(answer, references[answer.id]) for answer in answers]
     scored = [(a.id, a.text, ref) for a, ref in pairs if ref is not None]
@@ -147,15 +189,17 @@ def fidelity(answers: Sequence[Answer], base: Sequence[Answer]) -> Fidelity:
         raise InputError(STAGE, "prompts", problem, "run both on the same file")
     prefixes = [common_prefix(ours.tokens, theirs.tokens) for ours, theirs in pairs]
     longest = [max(len(ours.tokens), len(theirs.tokens)) for ours, theirs in pairs]
+    shares = [
+        n / length if length else 1.0
+        for n, length in zip(prefixes, longest, strict=True)
+    ]
     return Fidelity(
         scores=text_scores([(a.id, a.text, b.text) for a, b in pairs]),
         n_identical=sum(ours.tokens == theirs.tokens for ours, theirs in pairs),
         common_prefix_tokens=tuple(prefixes),
         common_prefix_mean=fmean(prefixes),
-        common_prefix_share=fmean(
-            n / length if length else 1.0
-            for n, length in zip(prefixes, longest, strict=True)
-        ),
+        common_prefix_share=fmean(shares),
+        common_prefix_share_stderr=_stderr(shares),
     )
 
 
@@ -171,13 +215,11 @@ def text_scores(pairs: Sequence[tuple[str, str, str]]) -> TextScores:
     Raises:
         ToolError: sacrebleu or rouge-score is missing.
     """
-    try:
-        from rouge_score import tokenize
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics.bleu import BLEU
-    except ImportError as error:
-        remedy = "pip install 'ewq-gguf[eval]'"
-        raise ToolError(STAGE, error.name, "is not installed", remedy) from error
+    check_libraries()
+    from rouge_score import tokenize
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
     bleu = BLEU()
     counts = np.array([_bleu_counts(bleu, text, ref) for _, text, ref in pairs])
     total = _bleu_of(counts.sum(axis=0, keepdims=True))
@@ -228,7 +270,11 @@ def _means(outcomes: Sequence[TextOutcome]) -> dict[str, Any]:
     fields: dict[str, float | None] = {}
     for name in _ROUGES:
         values = [float(getattr(outcome, name)) for outcome in outcomes]
-        n = len(values)
         fields[name] = fmean(values)
-        fields[f"{name}_stderr"] = stdev(values) / sqrt(n) if n > 1 else None
+        fields[f"{name}_stderr"] = _stderr(values)
     return fields
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    """Of their mean; None for one."""
+    return stdev(values) / sqrt(len(values)) if len(values) > 1 else None

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ewq_gguf import errors
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.generation import GenerationPrompt, load_prompts
 from ewq_gguf.bench.mmlu_data import MmluTask, load_task
+from ewq_gguf.bench.precision import Precision
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import EwqError, ResourceError
-from ewq_gguf.records import BenchParameters
+from ewq_gguf.records import BenchedFile, BenchParameters
 from ewq_gguf.records.base import Part
 
-#: Of children: the texts need the base beside the model, the others the model alone.
-Kind = Literal["speed", "texts", "mmlu"]
+#: Of children: texts and generation need the base too, the others the model alone.
+Kind = Literal["speed", "texts", "mmlu", "generation", "reference"]
 
 _MARK = "@ewq "
-# What ggml's backends and llama.cpp say.
+# What ggml's backends, llama.cpp and torch say.
 _NO_ROOM = re.compile(
-    r"out of memory|unable to allocate|failed to allocate|alloc_buffer.* failed", re.I
+    r"out of memory|(unable to|failed to|can't) allocate|alloc_buffer.* failed", re.I
 )
+# What faulthandler says before it ends a child that no longer tells how far it is.
+_STALLED = re.compile(r"^Timeout \((\d+:\d\d:\d\d)", re.M)
 
 
 class MmluRequest(Part):
@@ -46,28 +52,70 @@ class MmluRequest(Part):
         return load_task(Path(self.folder), n_shots=self.n_shots, limit=self.limit)
 
 
+class PromptsRequest(Part):
+    """What a model answers, and how much of it.
+
+    Attributes:
+        path: of the prompts' file; absolute.
+        limit: prompts, the first of them; None is all.
+        max_tokens: of an answer.
+    """
+
+    path: str
+    limit: int | None
+    max_tokens: int
+
+    def prompts(self) -> tuple[GenerationPrompt, ...]:
+        """Read them.
+
+        Raises:
+            InputError, ToolError: as of `load_prompts`.
+        """
+        return load_prompts(Path(self.path), self.limit)
+
+
+class ReferenceRequest(Part):
+    """Which reference is written, and of what.
+
+    Attributes:
+        out: the file; absolute.
+        model: the base.
+    """
+
+    out: str
+    model: BenchedFile
+
+
 class Job(Part):
     """What a child does; its paths are absolute.
 
     Attributes:
         part: which of the tasks.
-        model: the GGUF file.
+        model: the GGUF file, or the folder of a checkpoint.
+        precisions: of the checkpoint's tensors that bitsandbytes quantises.
         base: what it is compared with; None for no comparison.
         texts: files, as many as the parameters name.
         mmlu: the questions; None for none.
+        prompts: to be answered; None for none.
+        base_answers: folder where the base's answers are kept for other files.
         parameters: what was asked.
         journal: gets each finished part, a line of JSON.
         failure: gets the error that ended the child, where it is one of ours.
+        reference: what is written instead of the journal; None for no reference.
     """
 
     part: Kind
     model: str
-    base: str | None
+    precisions: dict[str, Precision] = {}
+    base: str | None = None
     texts: tuple[str, ...]
-    mmlu: MmluRequest | None
+    mmlu: MmluRequest | None = None
+    prompts: PromptsRequest | None = None
+    base_answers: str | None = None
     parameters: BenchParameters
     journal: str
     failure: str
+    reference: ReferenceRequest | None = None
 
 
 class Failure(Part):
@@ -109,9 +157,15 @@ def is_out_of_memory(log: str) -> bool:
     return _NO_ROOM.search(log) is not None
 
 
+def stalled_for(log: str) -> str | None:
+    """How long a child made no progress that was ended for it, as h:mm:ss."""
+    found = _STALLED.search(log)
+    return found and found[1]
+
+
 def too_large(path: Path, problem: str) -> ResourceError:
     """The error for a model that has not enough memory."""
-    size = path.stat().st_size / 1e9
+    size = identify(path).size_bytes / 1e9
     return ResourceError(
         STAGE,
         path,
@@ -120,14 +174,27 @@ def too_large(path: Path, problem: str) -> ResourceError:
     )
 
 
-def progress_line(share: float, rss_bytes: int) -> str:
+@dataclass(frozen=True)
+class MemoryUse:
+    """What a child has of memory.
+
+    Attributes:
+        rss_bytes: of the host's.
+        gpu_bytes: on NVIDIA's GPUs; None where the driver does not tell.
+    """
+
+    rss_bytes: int
+    gpu_bytes: int | None = None
+
+
+def progress_line(share: float, rss_bytes: int, gpu_bytes: int | None = None) -> str:
     """How far a child is, as a line of its own in its log."""
-    return f"\n{_MARK}{json.dumps([share, rss_bytes])}\n"
+    return f"\n{_MARK}{json.dumps([share, rss_bytes, gpu_bytes])}\n"
 
 
-def read_progress(line: str) -> tuple[float, int] | None:
-    """(share, bytes of RSS) of such a line; None for another."""
+def read_progress(line: str) -> tuple[float, MemoryUse] | None:
+    """(share, memory) of such a line; None for another."""
     if not line.startswith(_MARK):
         return None
-    share, rss_bytes = json.loads(line.removeprefix(_MARK))
-    return float(share), int(rss_bytes)
+    share, rss_bytes, gpu_bytes = json.loads(line.removeprefix(_MARK))
+    return float(share), MemoryUse(rss_bytes, gpu_bytes)

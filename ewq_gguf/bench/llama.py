@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.records import BenchSetup, Engine
 
 #: ggml_log_level; debugging tells of every forward pass.
-_DEBUG, _CONTINUED = 4, 5
+_DEBUG, _CONTINUED = 1, 5
 _N_BATCH = 2048
 _N_UBATCH = 512
 _INTS = ctypes.POINTER(ctypes.c_int32)
@@ -109,6 +110,9 @@ class LlamaModel:
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))
+        self.eos = int(llama_cpp.llama_vocab_eos(self._vocab))
+        template = llama_cpp.llama_model_chat_template(self._model, None) or b""
+        self.chat_template = template.decode(errors="replace")
 
     @property
     def engine(self) -> Engine:
@@ -158,9 +162,20 @@ class LlamaModel:
 
     @contextmanager
     def scorer(
-        self, n_ctx: int, *, n_sequences: int = 1, n_batch: int | None = None
+        self,
+        n_ctx: int,
+        *,
+        n_sequences: int = 1,
+        n_batch: int | None = None,
+        has_states: bool = False,
     ) -> Iterator[LlamaScorer]:
         """Make room for sequences, until the block ends.
+
+        Args:
+            n_ctx: as of `Model.scorer`, like the next two.
+            n_sequences: likewise.
+            n_batch: likewise.
+            has_states: for `evaluate_with_states` instead of `evaluate`.
 
         Raises:
             ResourceError: there is none.
@@ -176,7 +191,9 @@ class LlamaModel:
         params.n_ubatch = min(_N_UBATCH, params.n_batch)
         params.n_seq_max = n_sequences
         # Sequences share one buffer, so that a copied prefix takes no room.
-        params.kv_unified = os.environ.get("KVU", "1") == "1"
+        params.kv_unified = True
+        params.embeddings = has_states
+        params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
         params.n_threads = params.n_threads_batch = self._setup.n_threads
         params.type_k = _ggml_type(self._setup.cache_type_k)
         params.type_v = _ggml_type(self._setup.cache_type_v)
@@ -233,6 +250,36 @@ class LlamaScorer:
                 llama_cpp.llama_synchronize(self._context)
         return rows
 
+    def evaluate_with_states(self, batch: Batch) -> tuple[FloatArray, FloatArray]:
+        """The same, with what enters the output matrix; of a room made for it.
+
+        Returns:
+            (n_wanted, n_vocab) and the normed final hidden states, (n_wanted, n_embd).
+
+        Raises:
+            ResourceError, ChildError: as of `evaluate`.
+        """
+        model = llama_cpp.llama_get_model(self._context)
+        n_embd = int(llama_cpp.llama_model_n_embd_out(model))
+        # Such a context gives both for every token, wanted or not.
+        everything = replace(batch, wanted=np.ones_like(batch.wanted))
+        found = []
+        for begin in range(0, len(batch), self.n_batch):
+            piece = slice(begin, begin + self.n_batch)
+            self._decode(everything, piece)
+            wanted = batch.wanted[piece]
+            logits = llama_cpp.llama_get_logits(self._context)
+            states = llama_cpp.llama_get_embeddings(self._context)
+            found.append(
+                (
+                    np.ctypeslib.as_array(logits, (len(wanted), self.n_vocab))[wanted],
+                    np.ctypeslib.as_array(states, (len(wanted), n_embd))[wanted],
+                )
+            )
+        parts = zip(*found, strict=True)
+        rows, inputs = (np.concatenate(part) for part in parts)
+        return rows, inputs
+
     def copy(self, source: int, target: int) -> None:
         """Let a sequence begin as another is now; shared, not computed again."""
         llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
@@ -285,7 +332,7 @@ def load_error(path: Path, said: str) -> EwqError:
     """Why a model does not load, by llama.cpp's log."""
     if is_out_of_memory(said):
         return too_large(path, "does not fit into memory")
-    problem = f"does not load: {_last_line(said)}"
+    problem = f"does not load: {_reason(said)}"
     return VerificationError(STAGE, path, problem, "make it again")
 
 
@@ -296,13 +343,16 @@ def context_error(path: Path, said: str) -> EwqError:
     return InputError(
         STAGE,
         path,
-        f"allows no such context: {_last_line(said)}",
+        f"allows no such context: {_reason(said)}",
         "use another --ctx, --cache-type-k or --cache-type-v",
     )
 
 
-def _last_line(text: str) -> str:
-    return "".join([line for line in text.splitlines() if line.strip()][-1:])
+def _reason(text: str) -> str:
+    """The last line that tells of an error, else the last one."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line]
+    return "".join((errors or lines)[-1:])
 
 
 def _ggml_type(name: str) -> int:

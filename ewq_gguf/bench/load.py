@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ewq_gguf.bench.llama import LlamaModel, Log
+from ewq_gguf.bench.precision import Precision
 from ewq_gguf.bench.quality import Named
+from ewq_gguf.bench.reference import ReferenceModel
+from ewq_gguf.bench.reference_file import is_reference
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.records import BenchSetup
 
 
-def load(path: Path, setup: BenchSetup, log: Log) -> Named:
-    """Load a GGUF file.
+def load(
+    path: Path,
+    setup: BenchSetup,
+    log: Log,
+    precisions: Mapping[str, Precision] | None = None,
+) -> Named:
+    """Load a GGUF file, a reference in the place of one, or a checkpoint's folder.
+
+    Args:
+        path: of any.
+        setup: where it goes; a GGUF file goes beside a checkpoint.
+        log: of this process.
+        precisions: of the checkpoint's tensors that bitsandbytes quantises.
 
     Raises:
-        EwqError: as of `LlamaModel`.
+        EwqError: as of `LlamaModel`, `ReferenceModel` and `TransformersModel`.
     """
+    if path.is_dir():
+        from ewq_gguf.bench.transformers_model import TransformersModel
+
+        return Named(path, TransformersModel(path, setup, precisions or {}))
+    if is_reference(read_gguf(path)):
+        return Named(path, ReferenceModel(path, setup.n_threads))
+    # torch says cuda:1 where llama.cpp says CUDA1.
+    kind, _, number = setup.device.partition(":")
+    if kind == "cuda":
+        setup = setup.model_copy(update={"device": f"CUDA{number or 0}"})
     return Named(path, LlamaModel(path, setup, log))

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.bench.mmlu_data import LETTERS, STAGE, MmluTask, Question
+from ewq_gguf.bench.mmlu_data import MmluTask, Question
+from ewq_gguf.bench.mmlu_files import LETTERS
+from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.bench.statistics import mcnemar
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import (

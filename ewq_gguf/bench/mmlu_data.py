@@ -8,30 +8,24 @@ Source: Hendrycks et al., arXiv:2009.03300; lm-evaluation-harness 0.4.13.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import cast
 
-from ewq_gguf.bench.datafile import read_text
-from ewq_gguf.errors import InputError, ToolError, UsageError
+from ewq_gguf.bench.mmlu_files import LETTERS, REMEDY, SubjectRows, find_subjects
+from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records.scores import Letter, RowFault
 
-STAGE = "bench"
-LETTERS: tuple[Letter, ...] = ("A", "B", "C", "D")
 #: 10 of each of 57 subjects: a standard error of 1.8 points at chance.
 DEFAULT_LIMIT = 10
 MAX_SHOTS = 5
 
-_REMEDY = "give a folder with test/ and dev/, as the authors publish it"
 _N_FIELDS = 6
-#: Configurations of the Hub's data set that are not subjects.
-_NO_SUBJECTS = {"all", "auxiliary_train"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,8 @@ def load_task(
 
     Args:
         folder: with test/SUBJECT_test.csv and dev/SUBJECT_dev.csv (question, four
-            choices, answer; no header), or the Hub's SUBJECT/test-*.parquet.
+            choices, answer; no header), or the Hub's SUBJECT/test-*.parquet; or the
+            Hub's folder `all` itself.
         n_shots: 0 to 5.
         limit: questions per subject; None is all.
         seed: of the choice among them.
@@ -150,20 +145,20 @@ def load_task(
         problem = f"{n_shots} shots and a limit of {limit} are out of range"
         raise UsageError(STAGE, "mmlu", problem, "0 to 5 shots, a limit of 1 or more")
     faults: list[RowFault] = []
-    files = _select(_find(folder, "test"), subjects)
+    files = _select(find_subjects(folder, "test"), subjects)
     questions = {
-        subject: _read(subject, path, faults) for subject, path in files.items()
+        subject: _read(subject, found, faults) for subject, found in files.items()
     }
     examples: dict[str, list[Question]] = {}
     if n_shots:
         examples = {
-            subject: _read(subject, path, faults)
-            for subject, path in _find(folder, "dev").items()
+            subject: _read(subject, found, faults)
+            for subject, found in find_subjects(folder, "dev").items()
             if questions.get(subject)
         }
     if not any(questions.values()):
         problem = f"none of its {len(files)} subjects has a sound question"
-        raise InputError(STAGE, folder, problem, _REMEDY)
+        raise InputError(STAGE, folder, problem, REMEDY)
     chosen = (choose(found, limit, seed) for found in questions.values())
     return MmluTask(
         prompts=make_prompts((q for some in chosen for q in some), examples, n_shots),
@@ -245,24 +240,9 @@ def letter_tokens(tokenize: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
     return tokens
 
 
-def _find(folder: Path, split: str) -> dict[str, Path]:
-    """Files of a split by subject, in the order of names."""
-    ending = f"_{split}.csv"
-    found = {
-        path.name.removesuffix(ending): path
-        for path in sorted((folder / split).glob(f"*{ending}"))
-    } or {
-        path.parent.name: path
-        for path in sorted(folder.glob(f"*/{split}-*.parquet"))
-        if path.parent.name not in _NO_SUBJECTS
-    }
-    if not found:
-        problem = f"has no {split}/SUBJECT{ending}"
-        raise InputError(STAGE, folder, problem, _REMEDY)
-    return found
-
-
-def _select(files: Mapping[str, Path], subjects: Sequence[str]) -> dict[str, Path]:
+def _select(
+    files: Mapping[str, SubjectRows], subjects: Sequence[str]
+) -> dict[str, SubjectRows]:
     """The subjects asked for; all where none is named."""
     for subject in subjects:
         if subject not in files:
@@ -272,19 +252,17 @@ def _select(files: Mapping[str, Path], subjects: Sequence[str]) -> dict[str, Pat
     return {name: files[name] for name in files if name in subjects or not subjects}
 
 
-def _read(subject: str, path: Path, faults: list[RowFault]) -> list[Question]:
-    """A file's sound rows; what is wrong with the others goes to `faults`."""
+def _read(subject: str, found: SubjectRows, faults: list[RowFault]) -> list[Question]:
+    """A subject's sound rows; what is wrong with the others goes to `faults`."""
 
     def fault(row: int, problem: str, *, is_left_out: bool = True) -> None:
-        name = f"{path.parent.name}/{path.name}"
         faults.append(
-            RowFault(file=name, row=row, problem=problem, is_left_out=is_left_out)
+            RowFault(file=found.name, row=row, problem=problem, is_left_out=is_left_out)
         )
 
     questions: list[Question] = []
     known: dict[tuple[str, ...], Question] = {}
-    rows = (_parquet_rows if path.suffix == ".parquet" else _csv_rows)(path)
-    for row, fields in enumerate(rows, 1):
+    for row, fields in enumerate(found.read(), 1):
         if problem := _problem(fields):
             fault(row, problem)
             continue
@@ -318,47 +296,3 @@ def _problem(fields: Sequence[str]) -> str:
     if answer.strip() not in LETTERS:
         return f"has the answer {answer[:20]!r}, not A, B, C or D"
     return ""
-
-
-def _csv_rows(path: Path) -> list[list[str]]:
-    text = io.StringIO(read_text(path, STAGE), newline="")
-    reader = csv.reader(text, strict=True)
-    rows = []
-    try:
-        for fields in reader:
-            # CRLF may end a row, as RFC 4180 has it, but inside a question it would
-            # silently change the prompt.
-            if any("\r" in field for field in fields):
-                problem = f"line {reader.line_num}: has a carriage return in a field"
-                raise InputError(STAGE, path, problem, "write LF inside fields")
-            if fields:
-                rows.append(fields)
-    except csv.Error as error:
-        problem = f"line {reader.line_num}: is not CSV ({error})"
-        raise InputError(STAGE, path, problem, _REMEDY) from error
-    return rows
-
-
-def _parquet_rows(path: Path) -> list[list[str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        remedy = 'pip install "ewq-gguf[eval]"'
-        raise ToolError(STAGE, "pyarrow", "is not installed", remedy) from error
-    try:
-        table = pyarrow.parquet.read_table(
-            path, columns=["question", "choices", "answer"]
-        )
-        return [
-            [
-                str(row["question"]),
-                *map(str, row["choices"]),
-                # Numbers out of range stay numbers, and are named as such.
-                dict(enumerate(LETTERS)).get(row["answer"], str(row["answer"])),
-            ]
-            for row in table.to_pylist()
-        ]
-    except (OSError, pyarrow.ArrowException, KeyError, TypeError) as error:
-        problem = f"is not a sound parquet file ({error})"
-        raise InputError(STAGE, path, problem, "download it again") from error

@@ -41,11 +41,35 @@ def check_comparable(
         np.array_equal(a.tokens, b.tokens) for a, b in zip(own, other, strict=True)
     )
     if not is_same:
+        raise another_tokenizer(model, base)
+
+
+def another_tokenizer(model: Named, base: Named) -> InputError:
+    """The error for a base whose tokens are others."""
+    return InputError(
+        STAGE,
+        base.path,
+        f"has another tokenizer than {model.path.name}",
+        "compare files of one model",
+    )
+
+
+def check_stored(model: Named, base: Named, windows: Windows, stored: Windows) -> None:
+    """Refuse a reference that has not the windows that are asked; more are fine.
+
+    Raises:
+        InputError: its tokens are others, or it has fewer windows.
+    """
+    n_asked, n_stored = len(windows.windows), len(stored.windows)
+    n_both = min(n_asked, n_stored)
+    own, other = (Windows(w.windows[:n_both]) for w in (windows, stored))
+    check_comparable(model, base, own, other)
+    if n_stored < n_asked:
         raise InputError(
             STAGE,
             base.path,
-            f"has another tokenizer than {model.path.name}",
-            "compare files of one model",
+            f"has {n_stored} windows of the text, {n_asked} are asked",
+            f"use --chunks {n_stored}, or make it anew with more",
         )
 
 
@@ -82,22 +106,36 @@ def score_text(
             for named in (model, base)
             if named is not None
         ]
+        if base is not None:
+            _check_vocabularies(model, base, scorers)
         for i, batch in enumerate(batches):
             yield i, None if is_done(i) else _score(model, base, scorers, batch)
+
+
+def _check_vocabularies(model: Named, base: Named, scorers: Sequence[Scorer]) -> None:
+    """Refuse a base whose tokens are as many as they are by padding alone.
+
+    Raises:
+        InputError: the models have logits of different numbers.
+    """
+    own, other = (scorer.n_vocab for scorer in scorers)
+    if own != other:
+        raise InputError(
+            STAGE,
+            base.path,
+            f"has {other} logits per token, {model.path.name} has {own}",
+            "compare files of one model",
+        )
 
 
 def _score(
     model: Named, base: Named | None, scorers: Sequence[Scorer], batch: Sequence[Window]
 ) -> ChunkPart:
-    joined, targets = _joined(batch)
     for scorer in scorers:
         scorer.clear()
     nll: list[float] = []
     compared: list[Divergence] = []
-    # Piece by piece, so that the logits of a long window need not fit into memory.
-    for begin in range(0, len(joined), N_BATCH):
-        piece = _slice(joined, slice(begin, begin + N_BATCH))
-        wanted = targets[begin : begin + N_BATCH][piece.wanted]
+    for piece, wanted in pieces(batch):
         rows = [scorer.evaluate(piece) for scorer in scorers]
         if not len(wanted):
             continue
@@ -117,6 +155,17 @@ def _score(
         kld_nats=tuple(x for d in compared for x in d.kld_nats.tolist()),
         is_same_top=tuple(x for d in compared for x in d.is_same_top.tolist()),
     )
+
+
+def pieces(batch: Sequence[Window]) -> Iterator[tuple[Batch, IntArray]]:
+    """A batch of windows as forward passes, and the scored tokens of each.
+
+    The logits of a long window need not fit into memory.
+    """
+    joined, targets = _joined(batch)
+    for begin in range(0, len(joined), N_BATCH):
+        piece = _slice(joined, slice(begin, begin + N_BATCH))
+        yield piece, targets[begin : begin + N_BATCH][piece.wanted]
 
 
 def _joined(batch: Sequence[Window]) -> tuple[Batch, IntArray]:

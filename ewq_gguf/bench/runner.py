@@ -5,50 +5,53 @@ A child that crashes costs the part it was at; the next run goes on after the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ewq_gguf import store
-from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.files import identify, identify_base
+from ewq_gguf.bench.generation import check_libraries, prompts_hash
 from ewq_gguf.bench.job import (
     Failure,
     Job,
     Kind,
+    MemoryUse,
     MmluRequest,
+    PromptsRequest,
     is_out_of_memory,
     read_progress,
+    stalled_for,
     too_large,
 )
+from ewq_gguf.bench.precision import AppliedPlan, engine_key
+from ewq_gguf.bench.results import result_of
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.bench.summary import Tokens, kld, perplexity, text_result
 from ewq_gguf.errors import (
     ChildError,
     InputError,
     ResourceError,
-    ToolError,
     UsageError,
     printable,
 )
-from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.logs import child_log
-from ewq_gguf.llamacpp.verify import can_load
+from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.process import N_CPUS, python_argv, run
 from ewq_gguf.records import (
     BenchedFile,
     BenchParameters,
     BenchSetup,
     BenchText,
-    ChunkPart,
     Result,
     RunPart,
     Task,
-    TextPart,
     read_journal,
 )
 
 _SCORED: frozenset[Task] = frozenset({"perplexity", "kld"})
+_COMPARED: frozenset[Task] = frozenset({"kld", "generation"})
 _TIMED: frozenset[Task] = frozenset({"speed", "memory"})
 
 _CHILD_ENV = {
@@ -60,8 +63,8 @@ CACHE_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
 )  # fmt: skip
 
-#: Told the share done, 0 to 1, and the child's bytes of RSS.
-OnProgress = Callable[[float, int], None]
+#: Told the share done, 0 to 1, and the child's memory.
+OnProgress = Callable[[float, MemoryUse], None]
 
 CPU_SETUP = BenchSetup(
     device="cpu",
@@ -80,7 +83,8 @@ class Request:
 
     Attributes:
         tasks: any of them.
-        base: what `kld` compares with; not looked at without it.
+        base: what `kld` and `generation` compare with; not looked at without them.
+        reference: what the base said of the texts, so that it need not run for `kld`.
         texts: files by the names they are reported under.
         setup: how models are loaded.
         n_ctx: tokens of a window.
@@ -90,10 +94,13 @@ class Request:
         n_generated: tokens of its answer.
         n_repeats: of it.
         mmlu: the questions of task `mmlu`.
+        prompts: those of task `generation`.
+        plan: that bitsandbytes follows in a checkpoint; None without one.
     """
 
     tasks: tuple[Task, ...]
     base: Path | None = None
+    reference: Path | None = None
     texts: tuple[tuple[str, Path], ...] = ()
     setup: BenchSetup = CPU_SETUP
     n_ctx: int = 512
@@ -103,11 +110,18 @@ class Request:
     n_generated: int = 128
     n_repeats: int = 5
     mmlu: MmluRequest | None = None
+    prompts: PromptsRequest | None = None
+    plan: AppliedPlan | None = None
 
     @property
     def is_scored(self) -> bool:
         """Whether a task reads texts."""
         return bool(_SCORED.intersection(self.tasks))
+
+    @property
+    def compared_base(self) -> Path | None:
+        """The base, where a task compares with it."""
+        return self.base if _COMPARED.intersection(self.tasks) else None
 
     def check_base(self) -> None:
         """Refuse a divergence from nothing.
@@ -152,9 +166,16 @@ class Request:
             n_prompt=self.n_prompt,
             n_generated=self.n_generated,
             n_repeats=self.n_repeats,
-            mmlu_sha256=self._mmlu_sha256(),
+            mmlu_sha256=self._mmlu_sha256,
+            prompts_sha256=self._prompts_sha256,
+            max_tokens=self.prompts.max_tokens
+            if self.prompts and "generation" in self.tasks
+            else None,
+            plan_sha256=self.plan.sha256 if self.plan else None,
         )
 
+    # Data is read once per request, not once per file that is measured.
+    @cached_property
     def _mmlu_sha256(self) -> str | None:
         if "mmlu" not in self.tasks:
             return None
@@ -167,37 +188,44 @@ class Request:
             )
         return self.mmlu.task().sha256
 
+    @cached_property
+    def _prompts_sha256(self) -> str | None:
+        if "generation" not in self.tasks:
+            return None
+        if self.prompts is None:
+            raise UsageError(STAGE, "--prompts", "is missing", "name a file of prompts")
+        check_libraries()
+        return prompts_hash(self.prompts.prompts())
+
 
 def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
     """Measure a file.
 
     Args:
-        path: the GGUF file, or the first part of a split one.
+        path: the GGUF file, or the first part of a split one; or a checkpoint's folder.
         request: what is asked.
         on_progress: told how far it is.
 
     Raises:
-        ToolError: llama-cpp-python is missing, or the device asked for is.
+        ToolError: a library is missing, or the device asked for is.
         InputError: a file is missing, or a text or base does not fit.
         VerificationError: a file is no sound GGUF, or computes NaN.
         ChildError: a child crashed; what it had finished is kept.
         ResourceError: memory ran out.
     """
-    if not can_load():
-        raise ToolError(
-            STAGE, "llama-cpp-python", "is not installed", "run `make setup`"
-        )
+    check_bindings(STAGE)
     asked = request.parameters()
-    file = identify(path)
-    base = identify(request.base) if request.base and "kld" in asked.tasks else None
-    journal = _journal(file, base, asked)
+    file = identify(path, request.plan)
+    base = _base(request, asked)
+    engines = " ".join(engine_key(one) for one in (path, request.base) if one)
+    journal = _journal(engines, file, base, asked)
     kinds = _kinds(asked)
     with store.locked(journal, stage=STAGE):
         for i, kind in enumerate(kinds):
             if kind not in read_journal(journal, RunPart):
-                job = _job(kind, path, request, asked, journal)
-                _run(job, _share_of(on_progress, i, len(kinds)))
-        result = _result(file, base, asked, journal)
+                job = _job(kind, path, request, base, asked, journal)
+                run_job(job, _share_of(on_progress, i, len(kinds)))
+        result = result_of(file, base, asked, journal)
         # The next run of the same measures anew: speeds differ from day to day.
         journal.unlink()
     return result
@@ -210,13 +238,27 @@ def is_result_of(result: Result, path: Path, request: Request) -> bool:
         InputError, VerificationError: the file or its base is not sound.
     """
     asked = request.parameters()
-    base = identify(request.base) if request.base and "kld" in asked.tasks else None
+    base = _base(request, asked)
     return (
-        result.file.sha256 == identify(path).sha256
+        result.file.sha256 == identify(path, request.plan).sha256
         and (result.base and result.base.sha256) == (base and base.sha256)
         and result.parameters == asked
-        and result.engine.commit == LLAMA_CPP_COMMIT
+        and result.engine.key == engine_key(path)
     )
+
+
+def _base(request: Request, asked: BenchParameters) -> BenchedFile | None:
+    path = request.compared_base
+    if path is None:
+        return None
+    base = identify_base(path, asked)
+    if request.reference is not None and "kld" in asked.tasks:
+        model = identify_base(request.reference, asked).reference_of
+        if model != base.sha256:
+            raise InputError(
+                STAGE, request.reference, f"is not of {path}", "make it anew"
+            )
+    return base
 
 
 def _kinds(asked: BenchParameters) -> list[Kind]:
@@ -228,40 +270,60 @@ def _kinds(asked: BenchParameters) -> list[Kind]:
         kinds.append("texts")
     if "mmlu" in asked.tasks:
         kinds.append("mmlu")
+    if "generation" in asked.tasks:
+        kinds.append("generation")
     return kinds
 
 
 def _journal(
-    file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
+    engines: str, file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
 ) -> Path:
     """Where finished parts are kept, by everything they depend on."""
-    hashes = f"{file.sha256} {base and base.sha256} {LLAMA_CPP_COMMIT}"
+    hashes = f"{file.sha256} {base and base.sha256} {engines}"
     key = store.sha256_text(f"{hashes} {asked.model_dump_json()}")
     return store.cache_dir("bench") / f"{key}.journal"
+
+
+def _base_answers(path: Path, base: BenchedFile, asked: BenchParameters) -> Path:
+    """A folder for the base's answers, by everything they depend on but the tokens."""
+    setup = asked.setup.model_dump_json()
+    hashes = f"{base.sha256} {engine_key(path)} {asked.prompts_sha256}"
+    key = store.sha256_text(f"{hashes} {asked.max_tokens} {setup}")
+    return store.cache_dir("bench", "answers", key)
 
 
 def _job(
     kind: Kind,
     path: Path,
     request: Request,
+    base: BenchedFile | None,
     asked: BenchParameters,
     journal: Path,
 ) -> Job:
+    # The texts need the base for the divergence only; a reference gives no answers.
+    has_answers = base is not None and base.reference_of is None
+    is_compared = has_answers if kind == "generation" else "kld" in asked.tasks
+    compared = request.compared_base if is_compared else None
+    if compared and kind == "texts":
+        compared = request.reference or compared
     return Job(
         part=kind,
         model=str(path.absolute()),
-        base=str(request.base.absolute())
-        if request.base and "kld" in asked.tasks
-        else None,
+        base=str(compared.absolute()) if compared else None,
+        precisions=dict(request.plan.precisions) if request.plan else {},
         texts=tuple(str(text.absolute()) for _, text in request.texts),
         mmlu=request.mmlu,
+        prompts=request.prompts,
+        base_answers=str(_base_answers(compared, base, asked))
+        if compared and base and kind == "generation"
+        else None,
         parameters=asked,
         journal=str(journal),
         failure=str(journal.with_suffix(".failure")),
     )
 
 
-def _run(job: Job, on_progress: OnProgress) -> None:
+def run_job(job: Job, on_progress: OnProgress) -> None:
     """Run a child to its end.
 
     Raises:
@@ -293,94 +355,24 @@ def _run(job: Job, on_progress: OnProgress) -> None:
             if is_out_of_memory("\n".join(error.log_tail)):
                 raise too_large(model, "ran out of memory") from error
             error.subject = printable(model)
+            log = error.log_path.read_text(errors="replace") if error.log_path else ""
+            if stalled := stalled_for(log):
+                error.problem = f"made no progress for {stalled} and was ended"
             workers = ", ".join(job.parameters.setup.rpc)
             if workers:
                 error.problem += f"; its RPC workers: {workers}"
-            error.remedy += "; what it finished is kept: run again to go on"
+            if job.reference is None:
+                error.remedy += "; what it finished is kept: run again to go on"
             raise
         except ResourceError as error:
-            needed = model.stat().st_size / 1e9
+            needed = identify(model).size_bytes / 1e9
             error.subject = printable(model)
             error.problem += f"; its weights alone need {needed:.1f} GB"
             raise
 
 
 def _share_of(on_progress: OnProgress, index: int, count: int) -> OnProgress:
-    return lambda share, rss_bytes: on_progress((index + share) / count, rss_bytes)
-
-
-def _result(
-    file: BenchedFile,
-    base: BenchedFile | None,
-    asked: BenchParameters,
-    journal: Path,
-) -> Result:
-    runs = read_journal(journal, RunPart)
-    engine = next(iter(runs.values())).engine
-    result = Result(
-        file=file,
-        base=base,
-        parameters=asked,
-        engine=engine,
-        size_bytes=file.size_bytes,
-    )
-    update: dict[str, object] = {}
-    if timed := runs.get("speed"):
-        update |= _timed(timed, asked.tasks)
-    if "texts" in runs:
-        update |= _scored(asked, journal)
-    if (answered := runs.get("mmlu")) and (mmlu := answered.mmlu):
-        update |= {
-            "mmlu": mmlu,
-            "accuracy": mmlu.accuracy,
-            "accuracy_stderr": mmlu.accuracy_stderr,
-            "mmlu_perplexity": mmlu.mmlu_perplexity,
-        }
-    return result.model_copy(update=update)
-
-
-def _timed(part: RunPart, tasks: Sequence[Task]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    if (speed := part.speed) is not None:
-        found |= {
-            "speed": speed,
-            "prompt_tps": speed.prompt_tps,
-            "generation_tps": speed.generation_tps,
-            "ttft_seconds": speed.ttft_seconds,
-        }
-    if (memory := part.memory) is not None and "memory" in tasks:
-        found |= {
-            "memory": memory,
-            "peak_rss_bytes": memory.peak_rss_bytes,
-            "device_bytes": memory.device_bytes,
-        }
-    return found
-
-
-def _scored(asked: BenchParameters, journal: Path) -> dict[str, object]:
-    """The texts' numbers, and those of all of them together."""
-    chunks = read_journal(journal, ChunkPart)
-    ends = read_journal(journal, TextPart)
-    texts = [
-        [chunks[f"{number}/{i}"] for i in range(ends[str(number)].n_batches)]
-        for number in range(len(asked.texts))
-    ]
-    results = tuple(
-        text_result(text.name, parts, ends[str(number)].n_skipped)
-        for number, (text, parts) in enumerate(zip(asked.texts, texts, strict=True))
-    )
-    together = Tokens.of([part for parts in texts for part in parts])
-    ppl, ppl_stderr = perplexity(together.nll_nats)
-    found: dict[str, object] = {"texts": results, "ppl": ppl, "ppl_stderr": ppl_stderr}
-    if len(together.kld_nats):
-        divergence = kld(together) if len(results) > 1 else results[0].kld
-        assert divergence is not None
-        found |= {
-            "kld_mean_nats": divergence.kld_mean_nats,
-            "kld_p99_nats": divergence.kld_p99_nats,
-            "top1_agreement": divergence.top1_agreement,
-        }
-    return found
+    return lambda share, use: on_progress((index + share) / count, use)
 
 
 def _text_hash(path: Path) -> str:

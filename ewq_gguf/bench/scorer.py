@@ -140,6 +140,14 @@ class Model(Protocol):
     def bos(self) -> int:
         """The token that begins texts; -1 where there is none."""
 
+    @property
+    def eos(self) -> int:
+        """The token that ends texts; -1 where there is none."""
+
+    @property
+    def chat_template(self) -> str:
+        """Jinja source of the model's own; empty where it has none."""
+
     def tokenize(self, text: str, *, special: bool = False) -> IntArray:
         """Token ids of a text, without the ones that begin and end it.
 

@@ -64,6 +64,18 @@ def divergence(
     return Divergence(nll, base_nll, kld, is_same_top)
 
 
+def largest_error(logits: FloatArray, base_logits: FloatArray) -> float:
+    """The most by which log-probabilities differ, nats; (n, V), (n, V).
+
+    NaN where a row has no distribution. Half its square bounds the divergence.
+    """
+    errors = [
+        np.abs(_log_softmax(logits[rows]) - _log_softmax(base_logits[rows])).max()
+        for rows in _blocks(logits)
+    ]
+    return float(np.max(errors))
+
+
 def _log_softmax(logits: FloatArray) -> Float64Array:
     """Natural logarithms of the probabilities; (n, V) -> (n, V) float64."""
     shifted = logits.astype(np.float64)

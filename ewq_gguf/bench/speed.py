@@ -5,12 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 
+from ewq_gguf.bench.nvml import gpu_bytes
 from ewq_gguf.bench.scorer import Batch, IntArray, Model, Scorer
 from ewq_gguf.records import Memory, Speed
 
@@ -76,6 +77,28 @@ def measure(
     ), memory
 
 
+def combined(turns: Sequence[Speed]) -> Speed:
+    """Several measurements of one file as one, each counting the same.
+
+    Args:
+        turns: of one repeat each; at least one.
+    """
+    prompt, generation, ttft = (
+        [turn.prompt_tps for turn in turns],
+        [turn.generation_tps for turn in turns],
+        [turn.ttft_seconds for turn in turns],
+    )
+    return Speed(
+        prompt_tps=mean(prompt),
+        prompt_tps_std=_deviation(prompt),
+        generation_tps=mean(generation),
+        generation_tps_std=_deviation(generation),
+        ttft_seconds=mean(ttft),
+        ttft_seconds_std=_deviation(ttft),
+        load_seconds=mean([turn.load_seconds for turn in turns]),
+    )
+
+
 def peak_rss_bytes() -> int:
     """The most memory this process has had, pages of mapped files included."""
     if _STATUS.exists():
@@ -109,6 +132,7 @@ def _memory(scorer: Scorer) -> Memory:
     return Memory(
         peak_rss_bytes=peak_rss_bytes(),
         device_bytes=buffers.device_bytes,
+        nvml_bytes=gpu_bytes(),
         weights_bytes=buffers.weights_bytes,
         kv_bytes=buffers.kv_bytes,
         compute_bytes=buffers.compute_bytes,

@@ -10,10 +10,8 @@ import numpy as np
 from ewq_gguf.bench.scorer import STAGE, IntArray, Model
 from ewq_gguf.errors import InputError
 
-_MAX_TEXT_BYTES = 1 << 30
 #: Documents of one forward pass; llama.cpp allows 256.
 _MAX_DOCUMENTS = 64
-_BOM = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -62,36 +60,6 @@ class Windows:
                 current = []
             current.append(window)
         return [*batches, tuple(current)] if current else batches
-
-
-def read_text(path: Path) -> str:
-    """A text file as it is; line ends of CR LF are left, as llama.cpp leaves them.
-
-    Raises:
-        InputError: it cannot be read, is empty or too large, is no UTF-8, or has a
-            byte order mark or NUL, which the tokenizer would see.
-    """
-    remedy = "give a plain UTF-8 text"
-    try:
-        if path.stat().st_size > _MAX_TEXT_BYTES:
-            problem = f"is larger than {_MAX_TEXT_BYTES:,} bytes"
-            raise InputError(STAGE, path, problem, "give a part of it")
-        data = path.read_bytes()
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-        raise InputError(STAGE, path, problem, "check the path") from error
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start} is no UTF-8"
-        raise InputError(STAGE, path, problem, remedy) from error
-    if not text.strip():
-        raise InputError(STAGE, path, "is empty", remedy)
-    for mark, name in ((_BOM, "byte order mark"), ("\0", "NUL")):
-        if mark in text:
-            problem = f"has a {name} at character {text.index(mark)}"
-            raise InputError(STAGE, path, problem, remedy)
-    return text
 
 
 def chunks_of(model: Model, text: str, n_ctx: int, path: Path) -> Windows:

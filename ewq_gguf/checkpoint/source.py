@@ -224,7 +224,10 @@ def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
 
 
 def hub_error(
-    hub_id: str, error: Exception, stage: str = "scan"
+    hub_id: str,
+    error: Exception,
+    stage: str = "scan",
+    instead: str = "give a local folder",
 ) -> NetworkError | ResourceError:
     """What the Hub's client raised, as one line with what to do."""
     from huggingface_hub.errors import (
@@ -262,14 +265,20 @@ def hub_error(
     elif isinstance(error, RevisionNotFoundError):
         problem, remedy = ("no such revision", "check what follows the @")
     elif isinstance(error, OfflineModeIsEnabled):
-        problem, remedy = ("HF_HUB_OFFLINE is set and it is not cached", "unset it")
+        problem, remedy = (
+            "HF_HUB_OFFLINE is set and it is not cached",
+            f"unset it, or {instead}",
+        )
     elif status in (401, 403):
         problem, remedy = (f"the Hub refused ({reason})", "run `hf auth login`")
     elif status is not None:
-        problem, remedy = (f"the Hub refused ({reason})", "try again later")
+        problem, remedy = (
+            f"the Hub refused ({reason})",
+            f"try again later, or {instead}",
+        )
     else:
         problem, remedy = (
             f"the Hub cannot be reached ({reason}) and it is not cached",
-            "check the network, or give a local folder",
+            f"check the network, or {instead}",
         )
     return NetworkError(stage, hub_id, problem, remedy)

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.checkpoint.source import hub_error
+from ewq_gguf.checkpoint.hub_data import data_file
 from ewq_gguf.errors import InputError
 
 #: Below the folder that EWQ_TEXT_DIR names, and in the archive.
@@ -15,6 +15,7 @@ WIKITEXT = Path("wikitext-2-raw", "wiki.test.raw")
 
 # The archive that llama-perplexity's source names.
 _REPOSITORY, _ARCHIVE = "ggml-org/ci", "wikitext-2-raw-v1.zip"
+_INSTEAD = "give a text with --text NAME=FILE"
 _MAX_BYTES = 16 << 20
 
 
@@ -29,21 +30,15 @@ def wikitext(stage: str) -> Path:
         return Path(folder) / WIKITEXT
     path = store.cache_dir("texts") / WIKITEXT.name
     if not path.exists():
-        from huggingface_hub import errors, hf_hub_download
-
-        http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-        try:
-            archive = hf_hub_download(_REPOSITORY, _ARCHIVE, repo_type="dataset")
-        except (OSError, http_error) as error:
-            raise hub_error(_REPOSITORY, error, stage) from error
+        archive = data_file(_REPOSITORY, _ARCHIVE, stage, instead=_INSTEAD)
         with store.replacing(path, stage=stage) as temporary:
-            temporary.write_bytes(_member(Path(archive), stage))
+            temporary.write_bytes(_member(archive, stage))
     return path
 
 
 def _member(archive: Path, stage: str) -> bytes:
     """The text in the archive, which may be anything."""
-    remedy = "remove it, or give a text with --text NAME=FILE"
+    remedy = f"remove it, or {_INSTEAD}"
     try:
         with zipfile.ZipFile(archive) as files, files.open(str(WIKITEXT)) as file:
             data = file.read(_MAX_BYTES + 1)

@@ -31,6 +31,9 @@ _COMMANDS = {
     "quantize": ("quantize", "Write the planned GGUF from a base GGUF."),
     "verify": ("verify", "Compare a GGUF with its plan, tensor by tensor."),
     "bench": ("bench", "Measure what GGUF files are worth, with error bars."),
+    "reference": ("reference", "Keep a base's answers, to compare files with."),
+    "compare": ("compare", "Plans beside presets: made, measured alike, told apart."),
+    "study": ("study", "Measure what a way of planning is worth, with controls."),
     "fastewq": ("fastewq", "Evaluate and train the classifier of layers."),
     "paper": ("paper", "Recompute what the paper's tables allow."),
     "demo": ("demo", "Write the built-in model's checkpoint."),
@@ -135,7 +138,7 @@ def _report(error: EwqError) -> int:
     click.echo(f"ewq: {error}", err=True)
     if isinstance(error, VerificationError):
         for line in error.differences:
-            click.echo(f"  {line}", err=True)
+            click.echo(f"  {printable(line)}", err=True)
     if isinstance(error, ChildError):
         for line in error.log_tail:
             click.echo(f"  | {line}", err=True)

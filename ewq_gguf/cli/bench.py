@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 from rich.console import Console
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.job import MmluRequest
-from ewq_gguf.bench.runner import CACHE_TYPES, Request, bench_file, is_result_of
+from ewq_gguf.bench.runner import Request, bench_file, is_result_of
+from ewq_gguf.bench.saving import save_quantised
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.cli.bench_options import bench_options, request_of, with_data
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -25,103 +24,40 @@ from ewq_gguf.cli.common import (
     options_of,
     out_option,
     quiet_option,
-    threads_option,
 )
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.llamacpp.rpc import server_address
-from ewq_gguf.records import BenchSetup, Result, Task, load_record
+from ewq_gguf.pipeline import for_transformers
+from ewq_gguf.records import Result, load_record
 from ewq_gguf.report.bench_view import bench_view
-
-_TASKS: tuple[Task, ...] = get_args(Task)
 
 
 @click.command()
-@click.argument("files", type=PATH, metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", type=PATH, metavar="FILE...|MODEL", nargs=-1, required=True)
 @out_option("the result, a folder for several.  [default: results/NAME.json]")
 @click.option(
-    "--tasks",
-    metavar="LIST",
-    help=f"Of {','.join(_TASKS)}.  [default: all; kld with --base, mmlu with --mmlu]",
-)
-@click.option("--base", type=PATH, help="The base GGUF that `kld` compares with.")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    metavar="NAME=FILE",
-    help="A text to score; repeat.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
+    "--base",
+    type=PATH,
+    help="What to compare with: the base GGUF, its reference, or a checkpoint.",
 )
 @click.option(
-    "--chunks", type=click.IntRange(1), help="Windows per text.  [default: all]"
-)
-@click.option(
-    "--ctx",
-    type=click.IntRange(8),
-    default=512,
+    "--backend",
+    type=click.Choice(("llama", "bnb")),
+    default="llama",
     show_default=True,
-    help="Tokens of a window; its second half is scored.",
+    help="bnb: MODEL in transformers, with bitsandbytes' layers.",
 )
 @click.option(
-    "--lines", is_flag=True, help="Each line is a document, all of it is scored."
+    "--plan",
+    type=PATH,
+    help="With bnb: what becomes of MODEL's matrices.  [default: unquantised]",
 )
 @click.option(
-    "--mmlu",
+    "--save",
     type=PATH,
     metavar="DIR",
-    help="MMLU's questions: a folder with test/ and dev/.  [EWQ_MMLU_DIR]",
+    help="With bnb: write the quantised model there, and measure it from there.",
 )
-@click.option(
-    "--shots",
-    type=click.IntRange(0, 5),
-    default=5,
-    show_default=True,
-    help="Examples before each question of MMLU.",
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(0),
-    default=10,
-    show_default=True,
-    help="Questions per subject; 0 is all 14 042.",
-)
-@click.option(
-    "--repeats",
-    type=click.IntRange(1, 1000),
-    default=5,
-    show_default=True,
-    help="Of the speed test.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="auto|cpu|NAMES",
-    help="Where the model goes; names as llama.cpp lists them.",
-)
-@click.option(
-    "-ngl",
-    "--gpu-layers",
-    type=click.IntRange(0),
-    help="Layers on the devices.  [default: all]",
-)
-@click.option("--tensor-split", metavar="LIST", help="Shares of the devices.")
-@click.option("--rpc", metavar="LIST", help="RPC workers, host:port.")
-@click.option("--allow-public", is_flag=True, help="Also RPC workers on the internet.")
-@click.option(
-    "--cache-type-k",
-    type=click.Choice(CACHE_TYPES),
-    default="f16",
-    show_default=True,
-    help="Type of the cached keys.",
-)
-@click.option(
-    "--cache-type-v",
-    type=click.Choice(CACHE_TYPES),
-    default="f16",
-    show_default=True,
-    help="Type of the cached values.",
-)
-@threads_option
+@bench_options
 @force_option
 @quiet_option
 @json_option
@@ -133,18 +69,20 @@ def bench(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Measure what GGUF files are worth, with error bars.
+    """Measure what GGUF files, or a plan with bitsandbytes, are worth, with error bars.
 
     Perplexity as llama-perplexity counts it, the divergence from a base model, MMLU
-    by letters, and speed as llama-bench counts it; each file in processes of its own.
+    by letters, answers beside references and the base model's, and speed as
+    llama-bench counts it; each file in processes of its own.
     A run that was killed goes on where it was.
     """
-    request = _request(values)
+    request = request_of(values)
     request.check_base()
+    progress = BarProgress(quiet=quiet)
+    files, out, request = _resolved(files, out, request, values, force, progress)
     for file in files:
         identify(file)
-    if request.is_scored and not request.texts:
-        request = replace(request, texts=(("wikitext", wikitext(STAGE)),))
+    request = with_data(request, values)
     request.parameters()
     outs = _outs(files, out)
     # What would be refused is refused before the first file is measured.
@@ -152,7 +90,6 @@ def bench(
         _existing(path, file, request, force=force)
         for path, file in zip(outs, files, strict=True)
     ]
-    progress = BarProgress(quiet=quiet)
     results = []
     for file, path, found in zip(files, outs, known, strict=True):
         if found is not None:
@@ -168,6 +105,45 @@ def bench(
     _print(results, as_json=as_json)
 
 
+def _resolved(
+    files: tuple[Path, ...],
+    out: Path | None,
+    request: Request,
+    values: dict[str, Any],
+    force: bool,
+    progress: BarProgress,
+) -> tuple[tuple[Path, ...], Path | None, Request]:
+    """What is measured, and where its result goes; for bnb the checkpoint's folder.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+    plan, folder = values["plan"], values["save"]
+    if values["backend"] == "llama":
+        if plan or folder:
+            what = "--plan" if plan else "--save"
+            raise UsageError(STAGE, what, "is for --backend bnb", "add it")
+        for file in files:
+            if file.is_dir():
+                problem = "is a folder, llama.cpp takes GGUF files"
+                raise UsageError(STAGE, file, problem, "add --backend bnb")
+        return files, out, request
+    if len(files) > 1:
+        problem = f"{len(files)} models are given, bnb takes one"
+        raise UsageError(STAGE, "MODEL", problem, "measure them one by one")
+    if folder and not plan:
+        raise UsageError(STAGE, "--save", "needs a plan", "name it with --plan")
+    options = options_of({**values, "force": force})
+    model = for_transformers(str(files[0]), plan, options=options, progress=progress)
+    out = out or Path("results") / f"{model.name}.json"
+    if not folder:
+        return (model.folder,), out, replace(request, plan=model.plan)
+    assert model.plan is not None
+    if save_quantised(model.folder, model.plan, request.setup, folder, force=force):
+        progress.note(f"wrote {folder}")
+    return (folder,), out, request
+
+
 def _print(results: list[Result], *, as_json: bool) -> None:
     if not as_json:
         Console(highlight=False).print(bench_view(results))
@@ -176,70 +152,6 @@ def _print(results: list[Result], *, as_json: bool) -> None:
     else:
         dumped = [result.model_dump(mode="json") for result in results]
         click.echo(json.dumps(dumped, indent=1, sort_keys=True))
-
-
-def _request(values: dict[str, Any]) -> Request:
-    folder = values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
-    lacking = {"kld": values["base"] is None, "mmlu": not folder}
-    default = [task for task in _TASKS if not lacking.get(task)]
-    asked = _list(values["tasks"]) or default
-    tasks = tuple(task for task in _TASKS if task in asked)
-    if unknown := sorted(set(asked) - set(_TASKS)):
-        raise UsageError(
-            STAGE, "--tasks", f"there is no {unknown[0]!r}", f"use {','.join(_TASKS)}"
-        )
-    servers = _list(values["rpc"])
-    return Request(
-        tasks=tasks,
-        base=values["base"],
-        texts=tuple(map(_named_text, values["texts"])),
-        setup=BenchSetup(
-            device=values["device"],
-            n_gpu_layers=values["gpu_layers"],
-            tensor_split=tuple(map(_share, _list(values["tensor_split"]))),
-            rpc=tuple(
-                server_address(server, allow_public=values["allow_public"])
-                for server in servers
-            ),
-            n_threads=options_of(values).n_threads,
-            cache_type_k=values["cache_type_k"],
-            cache_type_v=values["cache_type_v"],
-        ),
-        n_ctx=values["ctx"],
-        n_chunks=values["chunks"],
-        is_lines=values["lines"],
-        n_repeats=values["repeats"],
-        mmlu=MmluRequest(
-            folder=str(Path(folder).absolute()),
-            n_shots=values["shots"],
-            limit=values["limit"] or None,
-        )
-        if folder
-        else None,
-    )
-
-
-def _list(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < float("inf"):
-        raise UsageError(
-            STAGE, "--tensor-split", f"{text!r} is no share", "use numbers, as in 3,1"
-        )
-    return share
-
-
-def _named_text(text: str) -> tuple[str, Path]:
-    name, separator, path = text.partition("=")
-    if not (separator and name and path):
-        raise UsageError(STAGE, "--text", f"{text!r} is not NAME=FILE", "name the file")
-    return name, Path(path)
 
 
 def _outs(files: tuple[Path, ...], out: Path | None) -> list[Path]:

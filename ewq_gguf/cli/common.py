@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isnan
 from pathlib import Path
@@ -27,6 +27,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.pipeline import Options
 from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.records import Record
@@ -78,6 +79,17 @@ def finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if isnan(value):
         raise click.BadParameter("nan is not a number")
     return value
+
+
+def all_of(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    """One decorator of several, in their order."""
+
+    def decorate(function: F) -> F:
+        for each in reversed(options):
+            function = each(function)
+        return function
+
+    return decorate
 
 
 def out_option(what: str) -> Callable[[F], F]:
@@ -162,6 +174,12 @@ def show_record(
         Console(highlight=False).print(view(record))
 
 
+def memory_text(use: MemoryUse) -> str:
+    """A child's memory, and what it has on GPUs where a driver tells it."""
+    on_gpu = "" if use.gpu_bytes is None else f" + {size_text(use.gpu_bytes)} on GPU"
+    return f"{size_text(use.rss_bytes)}{on_gpu}"
+
+
 def console() -> Console:
     """Where people read: stderr; colour only where it is a terminal."""
     return Console(stderr=True, highlight=False)
@@ -191,10 +209,10 @@ class BarProgress:
             yield lambda share: update(share, "")
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[Callable[[float, int], None]]:
-        """Show how far a stage is, and the memory that its child has: bytes."""
+    def measure(self, name: str) -> Iterator[Callable[[float, MemoryUse], None]]:
+        """Show how far a stage is, and the memory that its child has."""
         with self._bar(name, None) as update:
-            yield lambda share, rss: update(share, size_text(rss))
+            yield lambda share, use: update(share, memory_text(use))
 
     @contextmanager
     def _bar(

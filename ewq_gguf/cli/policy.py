@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 from math import inf
 from typing import Any
 
 import click
 
-from ewq_gguf.cli.common import PATH, F, explicit, options_of
+from ewq_gguf.cli.common import PATH, F, all_of, explicit, options_of
 from ewq_gguf.cli.machines import machines_of
 from ewq_gguf.pipeline import machine_budget
 from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
-from ewq_gguf.records import EwqPolicy, FastEwqPolicy, RulePolicy, UniformPolicy
+from ewq_gguf.records import (
+    EwqPolicy,
+    FastEwqPolicy,
+    PresetPolicy,
+    RulePolicy,
+    UniformPolicy,
+)
 
 _MAX_FACTORS = 1000
 
@@ -25,7 +31,11 @@ def _option(*args: Any, default: Any = None, **kwargs: Any) -> Callable[[F], F]:
     )
 
 
-_POLICY = (_option("--policy", default="ewq", help="ewq, fastewq or uniform:TYPE."),)
+_POLICY = (
+    _option(
+        "--policy", default="ewq", help="ewq, fastewq, uniform:TYPE or preset:NAME."
+    ),
+)
 _MEASURE = (
     _option(
         "--measure",
@@ -136,25 +146,14 @@ _BUDGET = (
 )
 
 
-def _all(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
-    """One decorator of several, in their order."""
-
-    def decorate(function: F) -> F:
-        for each in reversed(options):
-            function = each(function)
-        return function
-
-    return decorate
-
-
 #: What `policy_of`, `raw_type_of` and `ask_of` read.
-policy_options = _all(
+policy_options = all_of(
     (*_POLICY, *_MEASURE, *_FACTOR, *_RULE, *_FAST, *_TYPES, *_RAW_TYPE, *_BUDGET)
 )
 #: What `ewq_policy_of` and `raw_type_of` read, the factor left out.
-rule_options = _all((*_MEASURE, *_RULE, *_TYPES, *_RAW_TYPE))
+rule_options = all_of((*_MEASURE, *_RULE, *_TYPES, *_RAW_TYPE))
 #: What `raw_type_of` reads.
-raw_type_option = _all(_RAW_TYPE)
+raw_type_option = all_of(_RAW_TYPE)
 
 _ENTROPY_NAMES = ("measure", "epsilon", "bins", "factor", "rule", "granularity")
 _FAST_NAMES = ("variant", "low_layers")
@@ -169,6 +168,7 @@ _FOREIGN = {
     "ewq": _FAST_NAMES,
     "fastewq": _ENTROPY_NAMES,
     "uniform": (*_ENTROPY_NAMES, *_FAST_NAMES, "ladder", *_BUDGET_NAMES),
+    "preset": (*_ENTROPY_NAMES, *_FAST_NAMES, *_TYPE_NAMES, *_BUDGET_NAMES),
 }
 
 
@@ -180,22 +180,24 @@ def policy_of(values: dict[str, Any]) -> RulePolicy:
             is none.
     """
     name, colon, argument = values["policy"].partition(":")
-    is_uniform = name == "uniform"
+    has_argument = name in ("uniform", "preset")
     if (
         name not in _FOREIGN
-        or bool(colon) != is_uniform
+        or bool(colon) != has_argument
         or bool(argument) != bool(colon)
     ):
         raise click.BadParameter(
-            f"unknown policy {values['policy']!r}; use ewq, fastewq, or uniform:TYPE "
-            "such as uniform:Q8_0",
+            f"unknown policy {values['policy']!r}; use ewq, fastewq, uniform:TYPE "
+            "such as uniform:Q8_0, or preset:NAME such as preset:Q4_K_M",
             param_hint="--policy",
         )
     if given := explicit(_FOREIGN[name]):
         raise click.BadParameter(
             f"{given[0]} does not go with policy {values['policy']}"
         )
-    if is_uniform:
+    if name == "preset":
+        return PresetPolicy(preset=argument.strip().upper())
+    if has_argument:
         types = _types(values)
         del types["ladder"]
         return UniformPolicy(ggml_type=_type_name(argument), **types)

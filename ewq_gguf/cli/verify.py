@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ewq_gguf.cli.common import PATH, json_option, no_load_option
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, printable
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.records import Plan, load_record
 
@@ -33,4 +33,5 @@ def verify(plan_path: Path, file: Path, no_load: bool, as_json: bool) -> None:
         f"{result.found_size_bytes} bytes ({planned}), sha256 {result.file_sha256}"
     )
     if result.answer is not None:
-        click.echo(f"{result.prompt}{result.answer}")
+        # The file chose these words.
+        click.echo(printable(f"{result.prompt}{result.answer}"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ewq_gguf import ggml_types, store
@@ -22,7 +22,13 @@ from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.plan.sizes import ALIGNMENT, header_bytes, padded
 from ewq_gguf.process import run
-from ewq_gguf.records import Layout, LayoutTensor, Source, load_cached
+from ewq_gguf.records import (
+    Layout,
+    LayoutTensor,
+    PresetTypes,
+    Source,
+    load_cached,
+)
 
 #: Presets a user would otherwise take, large to small; none needs an imatrix.
 PRESETS = (
@@ -58,12 +64,7 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
     known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known
-    asked = (
-        own_header(checkpoint)
-        if checkpoint.identity.is_gguf
-        else header_of(checkpoint, toolchain, outtype=base_type(checkpoint))
-    )
-    with asked as base:
+    with _header(checkpoint, toolchain) as base:
         presets = {
             preset: preset_bytes(base.path, base.gguf, preset, toolchain)
             for preset in PRESETS
@@ -77,6 +78,40 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
     path = layout_path(checkpoint.identity.fingerprint, toolchain.key)
     store.write_text(path, layout.to_json(), stage="plan", force=True)
     return layout
+
+
+def preset_types(
+    checkpoint: Checkpoint, toolchain: Toolchain, imatrix: Path | None = None
+) -> dict[str, dict[str, str]]:
+    """Each tensor's type in each standard preset, by the preset's name.
+
+    Cached like a layout. With an importance matrix some mixtures are others.
+
+    Raises:
+        ToolError, InputError, ChildError: as of `layout_of`.
+    """
+    matrix = store.sha256_file(imatrix) if imatrix else None
+    key = f"{checkpoint.identity.fingerprint} {toolchain.key} {matrix}"
+    path = store.cache_dir("layouts") / f"{store.sha256_text(key)[:32]}.json"
+    if (known := load_cached(PresetTypes, path, "plan")) is not None:
+        return known.types
+    with _header(checkpoint, toolchain) as base:
+        found = PresetTypes(
+            types={
+                preset: _dry_run(base.path, base.gguf, preset, toolchain, imatrix)
+                for preset in PRESETS
+            }
+        )
+    store.write_text(path, found.to_json(), stage="plan", force=True)
+    return found.types
+
+
+def _header(
+    checkpoint: Checkpoint, toolchain: Toolchain
+) -> AbstractContextManager[BaseHeader]:
+    if checkpoint.identity.is_gguf:
+        return own_header(checkpoint)
+    return header_of(checkpoint, toolchain, outtype=base_type(checkpoint))
 
 
 @contextmanager
@@ -173,11 +208,34 @@ def preset_bytes(
     Raises:
         ToolError: llama-quantize prints its plan in another form than the pinned one.
     """
+    types = _dry_run(header_path, header, preset, toolchain)
+    data = sum(
+        padded(ggml_types.tensor_bytes(types[tensor.name], tensor.shape))
+        for tensor in header.tensors
+    )
+    infos = ((tensor.name, tensor.shape) for tensor in header.tensors)
+    return header_bytes(header.kv_bytes + added_kv_bytes(header), infos) + data
+
+
+def _dry_run(
+    header_path: Path,
+    header: GgufFile,
+    preset: str,
+    toolchain: Toolchain,
+    imatrix: Path | None = None,
+) -> dict[str, str]:
+    """Each tensor's type in a preset.
+
+    Raises:
+        ToolError: llama-quantize prints its plan in another form than the pinned one.
+    """
+    weighed = ("--imatrix", imatrix.absolute()) if imatrix else ()
     with child_log("plan", header_path) as log_path:
         text = run(
             [
                 toolchain.tool("llama-quantize"),
                 "--dry-run",
+                *weighed,
                 header_path.name,
                 preset,
             ],
@@ -193,12 +251,7 @@ def preset_bytes(
             f"--dry-run named {len(types)} of {len(header.tensors)} tensors",
             "use the pinned llama.cpp: `ewq toolchain build`",
         )
-    data = sum(
-        padded(ggml_types.tensor_bytes(types[tensor.name], tensor.shape))
-        for tensor in header.tensors
-    )
-    infos = ((tensor.name, tensor.shape) for tensor in header.tensors)
-    return header_bytes(header.kv_bytes + added_kv_bytes(header), infos) + data
+    return types
 
 
 def dry_run_types(log: str) -> dict[str, str]:

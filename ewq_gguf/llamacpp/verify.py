@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
-from ewq_gguf.errors import ChildError, VerificationError
+from ewq_gguf.errors import ChildError, ToolError, VerificationError
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.plan.importance import file_keys
@@ -67,6 +67,18 @@ def verify_file(plan: Plan, path: Path, *, load: bool = True) -> Verification:
 def can_load() -> bool:
     """Whether the bindings are installed."""
     return find_spec("llama_cpp") is not None
+
+
+def check_bindings(stage: str) -> None:
+    """Refuse to begin what needs the bindings without them.
+
+    Raises:
+        ToolError: llama-cpp-python is missing.
+    """
+    if not can_load():
+        raise ToolError(
+            stage, "llama-cpp-python", "is not installed", "run `make setup`"
+        )
 
 
 def _differences(plan: Plan, gguf: GgufFile) -> Iterator[str]:

@@ -6,6 +6,8 @@ Scans, layouts and base files are kept in the cache by what they depend on, so a
 run does only what changed.
 """
 
+from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
+from ewq_gguf.pipeline.comparing import Wanted, compare
 from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import (
     Made,
@@ -24,17 +26,24 @@ from ewq_gguf.pipeline.planning import (
     plan_file,
     policy_measures,
 )
+from ewq_gguf.pipeline.presets import preset_plans
 from ewq_gguf.pipeline.scanning import layout, open_model, scan
+from ewq_gguf.pipeline.versions import WantedPlan
 
 __all__ = [
+    "ForTransformers",
     "Made",
     "Options",
     "Progress",
     "SILENT",
     "Silent",
+    "Wanted",
+    "WantedPlan",
     "base_file",
     "check_layout",
     "check_plan",
+    "compare",
+    "for_transformers",
     "import_plan",
     "layout",
     "layout_bytes",
@@ -46,5 +55,6 @@ __all__ = [
     "plan_file",
     "planned_file",
     "policy_measures",
+    "preset_plans",
     "scan",
 ]

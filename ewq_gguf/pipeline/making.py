@@ -25,12 +25,11 @@ from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.planning import (
-    check_plan,
+    check_weights,
     plan,
     plan_file,
-    policy_measures,
 )
-from ewq_gguf.pipeline.scanning import layout, open_model, scan
+from ewq_gguf.pipeline.scanning import layout, open_model
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.naming import nearest_preset
@@ -134,12 +133,8 @@ def make_gguf(
     laid_out = layout(checkpoint, toolchain, progress)
     plan_path = None
     if isinstance(policy, Plan):
-        made_plan, weights = policy, None
-        if policy.weights_sha256 is not None:
-            measures = policy_measures(policy.policy)
-            scanned = scan(checkpoint, measures, options=options, progress=progress)
-            weights = scanned.weights_sha256
-        check_plan(policy, checkpoint.identity, weights, force=options.force)
+        made_plan = policy
+        check_weights(policy, checkpoint, options=options, progress=progress)
     else:
         made_plan = plan(
             checkpoint,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.process import N_CPUS
 
 
@@ -22,6 +23,11 @@ class Progress(Protocol):
     ) -> AbstractContextManager[Callable[[float], None]]:
         """Begin a stage; the function it gives is told the share done, 0 to 1."""
 
+    def measure(
+        self, name: str
+    ) -> AbstractContextManager[Callable[[float, MemoryUse], None]]:
+        """Likewise; its function is also told the memory of the child."""
+
 
 class Silent:
     """Progress that nobody sees."""
@@ -35,6 +41,11 @@ class Silent:
     ) -> Iterator[Callable[[float], None]]:
         """Show nothing."""
         yield lambda share: None
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[Callable[[float, MemoryUse], None]]:
+        """Show nothing."""
+        yield lambda share, use: None
 
 
 SILENT = Silent()

@@ -20,6 +20,7 @@ from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.presets import preset_plan
 from ewq_gguf.pipeline.scanning import layout, scan
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
@@ -35,6 +36,7 @@ from ewq_gguf.records import (
     ModelIdentity,
     Plan,
     Policy,
+    PresetPolicy,
     RulePolicy,
     Scan,
 )
@@ -60,6 +62,10 @@ def plan(
     check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
     if budget is not None:
         _need_header(source, options, progress)
+    if isinstance(policy, PresetPolicy):
+        return preset_plan(
+            source, policy, raw_type=raw_type, options=options, progress=progress
+        )
     if isinstance(policy, FastEwqPolicy):
         subject = _unread(source, raw_type, options, progress)
         return _fast_plan(replace(subject, importance=importance), policy, budget)
@@ -221,6 +227,26 @@ def check_plan(
                 f"the plan is for {what} {str(a)[:12]}, here are {str(b)[:12]}",
                 "plan again, or use --force if you know that they match",
             )
+
+
+def check_weights(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> None:
+    """Refuse a plan of another checkpoint; where it names weights, they are scanned.
+
+    Raises:
+        InputError: files, headers or weights differ.
+    """
+    options, weights = options or Options(), None
+    if plan.weights_sha256 is not None:
+        measures = policy_measures(plan.policy)
+        scanned = scan(checkpoint, measures, options=options, progress=progress)
+        weights = scanned.weights_sha256
+    check_plan(plan, checkpoint.identity, weights, force=options.force)
 
 
 def check_layout(scan: Scan, layout: Layout) -> None:

@@ -8,11 +8,14 @@ from zlib import crc32
 
 from ewq_gguf.records import (
     Budget,
+    ControlPolicy,
     EwqPolicy,
     FastEwqPolicy,
     ImportedPolicy,
     Plan,
     Policy,
+    PresetPolicy,
+    ProbePolicy,
     UniformPolicy,
 )
 
@@ -51,6 +54,13 @@ def _policy_label(policy: Policy) -> str:
     """What differs from the policy's defaults."""
     if isinstance(policy, ImportedPolicy):
         return f"imported-{policy.file_sha256[:8]}"
+    if isinstance(policy, PresetPolicy):
+        return policy.preset
+    if isinstance(policy, ProbePolicy):
+        return f"probe-{policy.part.replace(' ', '')}-{policy.ggml_type}"
+    if isinstance(policy, ControlPolicy):
+        seed = "" if policy.seed is None else str(policy.seed)
+        return f"control-{policy.order}{seed}-{policy.plan_sha256[:8]}"
     if isinstance(policy, UniformPolicy):
         parts = [policy.name, policy.ggml_type]
     else:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.records import EwqPolicy, ImportedPolicy, Policy, UniformPolicy
+from ewq_gguf.records import (
+    EwqPolicy,
+    GivenPolicy,
+    Policy,
+    PresetPolicy,
+    UniformPolicy,
+)
 
 #: Of precisions in a ladder; ggml has no more types that rise in size.
 _MAX_RUNGS = 12
@@ -21,14 +27,15 @@ def check_policy(
         UsageError: naming the parameter.
         InputError: a type needs an importance matrix.
     """
-    if has_budget and isinstance(policy, UniformPolicy | ImportedPolicy):
+    is_given = isinstance(policy, GivenPolicy)
+    if has_budget and (is_given or isinstance(policy, UniformPolicy | PresetPolicy)):
         raise UsageError(
             "plan",
             "--budget",
             f"policy {policy.name} has no types to choose from",
             "use it with --policy ewq or fastewq",
         )
-    if isinstance(policy, ImportedPolicy):
+    if isinstance(policy, GivenPolicy) or isinstance(policy, PresetPolicy):
         return
     for option, name in (
         ("--embedding-type", policy.embedding_type),

@@ -57,3 +57,16 @@ class Layout(Record):
     added_kv_bytes: int
     tensors: tuple[LayoutTensor, ...]
     preset_bytes: dict[str, int]
+
+
+class PresetTypes(Record):
+    """What llama-quantize would write for each standard preset of a model.
+
+    Attributes:
+        types: of every tensor, after llama-quantize's fallback, by preset and name.
+    """
+
+    schema_name: Literal["ewq.preset-types"] = "ewq.preset-types"
+    schema_version: Literal[1] = 1
+
+    types: dict[str, dict[str, str]]

@@ -80,6 +80,17 @@ class UniformPolicy(Part):
     output_type: str = "auto"
 
 
+class PresetPolicy(Part):
+    """The types of one of llama-quantize's own mixtures, as its dry run tells them.
+
+    Attributes:
+        preset: such as `Q4_K_M`.
+    """
+
+    name: Literal["preset"] = "preset"
+    preset: str
+
+
 class ImportedPolicy(Part):
     """Types that somebody else chose.
 
@@ -95,10 +106,41 @@ class ImportedPolicy(Part):
     file_sha256: str
 
 
-#: Policies that decide; an ImportedPolicy only tells where types came from.
-RulePolicy = EwqPolicy | FastEwqPolicy | UniformPolicy
+class ProbePolicy(Part):
+    """A part of the model quantised and the rest left as it is, to see what it does.
 
-Policy = Annotated[RulePolicy | ImportedPolicy, Field(discriminator="name")]
+    Attributes:
+        part: `nothing`, `layers` for all of them, `layer 3`, or a role.
+        ggml_type: of that part.
+    """
+
+    name: Literal["probe"] = "probe"
+    part: str
+    ggml_type: str
+
+
+class ControlPolicy(Part):
+    """Another plan's layer decisions, dealt to other layers: as many of each type.
+
+    Attributes:
+        order: `random`; `inverted`, the highest entropy gets what the lowest had; or
+            what the lowest precisions go to first: the largest `variance` of weights,
+            the `first` layers or the `last`.
+        seed: of the random one.
+        plan_sha256: of the plan whose decisions they are.
+    """
+
+    name: Literal["control"] = "control"
+    order: Literal["random", "inverted", "variance", "first", "last"]
+    seed: int | None = None
+    plan_sha256: str
+
+
+#: Policies that decide; the others only tell where types came from.
+RulePolicy = EwqPolicy | FastEwqPolicy | UniformPolicy | PresetPolicy
+GivenPolicy = ImportedPolicy | ProbePolicy | ControlPolicy
+
+Policy = Annotated[RulePolicy | GivenPolicy, Field(discriminator="name")]
 
 
 class Budget(Part):

@@ -1,27 +1,30 @@
-"""Result: what one GGUF file is worth, with what it was measured."""
+"""Result: what one model file is worth, with what it was measured."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from ewq_gguf.records.base import Part, Record
-from ewq_gguf.records.scores import MmluOutcome, MmluScores
+from ewq_gguf.records.scores import Answer, GenerationScores, MmluOutcome, MmluScores
 
-Task = Literal["perplexity", "kld", "mmlu", "speed", "memory"]
+Task = Literal["perplexity", "kld", "mmlu", "generation", "speed", "memory"]
 
 
 class BenchedFile(Part):
-    """A GGUF file, whatever it is called now.
+    """A GGUF file or a checkpoint, whatever it is called now.
 
     Attributes:
         name: without its folder.
-        size_bytes: of all its parts.
-        sha256: of the file; of its parts' hashes where it is split.
+        size_bytes: of all its parts, of a checkpoint those with weights.
+        sha256: of the file; of its parts' hashes where there are several.
+        reference_of: SHA-256 of the model that a reference file was made of; None for
+            a model itself.
     """
 
     name: str
     size_bytes: int
     sha256: str
+    reference_of: str | None = None
 
 
 class BenchSetup(Part):
@@ -72,6 +75,9 @@ class BenchParameters(Part):
         n_generated: tokens it generates.
         n_repeats: of each test, after a warm-up.
         mmlu_sha256: of MMLU's prompts; None where none was asked.
+        prompts_sha256: of the prompts to be answered; None where there were none.
+        max_tokens: of an answer; None likewise.
+        plan_sha256: of the plan that bitsandbytes followed; None without one.
     """
 
     tasks: tuple[Task, ...]
@@ -84,18 +90,25 @@ class BenchParameters(Part):
     n_generated: int
     n_repeats: int
     mmlu_sha256: str | None = None
+    prompts_sha256: str | None = None
+    max_tokens: int | None = None
+    plan_sha256: str | None = None
 
 
 class Engine(Part):
     """What computed.
 
     Attributes:
-        name: `llama.cpp`.
-        version: of the bindings.
-        commit: of llama.cpp.
+        name: `llama.cpp` or `transformers`.
+        version: of the bindings, or of all libraries that numbers depend on.
+        commit: of llama.cpp; empty for transformers.
         system: CPU features and libraries, as it prints them.
         devices: descriptions of the devices used, by their names; empty for the CPU.
         n_layers_offloaded: to them, the output head counted as one.
+        n_modules: of a model with bitsandbytes' layers: matrices that are `int8`, `nf4`
+            or `raw`, and `kept_raw` embeddings that the plan quantises; else empty.
+        weights_bytes: of a transformers model: parameters, buffers and statistics, in
+            memory as in a file; else None.
     """
 
     name: str
@@ -104,6 +117,13 @@ class Engine(Part):
     system: str
     devices: dict[str, str]
     n_layers_offloaded: int
+    n_modules: dict[str, int] = {}
+    weights_bytes: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What must be the same for numbers to be the same."""
+        return self.commit or self.version
 
 
 class Chunk(Part):
@@ -208,6 +228,8 @@ class Memory(Part):
         kv_bytes: of the KV cache, and of recurrent states.
         compute_bytes: of compute and output buffers.
         n_ctx: tokens that the KV cache has room for.
+        nvml_bytes: of the process on NVIDIA's GPUs, as their driver counts; None where
+            it does not tell.
     """
 
     peak_rss_bytes: int
@@ -216,6 +238,7 @@ class Memory(Part):
     kv_bytes: int
     compute_bytes: int
     n_ctx: int
+    nvml_bytes: int | None = None
 
 
 class Result(Record):
@@ -229,7 +252,7 @@ class Result(Record):
         base: what it was compared with.
         parameters: what was asked.
         engine: what computed.
-        size_bytes: of the file.
+        size_bytes: of the file, or of the weights that bitsandbytes left.
         ppl: perplexity over all texts' tokens.
         ppl_stderr: tokens taken as independent.
         kld_mean_nats: against the base.
@@ -238,6 +261,10 @@ class Result(Record):
         accuracy: share of MMLU's questions that were right.
         accuracy_stderr: of it.
         mmlu_perplexity: the paper's, of the right letters.
+        bleu: of the answers beside the prompts' references; None without any.
+        rouge_l: likewise, 0 to 1.
+        fidelity_rouge_l: of the answers beside the base's.
+        common_prefix_share: of an answer, before it leaves the base's.
         prompt_tps: tokens per second.
         generation_tps: tokens per second.
         ttft_seconds: to the first token.
@@ -245,6 +272,7 @@ class Result(Record):
         device_bytes: on devices.
         texts: each text's numbers, in the order asked.
         mmlu: all about it.
+        generation: all about the answers.
         speed: all about it.
         memory: all about it.
     """
@@ -265,6 +293,10 @@ class Result(Record):
     accuracy: float | None = None
     accuracy_stderr: float | None = None
     mmlu_perplexity: float | None = None
+    bleu: float | None = None
+    rouge_l: float | None = None
+    fidelity_rouge_l: float | None = None
+    common_prefix_share: float | None = None
     prompt_tps: float | None = None
     generation_tps: float | None = None
     ttft_seconds: float | None = None
@@ -272,6 +304,7 @@ class Result(Record):
     device_bytes: int | None = None
     texts: tuple[TextResult, ...] = ()
     mmlu: MmluScores | None = None
+    generation: GenerationScores | None = None
     speed: Speed | None = None
     memory: Memory | None = None
 
@@ -314,9 +347,10 @@ class RunPart(Part):
     """A child that came to its end.
 
     Attributes:
-        name: `texts`, `mmlu` or `speed`.
+        name: `texts`, `mmlu`, `generation` or `speed`.
         engine: what computed.
         mmlu: scored; None where it was not asked.
+        generation: likewise.
         speed: measured; None where it was not asked.
         memory: measured; None likewise.
     """
@@ -324,6 +358,7 @@ class RunPart(Part):
     name: str
     engine: Engine
     mmlu: MmluScores | None = None
+    generation: GenerationScores | None = None
     speed: Speed | None = None
     memory: Memory | None = None
 
@@ -338,3 +373,15 @@ class MmluPart(Part):
 
     name: str
     outcome: MmluOutcome
+
+
+class AnswerPart(Part):
+    """A prompt that was answered.
+
+    Attributes:
+        name: its id.
+        answer: to it.
+    """
+
+    name: str
+    answer: Answer

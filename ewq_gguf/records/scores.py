@@ -192,7 +192,7 @@ class TextOutcome(Part):
     """One answer beside its reference.
 
     Attributes:
-        id: `line 3`, of the prompts' file.
+        id: of the prompt, `line 3`.
         rouge_1: F1 of words.
         rouge_2: F1 of pairs of words.
         rouge_l: F1 of the longest common subsequence of words.
@@ -274,6 +274,7 @@ class Fidelity(Part):
         common_prefix_tokens: per answer, before the first token that differs.
         common_prefix_mean: of them.
         common_prefix_share: mean over the longer answer's length; 1 where identical.
+        common_prefix_share_stderr: of it; None for one answer.
     """
 
     scores: TextScores
@@ -281,6 +282,7 @@ class Fidelity(Part):
     common_prefix_tokens: tuple[int, ...]
     common_prefix_mean: float
     common_prefix_share: float
+    common_prefix_share_stderr: float | None
 
 
 class GenerationScores(Part):

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ewq_gguf.errors import printable
 from ewq_gguf.records import Engine, Result, TextResult
-from ewq_gguf.report.scores_view import mmlu_view
+from ewq_gguf.report.scores_view import generation_view, mmlu_view
 from ewq_gguf.report.text import size_text
 
 _NONE = "·"
@@ -31,10 +31,13 @@ def bench_view(results: Sequence[Result]) -> RenderableType:
     for result in results:
         if result.mmlu is not None:
             parts += [Text(printable(result.file.name)), mmlu_view(result.mmlu), Text()]
+        if result.generation is not None:
+            view = generation_view(result.generation)
+            parts += [Text(printable(result.file.name)), view, Text()]
     if any(result.speed or result.memory for result in results):
         parts += [_speed(results), Text()]
     engine = results[0].engine
-    parts.append(Text(f"{_where(engine)}; {engine.name} {engine.commit[:9]}"))
+    parts.append(Text(f"{_where(engine)}; {_what(engine)}"))
     return Group(*parts)
 
 
@@ -74,7 +77,9 @@ def _about(result: Result, text: TextResult) -> str:
     asked = result.parameters
     units = "lines" if asked.is_lines else f"windows of {asked.n_ctx}"
     skipped = f", {text.n_skipped} longer left out" if text.n_skipped else ""
-    against = f"; KLD in nats against {result.base.name}" if result.base else ""
+    against = ""
+    if text.kld and result.base:
+        against = f"; KLD in nats against {result.base.name}"
     return printable(
         f"{text.name}: {text.n_tokens:,} tokens scored in {len(text.chunks)} "
         f"{units}{skipped}{against}"
@@ -105,6 +110,13 @@ def _speed(results: Sequence[Result]) -> Table:
 
 def _error(value: float | None) -> str:
     return "" if value is None else f" ±{value:.5f}"
+
+
+def _what(engine: Engine) -> str:
+    if engine.commit:
+        return f"{engine.name} {engine.commit[:9]}"
+    counts = [f"{count} {kind}" for kind, count in sorted(engine.n_modules.items())]
+    return engine.version + (f"; matrices: {', '.join(counts)}" if counts else "")
 
 
 def _where(engine: Engine) -> str:

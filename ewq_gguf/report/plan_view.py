@@ -14,12 +14,15 @@ from ewq_gguf.ggml_types import bits_per_weight
 from ewq_gguf.plan.ewq import z_score
 from ewq_gguf.records import (
     Budget,
+    ControlPolicy,
     EwqPolicy,
     FastEwqPolicy,
     Imatrix,
     ImportedPolicy,
     Plan,
     PlanTensor,
+    PresetPolicy,
+    ProbePolicy,
     UniformPolicy,
 )
 from ewq_gguf.report.placement_view import placement_view
@@ -144,10 +147,20 @@ def _budget_text(plan: Plan, budget: Budget) -> str:
 
 def _policy_text(plan: Plan) -> str:
     policy = plan.policy
+    if isinstance(policy, PresetPolicy):
+        return f"preset {printable(policy.preset)} of llama-quantize"
     if isinstance(policy, UniformPolicy):
         return f"uniform {policy.ggml_type}"
     if isinstance(policy, ImportedPolicy):
         return f"imported from {printable(policy.file_name)}"
+    if isinstance(policy, ProbePolicy):
+        return f"probe: {printable(policy.part)} at {policy.ggml_type}"
+    if isinstance(policy, ControlPolicy):
+        seed = "" if policy.seed is None else f", seed {policy.seed}"
+        return (
+            f"control: {policy.order}{seed}, the layer decisions of plan "
+            f"{printable(policy.plan_sha256[:12])}"
+        )
     ladder = f"ladder {', '.join(policy.ladder)}"
     for what, asked in (
         ("embedding", policy.embedding_type),

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ewq_gguf.records.scores import (
+    Fidelity,
     GenerationScores,
     MmluNumbers,
     MmluScores,
@@ -36,6 +37,11 @@ def mmlu_view(scores: MmluScores) -> RenderableType:
 
 def generation_view(scores: GenerationScores) -> RenderableType:
     """BLEU and ROUGE beside references and the base model, for a rich console."""
+    if scores.references is None and scores.fidelity is None:
+        n_answers = len(scores.answers)
+        what = f"{n_answers} prompts were answered, and compared with nothing: there is"
+        remedy = "neither a reference nor a --base. The answers are in --json."
+        return Group(Text(f"{what} {remedy}"), *map(Text, _too_long(scores.too_long)))
     table = _table(f"Answers to {len(scores.answers)} prompts")
     table.add_column("")
     columns = [list(_MEASURES)]
@@ -47,14 +53,20 @@ def generation_view(scores: GenerationScores) -> RenderableType:
     if scores.fidelity:
         table.add_column("beside the base model's", justify="right")
         columns.append(_text_cells(scores.fidelity.scores))
-        notes.append(
-            f"{scores.fidelity.n_identical} answers are the base model's; the mean "
-            f"answer leaves it after {scores.fidelity.common_prefix_mean:.1f} tokens, "
-            f"{100 * scores.fidelity.common_prefix_share:.0f} % of its length."
-        )
+        notes.append(_fidelity_note(scores.fidelity))
     for row in zip(*columns, strict=True):
         table.add_row(*row)
     return Group(table, *(Text(note) for note in notes))
+
+
+def _fidelity_note(fidelity: Fidelity) -> str:
+    error = fidelity.common_prefix_share_stderr
+    margin = "" if error is None else f" ± {100 * error:.0f}"
+    return (
+        f"{fidelity.n_identical} answers are the base model's; the mean answer leaves "
+        f"it after {fidelity.common_prefix_mean:.1f} tokens, "
+        f"{100 * fidelity.common_prefix_share:.0f}{margin} % of its length."
+    )
 
 
 def _cells(numbers: MmluNumbers) -> list[str]:

@@ -1,0 +1,103 @@
+"""Making a base's reference file: a child that runs the base, a file put in place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import Job, ReferenceRequest
+from ewq_gguf.bench.reference_file import is_made_of, read_reference
+from ewq_gguf.bench.runner import OnProgress, Request, run_job
+from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.errors import InputError, VerificationError
+from ewq_gguf.llamacpp.verify import check_bindings
+from ewq_gguf.records import BenchParameters, Reference
+
+
+def make_reference(
+    base: Path, out: Path, request: Request, on_progress: OnProgress
+) -> Reference:
+    """Run a base over texts and write what files are compared with in its place.
+
+    Args:
+        base: the base GGUF.
+        out: the reference; replaced where it is there.
+        request: the texts, and how they are cut and the base is loaded.
+        on_progress: told how far it is.
+
+    Raises:
+        ToolError: llama-cpp-python is missing, or the device asked for is.
+        InputError: a file is missing, or the base's logits cannot be recomputed.
+        VerificationError: the base is no sound GGUF, or computes NaN.
+        ChildError: the child crashed.
+        ResourceError: memory or the disk has no room.
+    """
+    check_bindings(STAGE)
+    asked, model = _asked(request), identify(base)
+    with store.replacing(out, stage=STAGE) as temporary:
+        job = Job(
+            part="reference",
+            model=str(base.absolute()),
+            base=None,
+            texts=tuple(str(text.absolute()) for _, text in request.texts),
+            mmlu=None,
+            parameters=asked,
+            journal=str(temporary.absolute().with_suffix(".journal")),
+            failure=str(temporary.absolute().with_suffix(".failure")),
+            reference=ReferenceRequest(out=str(temporary.absolute()), model=model),
+        )
+        run_job(job, on_progress)
+    return read_reference(out).record
+
+
+def cached_reference(
+    base: Path, request: Request, on_progress: OnProgress
+) -> Path | None:
+    """The cache's reference of a base, made on first use: many files are compared.
+
+    Returns:
+        None where the base's logits cannot be recomputed, and lockstep has to serve.
+
+    Raises:
+        EwqError: as of `make_reference`.
+    """
+    asked, model = _asked(request), identify(base)
+    key = store.sha256_text(f"{model.sha256} {asked.model_dump_json()}")
+    path = store.cache_dir("references") / f"{key[:32]}.gguf"
+    with store.locked(path, stage=STAGE, wait=True):
+        try:
+            if path.exists() and is_made_of(read_reference(path).record, model, asked):
+                return path
+        except (InputError, VerificationError):
+            pass  # damaged: made again
+        try:
+            make_reference(base, path, request, on_progress)
+        except InputError:
+            return None
+    return path
+
+
+def existing_reference(out: Path, base: Path, request: Request) -> Reference | None:
+    """The reference that is there already, where it was made of the same.
+
+    Raises:
+        UsageError: another file is there.
+        InputError, VerificationError: the base is not sound.
+    """
+    if not out.exists():
+        return None
+    asked, model = _asked(request), identify(base)
+    try:
+        record = read_reference(out).record
+    except (InputError, VerificationError):
+        raise store.already_exists(out, STAGE) from None
+    if not is_made_of(record, model, asked):
+        raise store.already_exists(out, STAGE)
+    return record
+
+
+def _asked(request: Request) -> BenchParameters:
+    """The texts matter, whichever task will read them."""
+    return replace(request, tasks=("perplexity",)).parameters()

@@ -1,0 +1,52 @@
+"""What the files of a study say together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ewq_gguf.bench.statistics import paired_bootstrap, spearman
+from ewq_gguf.records import StatisticCorrelation, StudyFile
+from ewq_gguf.records.scores import PairedMean
+
+
+def kld_mean(file: StudyFile) -> float:
+    """Nats per token, of the base's distributions from the file's."""
+    assert file.quality.kld is not None
+    return file.quality.kld.kld_mean_nats
+
+
+def correlations(
+    statistics: Sequence[Mapping[str, float]], klds: Sequence[float]
+) -> tuple[StatisticCorrelation, ...]:
+    """Of each statistic that every layer has with the layers' divergence.
+
+    Args:
+        statistics: of each layer, by name.
+        klds: of each layer; nats.
+    """
+    names = [
+        name for name in statistics[0] if all(name in known for known in statistics)
+    ]
+    return tuple(
+        StatisticCorrelation(
+            statistic=name,
+            correlation=spearman([known[name] for known in statistics], klds),
+        )
+        for name in sorted(names)
+    )
+
+
+def kld_difference(first: StudyFile, second: StudyFile) -> PairedMean:
+    """The first's mean divergence minus the second's, over the same windows."""
+    pairs = list(zip(first.quality.chunks, second.quality.chunks, strict=True))
+    sums = [(a.kld_nats or 0.0, b.kld_nats or 0.0, a.n_tokens) for a, b in pairs]
+    return paired_bootstrap(
+        [a / n for a, _, n in sums],
+        [b / n for _, b, n in sums],
+        [n for _, _, n in sums],
+    )
+
+
+def rank_among(kld: float, others: Sequence[float]) -> int:
+    """1 where none of the others is as low or lower."""
+    return 1 + sum(other <= kld for other in others)

@@ -1,0 +1,69 @@
+"""Data sets of the Hub that models are measured with, from its cache where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ewq_gguf.checkpoint.source import hub_error
+
+_MMLU = "cais/mmlu"
+_BILLSUM, _BILLS = "FiscalNote/billsum", "data/test-00000-of-00001.parquet"
+
+
+def mmlu_folder(stage: str) -> Path:
+    """MMLU's questions of all subjects: a folder with test-* and dev-*.parquet.
+
+    Raises:
+        NetworkError, ResourceError: they cannot be fetched.
+    """
+    name = "all/{}-00000-of-00001.parquet"
+    instead = "name a folder with test/ and dev/ with --mmlu DIR"
+    test = data_file(_MMLU, name.format("test"), stage, instead=instead)
+    # Both of one commit: snapshots/COMMIT/all/test-...
+    commit = test.parents[1].name
+    data_file(_MMLU, name.format("dev"), stage, instead=instead, revision=commit)
+    return test.parent
+
+
+def billsum_file(stage: str) -> Path:
+    """BillSum's test part: bills of the US Congress and their summaries, as parquet.
+
+    Raises:
+        NetworkError, ResourceError: it cannot be fetched.
+    """
+    instead = "name a file of prompts with --prompts FILE"
+    return data_file(_BILLSUM, _BILLS, stage, instead=instead)
+
+
+def data_file(
+    repository: str,
+    name: str,
+    stage: str,
+    *,
+    instead: str,
+    revision: str | None = None,
+) -> Path:
+    """A file of a data set, fetched on first use.
+
+    Args:
+        repository: of the data set.
+        name: of the file in it.
+        stage: for messages.
+        instead: what to do without the Hub, for messages.
+        revision: a commit; None for the newest.
+
+    Raises:
+        NetworkError, ResourceError: it cannot be fetched.
+    """
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging
+
+    # What it says of each attempt; why the last one failed is in our error.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    try:
+        return Path(
+            hf_hub_download(repository, name, repo_type="dataset", revision=revision)
+        )
+    except (OSError, http_error) as error:
+        raise hub_error(repository, error, stage, instead) from error

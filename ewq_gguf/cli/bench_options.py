@@ -1,0 +1,258 @@
+"""The options that say what is measured of every file, and how."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from ewq_gguf import data
+from ewq_gguf.bench.job import MmluRequest, PromptsRequest
+from ewq_gguf.bench.runner import CACHE_TYPES, Request
+from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.hub_data import billsum_file, mmlu_folder
+from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.cli.common import all_of, options_of, threads_option
+from ewq_gguf.errors import UsageError
+from ewq_gguf.llamacpp.rpc import server_address
+from ewq_gguf.records import BenchSetup, Task
+
+_TASKS: tuple[Task, ...] = get_args(Task)
+_DOMAINS = "domains"
+
+#: What `request_of` reads, the base left out.
+bench_options = all_of(
+    (
+        click.option(
+            "--tasks",
+            metavar="LIST",
+            help=f"Of {','.join(_TASKS)}.  [default: all; kld with a base, mmlu with "
+            "--mmlu]",
+        ),
+        click.option(
+            "--text",
+            "texts",
+            multiple=True,
+            metavar="NAME=FILE|domains",
+            help="A text to score; repeat. `domains` are six short ones of ours, by "
+            "--lines.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
+        ),
+        click.option(
+            "--chunks", type=click.IntRange(1), help="Windows per text.  [default: all]"
+        ),
+        click.option(
+            "--ctx",
+            type=click.IntRange(8),
+            default=512,
+            show_default=True,
+            help="Tokens of a window; its second half is scored.",
+        ),
+        click.option(
+            "--lines",
+            is_flag=True,
+            help="Each line is a document, all of it is scored.",
+        ),
+        click.option(
+            "--mmlu",
+            metavar="DIR|hub",
+            help="MMLU's questions: a folder with test/ and dev/.  [EWQ_MMLU_DIR]",
+        ),
+        click.option(
+            "--shots",
+            type=click.IntRange(0, 5),
+            default=5,
+            show_default=True,
+            help="Examples before each question of MMLU.",
+        ),
+        click.option(
+            "--limit",
+            type=click.IntRange(0),
+            default=10,
+            show_default=True,
+            help="Questions per subject; 0 is all 14 042.",
+        ),
+        click.option(
+            "--prompts",
+            metavar="FILE|billsum",
+            help="Prompts to answer, JSONL with references or without; or bills from "
+            "the Hub.  [default: 20 of ours]",
+        ),
+        click.option(
+            "--prompt-limit",
+            type=click.IntRange(0),
+            default=100,
+            show_default=True,
+            help="Prompts, the first of the file; 0 is all.",
+        ),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(1, 2048),
+            default=64,
+            show_default=True,
+            help="Of an answer.",
+        ),
+        click.option(
+            "--repeats",
+            type=click.IntRange(1, 1000),
+            default=5,
+            show_default=True,
+            help="Of the speed test.",
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|NAMES",
+            help="Where the model goes; names as llama.cpp lists them.",
+        ),
+        click.option(
+            "-ngl",
+            "--gpu-layers",
+            type=click.IntRange(0),
+            help="Layers on the devices.  [default: all]",
+        ),
+        click.option("--tensor-split", metavar="LIST", help="Shares of the devices."),
+        click.option("--rpc", metavar="LIST", help="RPC workers, host:port."),
+        click.option(
+            "--allow-public", is_flag=True, help="Also RPC workers on the internet."
+        ),
+        click.option(
+            "--cache-type-k",
+            type=click.Choice(CACHE_TYPES),
+            default="f16",
+            show_default=True,
+            help="Type of the cached keys.",
+        ),
+        click.option(
+            "--cache-type-v",
+            type=click.Choice(CACHE_TYPES),
+            default="f16",
+            show_default=True,
+            help="Type of the cached values.",
+        ),
+        threads_option,
+    )
+)
+
+
+def request_of(values: dict[str, Any]) -> Request:
+    """What the command line asks of every file.
+
+    Raises:
+        UsageError: a task is unknown, or an option says nothing.
+    """
+    lacking = {"kld": values["base"] is None, "mmlu": not _mmlu_source(values)}
+    default = [task for task in _TASKS if not lacking.get(task)]
+    asked = comma_list(values["tasks"]) or default
+    tasks = tuple(task for task in _TASKS if task in asked)
+    if unknown := sorted(set(asked) - set(_TASKS)):
+        raise UsageError(
+            STAGE, "--tasks", f"there is no {unknown[0]!r}", f"use {','.join(_TASKS)}"
+        )
+    has_domains = _DOMAINS in values["texts"]
+    if has_domains and len(values["texts"]) > 1 and not values["lines"]:
+        problem = "are read by lines, and the other texts would be, too"
+        raise UsageError(STAGE, "--text domains", problem, "say so with --lines")
+    return Request(
+        tasks=tasks,
+        base=values["base"],
+        texts=tuple(text for one in values["texts"] for text in named_texts(one)),
+        setup=setup_of(values),
+        n_ctx=values["ctx"],
+        n_chunks=values["chunks"],
+        is_lines=values["lines"] or has_domains,
+        n_repeats=values["repeats"],
+    )
+
+
+def setup_of(values: dict[str, Any]) -> BenchSetup:
+    """How models are loaded, by the options.
+
+    Raises:
+        UsageError: a share or a worker's address is none.
+    """
+    return BenchSetup(
+        device=values["device"],
+        n_gpu_layers=values["gpu_layers"],
+        tensor_split=tuple(map(_share, comma_list(values["tensor_split"]))),
+        rpc=tuple(
+            server_address(server, allow_public=values["allow_public"])
+            for server in comma_list(values["rpc"])
+        ),
+        n_threads=options_of(values).n_threads,
+        cache_type_k=values["cache_type_k"],
+        cache_type_v=values["cache_type_v"],
+    )
+
+
+def with_data(request: Request, values: dict[str, Any]) -> Request:
+    """The request with the data that its tasks read, from the Hub where that is said.
+
+    Raises:
+        NetworkError, ResourceError: it cannot be fetched.
+        InputError: what was fetched is not what it was.
+    """
+    texts, mmlu, prompts = request.texts, None, None
+    if request.is_scored and not texts:
+        texts = (("wikitext", wikitext(STAGE)),)
+    if "mmlu" in request.tasks and (source := _mmlu_source(values)):
+        folder = mmlu_folder(STAGE) if source == "hub" else Path(source)
+        mmlu = MmluRequest(
+            folder=str(folder.absolute()),
+            n_shots=values["shots"],
+            limit=values["limit"] or None,
+        )
+    if "generation" in request.tasks:
+        named = values["prompts"] or data.PROMPTS
+        path = billsum_file(STAGE) if named == "billsum" else Path(named)
+        prompts = PromptsRequest(
+            path=str(path.absolute()),
+            limit=values["prompt_limit"] or None,
+            max_tokens=values["max_tokens"],
+        )
+    return replace(request, texts=texts, mmlu=mmlu, prompts=prompts)
+
+
+def _mmlu_source(values: dict[str, Any]) -> str | None:
+    return values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
+
+
+def comma_list(text: str | None) -> list[str]:
+    """The parts of an option's text, without blanks and empty ones."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < float("inf"):
+        raise UsageError(
+            STAGE, "--tensor-split", f"{text!r} is no share", "use numbers, as in 3,1"
+        )
+    return share
+
+
+def named_texts(text: str) -> tuple[tuple[str, Path], ...]:
+    """The texts that one --text names.
+
+    Raises:
+        UsageError: it is neither NAME=FILE nor `domains`.
+    """
+    return data.domains() if text == _DOMAINS else (named_text(text),)
+
+
+def named_text(text: str) -> tuple[str, Path]:
+    """NAME=FILE in its parts.
+
+    Raises:
+        UsageError: it is not that.
+    """
+    name, separator, path = text.partition("=")
+    if not (separator and name and path):
+        raise UsageError(STAGE, "--text", f"{text!r} is not NAME=FILE", "name the file")
+    return name, Path(path)

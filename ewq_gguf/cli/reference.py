@@ -1,0 +1,73 @@
+"""`ewq reference`: a base's answers to texts, in one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ewq_gguf import store
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.reference_run import existing_reference, make_reference
+from ewq_gguf.bench.runner import Request
+from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.cli.bench import bench
+from ewq_gguf.cli.bench_options import named_texts, setup_of
+from ewq_gguf.cli.common import (
+    PATH,
+    BarProgress,
+    force_option,
+    json_option,
+    quiet_option,
+)
+
+#: Options of `ewq bench` that mean the same here.
+_SHARED = (
+    "texts", "chunks", "ctx", "lines", "device", "gpu_layers", "tensor_split", "rpc",
+    "allow_public", "cache_type_k", "cache_type_v", "threads",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("base", type=PATH)
+@click.option(
+    "-o", "--out", type=PATH, required=True, help="Where to write the reference."
+)
+@force_option
+@quiet_option
+@json_option
+def reference(
+    base: Path, out: Path, force: bool, quiet: bool, as_json: bool, **values: Any
+) -> None:
+    """Run BASE over texts once and keep what `kld` compares with; prints the path.
+
+    `ewq bench FILE --base REF` needs BASE no more then, also on another machine. The
+    file has BASE's output matrix, and the hidden state before it of each scored token.
+    """
+    identify(base)
+    store.check_writable(out, STAGE)
+    texts = tuple(text for one in values["texts"] for text in named_texts(one))
+    request = Request(
+        tasks=("perplexity",),
+        texts=texts or (("wikitext", wikitext(STAGE)),),
+        setup=setup_of(values),
+        n_ctx=values["ctx"],
+        n_chunks=values["chunks"],
+        is_lines=values["lines"] or "domains" in values["texts"],
+    )
+    store.check_distinct(out, [base, *(path for _, path in request.texts)], STAGE)
+    progress = BarProgress(quiet=quiet)
+    with store.locked(out, stage=STAGE):
+        record = None if force else existing_reference(out, base, request)
+        if record is not None:
+            progress.note(f"{out} was there already, still valid")
+        else:
+            with progress.measure(f"reference {base.name}") as tell:
+                record = make_reference(base, out, request, tell)
+            progress.note(f"wrote {out}")
+    click.echo(record.to_json() if as_json else out, nl=not as_json)
+
+
+reference.params[2:2] = [option for option in bench.params if option.name in _SHARED]

@@ -1,0 +1,236 @@
+"""`ewq study`: what many throwaway files say about a way of planning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ewq_gguf import pipeline, store
+from ewq_gguf.bench.runner import CPU_SETUP, Request
+from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.cli.bench_options import named_text
+from ewq_gguf.cli.common import (
+    BarProgress,
+    F,
+    force_option,
+    imatrix_option,
+    json_option,
+    llama_cpp_option,
+    options_of,
+    out_option,
+    quiet_option,
+    show_record,
+    threads_option,
+)
+from ewq_gguf.cli.policy import ewq_policy_of, factors_of, raw_type_of, rule_options
+from ewq_gguf.errors import InputError
+from ewq_gguf.pipeline.studying import (
+    STAGE,
+    Question,
+    study_controls,
+    study_factor,
+    study_sensitivity,
+)
+from ewq_gguf.records import Measures, Study, load_record
+from ewq_gguf.report.study_view import study_view
+
+_OPTIONS = (
+    click.option(
+        "--text",
+        metavar="NAME=FILE",
+        help="The text to score.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
+    ),
+    click.option(
+        "--chunks",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Windows of it.",
+    ),
+    click.option(
+        "--ctx",
+        type=click.IntRange(8),
+        default=512,
+        show_default=True,
+        help="Tokens of a window; its second half is scored.",
+    ),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|NAMES",
+        help="Where the files go; names as llama.cpp lists them.",
+    ),
+    imatrix_option,
+    out_option("the study.  [default: results/NAME.STUDY.json]"),
+    threads_option,
+    llama_cpp_option,
+    force_option,
+    quiet_option,
+    json_option,
+)
+
+
+def _study_options(function: F) -> F:
+    """What every study takes."""
+    for each in reversed(_OPTIONS):
+        function = each(function)
+    return function
+
+
+@click.group()
+def study() -> None:
+    """Measure what a way of planning is worth, with many throwaway files.
+
+    Each file is made in the cache, measured and removed; a study that was killed goes
+    on where it was.
+    """
+
+
+@study.command()
+@click.argument("model")
+@click.option(
+    "--type",
+    "ggml_type",
+    default="Q4_0",
+    show_default=True,
+    help="Of the part that is quantised.",
+)
+@click.option(
+    "--epsilon",
+    type=click.FloatRange(0),
+    default=0.01,
+    show_default=True,
+    help="Of the softmax entropies.",
+)
+@click.option(
+    "--bins",
+    type=click.IntRange(2, 65536),
+    default=256,
+    show_default=True,
+    help="Of the histogram entropies.",
+)
+@_study_options
+def sensitivity(
+    model: str, ggml_type: str, epsilon: float, bins: int, **values: Any
+) -> None:
+    """Quantise each layer and each role alone: which suffer, and what foretells it.
+
+    Every statistic of the scan is correlated with the layers' divergence.
+    """
+    _run(
+        "sensitivity",
+        model,
+        lambda question: study_sensitivity(
+            question, ggml_type.upper(), Measures(epsilon=epsilon, n_bins=bins)
+        ),
+        values,
+    )
+
+
+@study.command()
+@click.argument("model")
+@click.option(
+    "--permutations",
+    type=click.IntRange(1, 10_000),
+    default=5,
+    show_default=True,
+    help="Random ones; 19 are the fewest that can give p = 0.05.",
+)
+@click.option(
+    "--factor",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="X of the threshold mu - X sigma.",
+)
+@rule_options
+@_study_options
+def controls(model: str, permutations: int, **values: Any) -> None:
+    """Measure the EWQ plan beside others with as many layers of each type.
+
+    Random permutations of its layer decisions, its inversion, a ranking by the
+    variance of the weights, and one by depth from either end.
+    """
+    policy = ewq_policy_of(values)
+    _run(
+        "controls",
+        model,
+        lambda question: study_controls(
+            question, policy, permutations, raw_type=raw_type_of(values)
+        ),
+        values,
+    )
+
+
+@study.command()
+@click.argument("model")
+@click.option(
+    "--factors",
+    default="0.5:1.5:0.1",
+    show_default=True,
+    metavar="FROM:TO:STEP",
+    help="Values of X, the last one included; or a list with commas.",
+)
+@rule_options
+@_study_options
+def factor(model: str, factors: str, **values: Any) -> None:
+    """Measure what one factor after another makes; equal plans once."""
+    policies = [ewq_policy_of({**values, "factor": x}) for x in factors_of(factors)]
+    _run(
+        "factor",
+        model,
+        lambda question: study_factor(question, policies, raw_type=raw_type_of(values)),
+        values,
+    )
+
+
+def _run(
+    name: str, model: str, run: Callable[[Question], Study], values: dict[str, Any]
+) -> None:
+    """Do a study, write it and show it."""
+    progress = BarProgress(quiet=values["quiet"])
+    options = options_of(values)
+    out: Path | None = values["out"]
+    if out is not None:
+        store.check_writable(out, STAGE)
+    text = named_text(values["text"]) if values["text"] else None
+    setup = {"device": values["device"], "n_threads": options.n_threads}
+    request = Request(
+        tasks=("perplexity",),
+        texts=(text or ("wikitext", wikitext(STAGE)),),
+        setup=CPU_SETUP.model_copy(update=setup),
+        n_ctx=values["ctx"],
+        n_chunks=values["chunks"],
+    )
+    checkpoint = pipeline.open_model(model, options=options, progress=progress)
+    out = out or Path("results") / f"{checkpoint.identity.name}.{name}.json"
+    store.check_distinct(out, [shard.path for shard in checkpoint.shards], STAGE)
+    question = Question(checkpoint, request, options, progress)
+    if out.exists() and not values["force"]:
+        _check_known(out, name, question)
+    with store.locked(out, stage=STAGE):
+        result = run(question)
+        store.write_text(out, result.to_json(), stage=STAGE, force=values["force"])
+    progress.note(f"wrote {out}")
+    show_record(result, study_view, as_json=values["as_json"])
+
+
+def _check_known(out: Path, name: str, question: Question) -> None:
+    """Refuse before hours of work what would be refused after them.
+
+    Raises:
+        UsageError: what is there is no study, or one of another question.
+    """
+    try:
+        known = load_record(Study, out, STAGE)
+    except InputError:
+        raise store.already_exists(out, STAGE) from None
+    asked = question.request.parameters()
+    measured = known.parameters.model_copy(update={"tasks": asked.tasks})
+    model = question.checkpoint.identity.fingerprint
+    if (known.findings.kind, known.model.fingerprint, measured) != (name, model, asked):
+        raise store.already_exists(out, STAGE)

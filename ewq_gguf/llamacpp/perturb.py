@@ -1,0 +1,130 @@
+"""A base GGUF with some tensors moved to where a type would put them.
+
+The values that a type can hold are written in the base's own float type: the file keeps
+its layout, nothing is quantised by llama-quantize, and activations are rounded as the
+base rounds them. What such a file loses is the weights' error alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ewq_gguf.checkpoint.gguf_file import GgufTensor, read_gguf
+from ewq_gguf.ggml_types import written_type
+from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
+
+#: Weights that are held in float32 at once, per thread: 32 MiB.
+_BLOCK = 1 << 23
+_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+class Perturbed:
+    """A copy of a base that can be moved and moved back.
+
+    Args:
+        base: a 16- or 32-bit GGUF.
+        copy: where the copy goes; overwritten.
+        ggml: the quantisers.
+        importance: (matrices, columns) mean squared activations by tensor.
+        n_threads: blocks of rows that are worked on at once.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        copy: Path,
+        ggml: Ggml,
+        importance: Mapping[str, Float32Array],
+        n_threads: int = 1,
+    ) -> None:
+        """Copy the base."""
+        self.path = copy
+        self._base = base
+        self._ggml = ggml
+        self._importance = importance
+        self._n_threads = n_threads
+        self._tensors = {tensor.name: tensor for tensor in read_gguf(base).tensors}
+        shutil.copyfile(base, copy)
+
+    @contextmanager
+    def moved(self, tensors: Iterable[str], ggml_type: str) -> Iterator[Path]:
+        """The file with these tensors as a type holds them, until the block ends."""
+        names = list(tensors)
+        try:
+            for name in names:
+                self._write(self._tensors[name], ggml_type)
+            yield self.path
+        finally:
+            for name in names:
+                self._write(self._tensors[name], None)
+
+    def _write(self, tensor: GgufTensor, ggml_type: str | None) -> None:
+        n_columns = tensor.shape[-1]
+        n_rows = prod(tensor.shape[:-1])
+        per_matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+        size = n_columns * _FLOATS[tensor.ggml_type].itemsize
+        step = max(1, min(_BLOCK // n_columns, per_matrix))
+        # No block lies in two experts: each has an importance of its own.
+        blocks = [
+            (begin, min(begin + step, matrix + per_matrix))
+            for matrix in range(0, n_rows, per_matrix)
+            for begin in range(matrix, matrix + per_matrix, step)
+        ]
+        with (
+            self._base.open("rb") as source,
+            self.path.open("r+b") as target,
+            ThreadPoolExecutor(self._n_threads) as pool,
+        ):
+
+            def work(block: tuple[int, int]) -> None:
+                begin, end = block
+                offset = tensor.offset + begin * size
+                data = os.pread(source.fileno(), (end - begin) * size, offset)
+                if ggml_type is not None:
+                    weight = self._importance.get(tensor.name)
+                    row = None if weight is None else weight[begin // per_matrix]
+                    data = self._moved(data, tensor, ggml_type, row)
+                os.pwrite(target.fileno(), data, offset)
+
+            list(pool.map(work, blocks))
+
+    def _moved(
+        self,
+        data: bytes,
+        tensor: GgufTensor,
+        ggml_type: str,
+        importance: Float32Array | None,
+    ) -> bytes:
+        n_columns = tensor.shape[-1]
+        written = written_type(ggml_type, n_columns)
+        rows = as_float(data, tensor.ggml_type).reshape(-1, n_columns)
+        blocks = self._ggml.quantize(rows, written, importance)
+        return as_bytes(
+            self._ggml.dequantize(blocks, written, n_columns), tensor.ggml_type
+        )
+
+
+def as_float(data: bytes, ggml_type: str) -> Float32Array:
+    """Floats of a file as float32."""
+    found = np.frombuffer(data, _FLOATS[ggml_type])
+    if ggml_type == "BF16":  # the upper half of a float32
+        return (found.astype(np.uint32) << 16).view(np.float32)
+    return found.astype(np.float32)
+
+
+def as_bytes(values: Float32Array, ggml_type: str) -> bytes:
+    """Finite float32 as floats of a file, rounded to the nearest, ties to even."""
+    if ggml_type != "BF16":
+        return values.astype(_FLOATS[ggml_type]).tobytes()
+    bits: NDArray[np.uint32] = np.ascontiguousarray(values).view(np.uint32)
+    rounded = bits + (0x7FFF + ((bits >> 16) & 1))
+    return (rounded >> 16).astype("<u2").tobytes()

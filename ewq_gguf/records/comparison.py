@@ -1,0 +1,145 @@
+"""Comparison: files of one model beside each other, and what may be said of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ewq_gguf.records.base import Part, Record
+from ewq_gguf.records.model import ModelIdentity
+from ewq_gguf.records.result import Result
+from ewq_gguf.records.scores import PairedAccuracy, PairedMean
+
+Kind = Literal["base", "preset", "plan"]
+
+
+class Estimate(Part):
+    """A number and its 95 % interval.
+
+    Attributes:
+        value: over everything that was measured.
+        low: of the interval; None where one piece tells nothing of chance.
+        high: likewise.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class ComparedFile(Part):
+    """One row.
+
+    Attributes:
+        name: of the version: `base`, a preset's, or a plan's.
+        kind: what made it.
+        plan_sha256: of the plan it was made from; None of the base.
+        bpw: bits per weight of the whole file.
+        brackets: names of the plans between whose nearest presets in size it is: the
+            largest that is no larger, or the smallest that is larger.
+        result: all that was measured.
+        ppl: perplexity; interval by the bootstrap over windows.
+        kld_mean_nats: from the base, likewise; exactly 0 of the base itself.
+        top1_agreement: with the base, likewise.
+        accuracy: of MMLU; Wilson's interval.
+        mmlu_perplexity: the paper's; interval of its logarithm, questions independent.
+        rouge_l: of answers beside references, F1.
+        fidelity: ROUGE-L of answers beside the base's.
+        composite_score: the paper's ln(MMLU perplexity) - accuracy, lower is better.
+    """
+
+    name: str
+    kind: Kind
+    plan_sha256: str | None
+    bpw: float
+    brackets: tuple[str, ...]
+    result: Result
+    ppl: Estimate | None = None
+    kld_mean_nats: Estimate | None = None
+    top1_agreement: Estimate | None = None
+    accuracy: Estimate | None = None
+    mmlu_perplexity: Estimate | None = None
+    rouge_l: Estimate | None = None
+    fidelity: Estimate | None = None
+    composite_score: Estimate | None = None
+
+
+class PairedTest(Part):
+    """Student's paired test, as the paper's table 13 has it.
+
+    Attributes:
+        n: pairs.
+        mean: of the first minus the second.
+        t: with n - 1 degrees of freedom.
+        p: two-sided.
+        cohens_d: mean over the pooled population standard deviation of both.
+    """
+
+    n: int
+    mean: float
+    t: float
+    p: float
+    cohens_d: float
+
+
+class ComparedPair(Part):
+    """A plan's file beside another one, on the same questions and windows.
+
+    Attributes:
+        first: the plan's name.
+        second: the other row's.
+        accuracy: McNemar's test; None where no question was asked.
+        composite_score: per question, by the bootstrap.
+        subjects: the composite scores of MMLU's subjects, by a paired t-test; None
+            where there are fewer than two, or all differences are equal.
+        nll_nats: mean negative log-likelihood of a token, windows resampled; exp of the
+            difference is the perplexities' ratio.
+        kld_nats: mean divergence from the base, likewise; None beside the base.
+    """
+
+    first: str
+    second: str
+    accuracy: PairedAccuracy | None
+    composite_score: PairedMean | None
+    subjects: PairedTest | None
+    nll_nats: PairedMean | None
+    kld_nats: PairedMean | None
+
+
+class Comparison(Record):
+    """Versions of one model, made and measured under the same conditions.
+
+    Attributes:
+        model: of which all are.
+        imatrix_sha256: of the importance matrix of all files; None for none.
+        n_turns: rounds in which the files' speeds were measured one after another; 0
+            where they were not.
+        rows: the base first, then by falling size.
+        pairs: each plan beside every other row.
+    """
+
+    schema_name: Literal["ewq.comparison"] = "ewq.comparison"
+    schema_version: Literal[1] = 1
+
+    model: ModelIdentity
+    imatrix_sha256: str | None
+    n_turns: int
+    rows: tuple[ComparedFile, ...]
+    pairs: tuple[ComparedPair, ...]
+
+
+class PairAcrossModels(Part):
+    """Two versions over several models.
+
+    Attributes:
+        measure: what is compared; of all of them lower is better, but of accuracy.
+        first: a version's name.
+        second: another's.
+        models: that have both.
+        test: over them; None for fewer than two, or equal differences.
+    """
+
+    measure: Literal["composite score", "accuracy", "ln perplexity", "KLD"]
+    first: str
+    second: str
+    models: tuple[str, ...]
+    test: PairedTest | None
