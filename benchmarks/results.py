@@ -129,9 +129,11 @@ class Commands:
             cwd=self._folder,
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
+            check=False,
             env={**os.environ, "COLUMNS": "96"},
         )
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
         print(done.stdout, flush=True)
         seconds = self._known.get(self.command, 0.0)
         # A run that only found what was there says nothing of the time it takes.

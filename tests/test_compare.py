@@ -152,7 +152,8 @@ def test_speeds_are_measured_in_turns(compared):
     expected = [f"speed {name}, 1 of {N_TURNS}" for name in names]
     expected += [f"speed {name}, 2 of {N_TURNS}" for name in reversed(names)]
 
-    found = stages(compared.err)
+    reference, *found = stages(compared.err)
+    assert reference.startswith("reference ")
     assert found[: len(names)] == [f"bench {name}" for name in names]
     assert found[len(names) :] == expected
     for row in compared.comparison.rows:

@@ -164,6 +164,7 @@ def _generation(
     if job.base is not None:
         ids = [one.id for one in answers]
         base = _base_answers(job, model, texts, ids, load_other)
+        _tell(1.0)  # also where they were known
     scores = generation_scores(
         prompts,
         texts.texts,

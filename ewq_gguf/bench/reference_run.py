@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,9 +55,16 @@ def make_reference(
 
 
 def cached_reference(
-    base: Path, request: Request, on_progress: OnProgress
+    base: Path,
+    request: Request,
+    begin: Callable[[], AbstractContextManager[OnProgress]],
 ) -> Path | None:
     """The cache's reference of a base, made on first use: many files are compared.
+
+    Args:
+        base: the base GGUF.
+        request: as of `make_reference`.
+        begin: gives who is told how far it is, where it has to be made.
 
     Returns:
         None where the base's logits cannot be recomputed, and lockstep has to serve.
@@ -73,7 +82,8 @@ def cached_reference(
         except (InputError, VerificationError):
             pass  # damaged: made again
         try:
-            make_reference(base, path, request, on_progress)
+            with begin() as on_progress:
+                make_reference(base, path, request, on_progress)
         except InputError:
             return None
     return path

@@ -149,9 +149,12 @@ def _referred(request: Request, base: Path, progress: Progress) -> Request:
     """With what the base says of the texts, so that it runs once and not per file."""
     if "kld" not in request.tasks:
         return request
-    of_base = replace(request, base=base)
-    with progress.measure(f"bench {base.name}") as tell:
-        return replace(request, reference=cached_reference(base, of_base, tell))
+    reference = cached_reference(
+        base,
+        replace(request, base=base),
+        lambda: progress.measure(f"reference {base.name}"),
+    )
+    return replace(request, reference=reference)
 
 
 def _check_model(out: Path, checkpoint: Checkpoint, options: Options) -> None:

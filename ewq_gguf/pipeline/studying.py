@@ -283,8 +283,9 @@ def _measured(
             question.progress.note(f"{n_known} of {len(plans)} files need no measuring")
         if not todo:
             return parts
-        with question.progress.measure(f"bench {base.name}") as hear:
-            reference = cached_reference(base, request, hear)
+        reference = cached_reference(
+            base, request, lambda: question.progress.measure(f"reference {base.name}")
+        )
         request = replace(request, reference=reference)
         with question.progress.stage(f"measure {len(todo)} files") as tell:
             for i, (name, made) in enumerate(todo.items()):
