@@ -51,7 +51,12 @@ class Table:
 
     @contextmanager
     def scorer(
-        self, n_ctx: int, *, n_sequences: int = 1, n_batch: int | None = None
+        self,
+        n_ctx: int,
+        *,
+        n_sequences: int = 1,
+        n_batch: int | None = None,
+        is_shared: bool = True,
     ) -> Iterator[TableScorer]:
         yield TableScorer(self, n_ctx, n_sequences, n_batch or n_ctx)
 

@@ -53,7 +53,7 @@ class Sums(Table):
         return super().tokenize(text)
 
     @contextmanager
-    def scorer(self, n_ctx, *, n_sequences=1, n_batch=None):
+    def scorer(self, n_ctx, *, n_sequences=1, n_batch=None, is_shared=True):
         yield SumsScorer(self, n_ctx, n_sequences, min(self.n_batch, n_ctx))
 
 

@@ -19,7 +19,13 @@ from ewq_gguf import store
 from ewq_gguf.bench.answers import Texts, answer, texts_for, tokens_of
 from ewq_gguf.bench.datafile import read_text
 from ewq_gguf.bench.generation import generation_scores
-from ewq_gguf.bench.job import Failure, Job, ReferenceRequest, progress_line
+from ewq_gguf.bench.job import (
+    Failure,
+    Job,
+    ReferenceRequest,
+    WritingRequest,
+    progress_line,
+)
 from ewq_gguf.bench.llama import LlamaModel, Log
 from ewq_gguf.bench.load import load
 from ewq_gguf.bench.mmlu import mmlu_scores
@@ -35,6 +41,7 @@ from ewq_gguf.bench.questions import ask
 from ewq_gguf.bench.reference import ReferenceModel
 from ewq_gguf.bench.reference_writing import write_reference
 from ewq_gguf.bench.scorer import Model
+from ewq_gguf.bench.self_text import self_text
 from ewq_gguf.bench.speed import measure
 from ewq_gguf.bench.texts import Windows, chunks_of, lines_of
 from ewq_gguf.errors import EwqError
@@ -69,6 +76,9 @@ def main(path: Path) -> int:
                 _reference(job, job.reference, LlamaModel(Path(job.model), setup, log))
                 return 0
             model = load(Path(job.model), setup, log, job.precisions)
+            if job.writing is not None:
+                _write(job.writing, model)
+                return 0
             if job.part == "speed":
                 _speed(job, model, keep)
             elif job.part == "mmlu":
@@ -82,6 +92,11 @@ def main(path: Path) -> int:
         Path(job.failure).write_text(Failure.of(error).model_dump_json())
         return 1
     return 0
+
+
+def _write(asked: WritingRequest, model: Named) -> None:
+    texts = self_text(model.model, asked.n_documents, asked.n_tokens, asked.seed, _tell)
+    Path(asked.out).write_text("\n\n".join(texts), encoding="utf-8")
 
 
 def _speed(job: Job, model: Named, keep: Callable[[Part], None]) -> None:

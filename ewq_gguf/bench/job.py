@@ -19,7 +19,7 @@ from ewq_gguf.records import BenchedFile, BenchParameters
 from ewq_gguf.records.base import Part
 
 #: Of children: texts and generation need the base too, the others the model alone.
-Kind = Literal["speed", "texts", "mmlu", "generation", "reference"]
+Kind = Literal["speed", "texts", "mmlu", "generation", "reference", "writing"]
 
 _MARK = "@ewq "
 # What ggml's backends, llama.cpp and torch say.
@@ -86,6 +86,22 @@ class ReferenceRequest(Part):
     model: BenchedFile
 
 
+class WritingRequest(Part):
+    """What a model writes of its own.
+
+    Attributes:
+        out: gets the documents, an empty line between two; absolute.
+        n_documents: how many.
+        n_tokens: of each, at most.
+        seed: of everything random.
+    """
+
+    out: str
+    n_documents: int
+    n_tokens: int
+    seed: int
+
+
 class Job(Part):
     """What a child does; its paths are absolute.
 
@@ -102,6 +118,7 @@ class Job(Part):
         journal: gets each finished part, a line of JSON.
         failure: gets the error that ended the child, where it is one of ours.
         reference: what is written instead of the journal; None for no reference.
+        writing: likewise; None for no text.
     """
 
     part: Kind
@@ -116,6 +133,7 @@ class Job(Part):
     journal: str
     failure: str
     reference: ReferenceRequest | None = None
+    writing: WritingRequest | None = None
 
 
 class Failure(Part):

@@ -167,14 +167,16 @@ class LlamaModel:
         *,
         n_sequences: int = 1,
         n_batch: int | None = None,
+        is_shared: bool = True,
         has_states: bool = False,
     ) -> Iterator[LlamaScorer]:
         """Make room for sequences, until the block ends.
 
         Args:
-            n_ctx: as of `Model.scorer`, like the next two.
+            n_ctx: as of `Model.scorer`, like the next three.
             n_sequences: likewise.
             n_batch: likewise.
+            is_shared: likewise.
             has_states: for `evaluate_with_states` instead of `evaluate`.
 
         Raises:
@@ -191,7 +193,7 @@ class LlamaModel:
         params.n_ubatch = min(_N_UBATCH, params.n_batch)
         params.n_seq_max = n_sequences
         # Sequences share one buffer, so that a copied prefix takes no room.
-        params.kv_unified = True
+        params.kv_unified = is_shared
         params.embeddings = has_states
         params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
         params.n_threads = params.n_threads_batch = self._setup.n_threads

@@ -121,7 +121,12 @@ class ReferenceModel:
 
     @contextmanager
     def scorer(
-        self, n_ctx: int, *, n_sequences: int = 1, n_batch: int | None = None
+        self,
+        n_ctx: int,
+        *,
+        n_sequences: int = 1,
+        n_batch: int | None = None,
+        is_shared: bool = True,
     ) -> Iterator[ReferenceScorer]:
         """Put the output matrix into memory, until the block ends.
 

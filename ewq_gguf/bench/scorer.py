@@ -163,7 +163,12 @@ class Model(Protocol):
         """Whether a token ends an answer."""
 
     def scorer(
-        self, n_ctx: int, *, n_sequences: int = 1, n_batch: int | None = None
+        self,
+        n_ctx: int,
+        *,
+        n_sequences: int = 1,
+        n_batch: int | None = None,
+        is_shared: bool = True,
     ) -> AbstractContextManager[Scorer]:
         """Make room for sequences, until the block ends.
 
@@ -171,4 +176,6 @@ class Model(Protocol):
             n_ctx: tokens of all sequences together; a shared prefix counts once.
             n_sequences: that can be open at once.
             n_batch: tokens of one forward pass; None for as many as are usual.
+            is_shared: whether sequences may begin as others do. Without it each has
+                an equal part of the room, and none computes with the others' tokens.
         """

@@ -43,7 +43,8 @@ def self_text(
     """
     texts: list[str] = []
     n_parallel = min(N_PARALLEL, n_documents)
-    with model.scorer(n_parallel * n_tokens, n_sequences=n_parallel) as scorer:
+    room = n_parallel * n_tokens
+    with model.scorer(room, n_sequences=n_parallel, is_shared=False) as scorer:
         for begin in range(0, n_documents, n_parallel):
             numbers = range(begin, min(begin + n_parallel, n_documents))
             random = [np.random.default_rng((seed, number)) for number in numbers]

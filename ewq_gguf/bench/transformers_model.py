@@ -141,7 +141,12 @@ class TransformersModel:
 
     @contextmanager
     def scorer(
-        self, n_ctx: int, *, n_sequences: int = 1, n_batch: int | None = None
+        self,
+        n_ctx: int,
+        *,
+        n_sequences: int = 1,
+        n_batch: int | None = None,
+        is_shared: bool = True,
     ) -> Iterator[TransformersScorer]:
         """Make room for sequences, until the block ends."""
         scorer = TransformersScorer(

@@ -28,6 +28,7 @@ _COMMANDS = {
     "scan": ("scan", "Measure the entropy of every tensor of a checkpoint."),
     "plan": ("plan", "Decide each tensor's type and predict the file's bytes."),
     "convert": ("convert", "Write the 16- or 32-bit base GGUF of a checkpoint."),
+    "imatrix": ("imatrix", "Weigh columns by what goes through them."),
     "quantize": ("quantize", "Write the planned GGUF from a base GGUF."),
     "verify": ("verify", "Compare a GGUF with its plan, tensor by tensor."),
     "bench": ("bench", "Measure what GGUF files are worth, with error bars."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,7 @@ class Ggml:
         to_float(blocks.ctypes.data, rows.ctypes.data, rows.size)
         return rows
 
-    @cache  # noqa: B019  # one object per build, for the life of the process
-    def _to_float(self, ggml_type: str):
-        return self._library.ggml_get_type_traits(type_number(ggml_type))[0].to_float
+    def _to_float(self, ggml_type: str) -> Callable[[int, int, int], None]:
+        traits = self._library.ggml_get_type_traits(type_number(ggml_type))[0]
+        to_float: Callable[[int, int, int], None] = traits.to_float
+        return to_float

@@ -15,16 +15,13 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ewq_gguf.checkpoint.gguf_file import GgufTensor, read_gguf
 from ewq_gguf.ggml_types import written_type
+from ewq_gguf.llamacpp.floats import FLOATS, as_bytes, as_float
 from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
 
 #: Weights that are held in float32 at once, per thread: 32 MiB.
 _BLOCK = 1 << 23
-_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 class Perturbed:
@@ -71,7 +68,7 @@ class Perturbed:
         n_columns = tensor.shape[-1]
         n_rows = prod(tensor.shape[:-1])
         per_matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
-        size = n_columns * _FLOATS[tensor.ggml_type].itemsize
+        size = n_columns * FLOATS[tensor.ggml_type].itemsize
         step = max(1, min(_BLOCK // n_columns, per_matrix))
         # No block lies in two experts: each has an importance of its own.
         blocks = [
@@ -111,20 +108,3 @@ class Perturbed:
         return as_bytes(
             self._ggml.dequantize(blocks, written, n_columns), tensor.ggml_type
         )
-
-
-def as_float(data: bytes, ggml_type: str) -> Float32Array:
-    """Floats of a file as float32."""
-    found = np.frombuffer(data, _FLOATS[ggml_type])
-    if ggml_type == "BF16":  # the upper half of a float32
-        return (found.astype(np.uint32) << 16).view(np.float32)
-    return found.astype(np.float32)
-
-
-def as_bytes(values: Float32Array, ggml_type: str) -> bytes:
-    """Finite float32 as floats of a file, rounded to the nearest, ties to even."""
-    if ggml_type != "BF16":
-        return values.astype(_FLOATS[ggml_type]).tobytes()
-    bits: NDArray[np.uint32] = np.ascontiguousarray(values).view(np.uint32)
-    rounded = bits + (0x7FFF + ((bits >> 16) & 1))
-    return (rounded >> 16).astype("<u2").tobytes()

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from math import prod, sqrt
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ewq_gguf.checkpoint.gguf_file import GgufTensor
 from ewq_gguf.errors import InputError
+from ewq_gguf.llamacpp.floats import FLOATS, as_float
 from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
 from ewq_gguf.records.quant_error import QuantError
 
@@ -24,7 +26,6 @@ _MIN_ROWS = 64
 #: Types whose quantiser searches a grid; it is ten times slower than the others.
 _SLOW = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
 _SLOW_SHARE = 0.25
-_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def quant_errors(
         futures = [
             pool.submit(
                 _tensor_errors,
-                lambda tensor=tensor: sample(
-                    file.fileno(), base, tensor, share, weights.get(tensor.name)
+                partial(
+                    sample, file.fileno(), base, tensor, share, weights.get(tensor.name)
                 ),
                 tensor.name,
                 types,
@@ -116,15 +117,15 @@ def sample(
     count = min(n_all, max(_MIN_ROWS, round(share * n_all)))
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     numbers = np.sort(random.choice(n_all, count, replace=False))
-    dtype = np.dtype(_NUMPY[tensor.ggml_type])
-    size = n_columns * dtype.itemsize
-    data = np.empty((count, n_columns), dtype)
+    size = n_columns * FLOATS[tensor.ggml_type].itemsize
+    data = np.empty((count, size), np.uint8)
     for row, number in zip(data, numbers.tolist(), strict=True):
         if os.preadv(descriptor, [row], tensor.offset + number * size) != size:
             problem = f"{tensor.name} ends before its row {number}"
             raise InputError(STAGE, path, problem, "make the file again")
     matrices = numbers // tensor.shape[-2] if len(tensor.shape) > 2 else 0 * numbers
-    return Sample(_as_float(data), matrices, importance, n_all)
+    rows = as_float(data.tobytes(), tensor.ggml_type).reshape(count, n_columns)
+    return Sample(rows, matrices, importance, n_all)
 
 
 def error_of(ggml: Ggml, sampled: Sample, ggml_type: str) -> tuple[float, float]:
@@ -196,9 +197,3 @@ def _first(sampled: Sample, n_rows: int) -> Sample:
         sampled.rows[places], sampled.matrices[places], sampled.importance,
         sampled.n_all,
     )  # fmt: skip
-
-
-def _as_float(data: NDArray) -> Float32Array:
-    if data.dtype == np.uint16:  # BF16: the upper half of a float32
-        return (data.astype(np.uint32) << 16).view(np.float32)
-    return data.astype(np.float32)

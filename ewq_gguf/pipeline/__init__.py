@@ -7,6 +7,7 @@ run does only what changed.
 """
 
 from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
+from ewq_gguf.pipeline.calibrating import make_imatrix
 from ewq_gguf.pipeline.comparing import Wanted, compare
 from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import (
@@ -49,6 +50,7 @@ __all__ = [
     "layout_bytes",
     "machine_budget",
     "make_gguf",
+    "make_imatrix",
     "measured",
     "open_model",
     "plan",

@@ -121,7 +121,8 @@ def _best_pair(
         item: (m,) that moves.
         room: bytes that are left.
     """
-    best, found = 0.0, None
+    best = 0.0
+    found: tuple[int, ...] | None = None
     fits = need <= room
     if fits.any():
         single = int(np.where(fits, gain, np.inf).argmin())

@@ -1,0 +1,69 @@
+"""A text that a base writes itself, in the cache: made once, by a child."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ewq_gguf import store
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import Job, WritingRequest
+from ewq_gguf.bench.runner import OnProgress, Request, run_job
+from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.llamacpp.verify import check_bindings
+from ewq_gguf.records import BenchSetup
+
+#: Tokens of a document, at most: a window's.
+N_TOKENS = 512
+
+
+def written_text(
+    base: Path,
+    setup: BenchSetup,
+    begin: Callable[[], AbstractContextManager[OnProgress]],
+    *,
+    n_documents: int,
+    seed: int,
+) -> Path:
+    """The cache's text of a base, written on first use.
+
+    Args:
+        base: the base GGUF.
+        setup: how it is loaded.
+        begin: gives who is told how far it is, where it has to be written.
+        n_documents: of 512 tokens at most.
+        seed: another text for each.
+
+    Raises:
+        ToolError: llama-cpp-python is missing, or the device asked for is.
+        VerificationError: the base is no sound GGUF.
+        ChildError: the child crashed.
+        ResourceError: memory ran out.
+    """
+    check_bindings(STAGE)
+    asked = f"{n_documents} {N_TOKENS} {seed} {LLAMA_CPP_COMMIT}"
+    key = store.sha256_text(f"{identify(base).sha256} {asked}")
+    path = store.cache_dir("texts") / f"self-{key[:32]}.txt"
+    with store.locked(path, stage=STAGE, wait=True):
+        if path.exists():
+            return path
+        with begin() as on_progress, store.replacing(path, stage=STAGE) as temporary:
+            writing = WritingRequest(
+                out=str(temporary.absolute()),
+                n_documents=n_documents,
+                n_tokens=N_TOKENS,
+                seed=seed,
+            )
+            job = Job(
+                part="writing",
+                model=str(base.absolute()),
+                texts=(),
+                parameters=Request(tasks=("memory",), setup=setup).parameters(),
+                journal=str(temporary.absolute().with_suffix(".journal")),
+                failure=str(temporary.absolute().with_suffix(".failure")),
+                writing=writing,
+            )
+            run_job(job, on_progress)
+    return path

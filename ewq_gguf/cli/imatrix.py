@@ -1,0 +1,82 @@
+"""`ewq imatrix`: which activations are large, for quantising with care."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ewq_gguf import pipeline, store
+from ewq_gguf.cli.common import (
+    PATH,
+    BarProgress,
+    force_option,
+    json_option,
+    llama_cpp_option,
+    options_of,
+    quiet_option,
+    threads_option,
+)
+from ewq_gguf.llamacpp.calibrate import STAGE
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "-o", "--out", type=PATH, required=True, help="Where to write the matrix, a GGUF."
+)
+@click.option(
+    "--calibration",
+    metavar="FILE|self",
+    default="self",
+    show_default=True,
+    help="The text; `self` is one that the model writes.",
+)
+@click.option(
+    "--chunks",
+    type=click.IntRange(1),
+    help="Windows of 512 tokens.  [default: all]",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of `self`."
+)
+@threads_option
+@llama_cpp_option
+@force_option
+@quiet_option
+@json_option
+def imatrix(
+    model: str,
+    out: Path,
+    calibration: str,
+    chunks: int | None,
+    seed: int,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Weigh the columns of MODEL's matrices by what goes through them.
+
+    llama-imatrix reads a text; without one the model writes its own, sampled at several
+    temperatures from many beginnings, the same whenever it is asked. Prints the path.
+    """
+    options = options_of(values)
+    progress = BarProgress(quiet=values["quiet"])
+    store.check_writable(out, STAGE)
+    text = None if calibration == "self" else Path(calibration)
+    if text is not None:
+        store.check_distinct(out, [text], STAGE)
+    if out.exists() and not options.force:
+        raise store.already_exists(out, STAGE)
+    checkpoint = pipeline.open_model(model, options=options, progress=progress)
+    path, importance = pipeline.make_imatrix(
+        checkpoint,
+        out,
+        calibration=text,
+        n_chunks=chunks,
+        seed=seed,
+        options=options,
+        progress=progress,
+    )
+    record = importance.record
+    click.echo(record.model_dump_json(indent=1) if as_json else path)
