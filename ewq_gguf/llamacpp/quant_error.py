@@ -118,13 +118,15 @@ def sample(
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     numbers = np.sort(random.choice(n_all, count, replace=False))
     size = n_columns * FLOATS[tensor.ggml_type].itemsize
-    data = np.empty((count, size), np.uint8)
-    for row, number in zip(data, numbers.tolist(), strict=True):
-        if os.preadv(descriptor, [row], tensor.offset + number * size) != size:
+    data = bytearray()
+    for number in numbers.tolist():
+        row = os.pread(descriptor, size, tensor.offset + number * size)
+        if len(row) != size:
             problem = f"{tensor.name} ends before its row {number}"
             raise InputError(STAGE, path, problem, "make the file again")
+        data += row
     matrices = numbers // tensor.shape[-2] if len(tensor.shape) > 2 else 0 * numbers
-    rows = as_float(data.tobytes(), tensor.ggml_type).reshape(count, n_columns)
+    rows = as_float(bytes(data), tensor.ggml_type).reshape(count, n_columns)
     return Sample(rows, matrices, importance, n_all)
 
 
