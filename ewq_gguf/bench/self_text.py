@@ -52,7 +52,7 @@ def self_text(
             documents = [_start(model, scorer.n_vocab, rng) for rng in random]
             growing = list(range(len(documents)))
             batch = Batch.join([Batch.of(_array(documents[i]), 0, i) for i in growing])
-            for length in range(1, n_tokens):
+            for length in range(1 + model.add_bos, n_tokens):
                 rows = scorer.evaluate(batch)
                 still = []
                 for i, row in zip(growing, rows, strict=True):

@@ -1,0 +1,43 @@
+"""Text that a model writes itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ewq_gguf.bench.self_text import MIN_P, TEMPERATURES, self_text
+from tests.bench_models import BOS, Table
+
+
+def test_the_same_seed_writes_the_same_and_another_one_another_text():
+    first = self_text(Table(), 6, 12, seed=1)
+
+    assert first == self_text(Table(), 6, 12, seed=1)
+    assert first != self_text(Table(), 6, 12, seed=2)
+    assert len(set(first)) == len(first)
+
+
+def test_a_document_does_not_depend_on_how_many_there_are():
+    many = self_text(Table(), 40, 8, seed=0)
+
+    assert self_text(Table(), 3, 8, seed=0) == many[:3]
+
+
+def test_a_document_ends_where_the_model_ends_it_or_at_the_limit():
+    texts = self_text(Table(), 64, 10, seed=0)
+
+    # The token that ends a text also begins it.
+    assert all(chr(BOS) not in text[1:] for text in texts)
+    assert max(len(text) for text in texts) == 10
+    assert min(len(text) for text in texts) < 10
+
+
+def test_what_is_far_less_likely_than_the_likeliest_is_left_out():
+    model = Table()
+    model.logits[:] = -20.0
+    after = np.log([1.0, MIN_P / 4])
+    model.logits[:, [ord("a"), ord("b")]] = after  # below the share when careful
+
+    texts = self_text(model, len(TEMPERATURES) * 20, 10, seed=0)
+
+    careful = texts[:: len(TEMPERATURES)]
+    assert not any("b" in text[2:] for text in careful)
