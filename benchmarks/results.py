@@ -36,9 +36,9 @@ STUDIES = {
     "factor": "The factor X",
 }
 STUDY_OPTIONS = {
-    "controls": ["--permutations", "19", "--chunks", "20"],
-    "sensitivity": ["--chunks", "8"],
-    "factor": ["--chunks", "20"],
+    "controls": ["--permutations", "19", "--chunks", "10"],
+    "sensitivity": ["--chunks", "4"],
+    "factor": ["--chunks", "10"],
 }
 _SECONDS = "seconds.json"
 
