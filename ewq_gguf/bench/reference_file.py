@@ -219,9 +219,8 @@ def check_asked(file: ReferenceFile, asked: BenchParameters) -> None:
     if record.engine.commit != LLAMA_CPP_COMMIT:
         commits = (record.engine.commit[:9], LLAMA_CPP_COMMIT[:9])
         wrong.append("it was made by llama.cpp {}, this is {}".format(*commits))
-    made, wanted = (
-        f"{s.cache_type_k}/{s.cache_type_v}" for s in (record.setup, asked.setup)
-    )
+    setups = (record.setup, asked.setup)
+    made, wanted = (f"{one.cache_type_k}/{one.cache_type_v}" for one in setups)
     if made != wanted:
         wrong.append(f"its KV cache is of {made}, {wanted} is asked")
     for text in asked.texts:
