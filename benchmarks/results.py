@@ -59,8 +59,8 @@ the BF16 file; `like base` is ROUGE-L of greedy answers beside the base's. MMLU 
 {n_mmlu} questions with 5 examples; at chance is 25 %. bitsandbytes computes in
 transformers, in the same process as the BF16 GGUF that it is compared with: its KLD
 holds what the two engines differ in (0.001 without any quantisation, see
-[the bench](bench.md)), its size is that of the weights in memory, its peak memory counts
-the unquantised weights too, and its speed on a CPU is not what it is made for.
+[the bench](bench.md)), its size is that of the weights in memory, its peak memory
+counts the unquantised weights too, and its speed on a CPU is not what it is made for.
 """
 
 
