@@ -67,7 +67,7 @@ fuzz: setup
 	@$(VENV)/bin/python tests/fuzz_readers.py --seconds $(SECONDS)
 
 bench: setup
-	@$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.results)
+	@$(VENV)/bin/python -m benchmarks.results
 	@$(VENV)/bin/python -m benchmarks.scan
 	@$(VENV)/bin/python -m benchmarks.plan
 	@$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.bench 8)

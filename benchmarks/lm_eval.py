@@ -134,7 +134,7 @@ def ask_harness(
     run(
         [python, "-P", Path(__file__).with_name("lm_eval_child.py"), job, out],
         stage=_STAGE,
-        log_path=work / "lm_eval.log",
+        log_path=store.cache_dir("logs") / "lm_eval.log",
         env=dict.fromkeys(offline, "1") | {"HF_HOME": str(work / "hf")},
     )
     found: dict[str, Any] = json.loads(out.read_text())
@@ -158,7 +158,8 @@ def write_rows(folder: Path, subject: str, part: str, numbers: Any, work: Path) 
 
 def compare(ours: MmluScores, theirs: dict[str, Any]) -> dict[str, Any]:
     """All figures of both, and the questions with another letter."""
-    asked = [found for some in theirs.values() for found in some]
+    subjects = dict.fromkeys(one.id.rpartition("/")[0] for one in ours.outcomes)
+    asked = [found for subject in subjects for found in theirs[subject]]
     answers = [found["logprobs_nats"] for found in asked]
     own = np.array([one.letter_logprobs_nats for one in ours.outcomes])
     other = np.array(answers)

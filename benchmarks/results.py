@@ -15,11 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.bench.comparison import estimates
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.process import N_CPUS
 from ewq_gguf.records import Result, load_record
 from ewq_gguf.records.comparison import ComparedFile, Comparison, Estimate
@@ -36,16 +38,16 @@ STUDIES = {
     "factor": "The factor X",
 }
 STUDY_OPTIONS = {
-    "controls": ["--permutations", "19", "--chunks", "20"],
-    "sensitivity": ["--chunks", "8"],
-    "factor": ["--chunks", "20"],
+    "controls": ["--permutations", "19", "--chunks", "10"],
+    "sensitivity": ["--chunks", "4"],
+    "factor": ["--chunks", "10"],
 }
 _SECONDS = "seconds.json"
 
 INTRODUCTION = """# Results on the built-in model
 
-`make bench` makes this page: {command}. {machine}, {date}; {minutes} minutes in all, as
-measured by the commands below when each ran for the first time.
+`make bench` makes this page: {command}. {machine}, {date}; the commands
+below took {minutes} minutes together.
 
 One model of 135M weights, one text, English: nothing here says what entropy is worth on
 another model. `ewq compare` and `ewq study` tell it of yours.
@@ -55,16 +57,23 @@ another model. `ewq compare` and `ewq study` tell it of yours.
 ± is half of a 95 % interval, of speeds the standard deviation. KLD is in nats against
 the BF16 file; `like base` is ROUGE-L of greedy answers beside the base's. MMLU has
 {n_mmlu} questions with 5 examples; at chance is 25 %. bitsandbytes computes in
-transformers, in the same process as the BF16 GGUF that it is compared with, and its
-size is that of the weights in memory; its speed on a CPU is not what it is made for.
+transformers, in the same process as the BF16 GGUF that it is compared with: its KLD
+holds what the two engines differ in (0.001 without any quantisation, see
+[the bench](bench.md)), its size is that of the weights in memory, its peak memory
+counts the unquantised weights too, and its speed on a CPU is not what it is made for.
 """
 
 
 def main() -> None:
     """Run what has not been run, and write the page."""
-    folder = store.cache_dir("results-page")
-    run = Commands(folder)
     full = ["--limit", "0"] if os.environ.get("FULL") == "1" else []
+    if not os.environ.get("EWQ_MMLU_DIR"):
+        full += ["--mmlu", "hub"]
+    # Other data, other questions or another llama.cpp are another page.
+    data = [os.environ.get(name) for name in ("EWQ_TEXT_DIR", "EWQ_MMLU_DIR")]
+    key = store.sha256_text(f"{data} {full} {LLAMA_CPP_COMMIT}")[:16]
+    folder = store.cache_dir("results-page", key)
+    run = Commands(folder)
     run("convert", MODEL, "-o", "base.gguf")
     shown = run(
         "compare", MODEL, "--plans", PLANS, "--presets", PRESETS,
@@ -97,6 +106,14 @@ def main() -> None:
     print(f"wrote {PAGE}")
 
 
+@dataclass
+class Times:
+    """How long a command took, all its attempts together."""
+
+    seconds: float = 0.0
+    is_done: bool = False
+
+
 class Commands:
     """Runs `ewq` in a folder, shows it, and remembers how long each took first."""
 
@@ -104,9 +121,10 @@ class Commands:
         """Go on with what the folder has."""
         self._folder = folder
         self._times = folder / _SECONDS
-        self._known = (
-            json.loads(self._times.read_text()) if self._times.exists() else {}
-        )
+        self._known: dict[str, Times] = {}
+        if self._times.exists():
+            told = json.loads(self._times.read_text())
+            self._known = {name: Times(**one) for name, one in told.items()}
         self.commands: list[str] = []
 
     @property
@@ -117,12 +135,13 @@ class Commands:
     @property
     def seconds(self) -> float:
         """Of all that were run here, each at its first time."""
-        return sum((self._known[command] for command in self.commands), 0.0)
+        return sum(self._known[command].seconds for command in self.commands)
 
     def __call__(self, *arguments: str) -> str:
         """Run one to its end, and return what it printed."""
         self.commands.append(" ".join(["ewq", *arguments]))
         print(f"$ {self.command}", flush=True)
+        times = self._known.setdefault(self.command, Times())
         started = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "ewq_gguf", *arguments],
@@ -132,13 +151,15 @@ class Commands:
             check=False,
             env={**os.environ, "COLUMNS": "96"},
         )
+        # What was there already when a later run asked took its time before.
+        if not times.is_done:
+            times.seconds += time.monotonic() - started
+            times.is_done = done.returncode == 0
+        dumped = {name: asdict(one) for name, one in self._known.items()}
+        self._times.write_text(json.dumps(dumped, indent=1, sort_keys=True))
         if done.returncode:
             sys.exit(done.returncode)  # it has said why
         print(done.stdout, flush=True)
-        seconds = self._known.get(self.command, 0.0)
-        # A run that only found what was there says nothing of the time it takes.
-        self._known[self.command] = max(seconds, time.monotonic() - started)
-        self._times.write_text(json.dumps(self._known, indent=1, sort_keys=True))
         return done.stdout
 
 

@@ -172,7 +172,7 @@ def test_controls_in_80_columns():
     rows = [line.split() for line in lines if "±0.00012" in line]
     assert [row[0] for row in rows[-3:]] == ["random", "random", "inverted"]
     assert rows[-1][-1] == "1,000"
-    assert "cannot be told from chance's choice" in text
+    assert "are not shown to be a better choice than chance's" in text
 
 
 def test_few_windows_and_few_permutations_are_said():
@@ -184,20 +184,20 @@ def test_few_windows_and_few_permutations_are_said():
     enough = " ".join(controls_sentences(controls_of(plan, many)))
 
     assert "with 1 random ones it cannot be less than 0.50" in few
-    assert "cannot be told from chance's choice" in few
+    assert "are not shown to be a better choice than chance's" in few
     assert "With 8 windows the intervals are too narrow" in few
     assert "with probability 0.05." in enough
     assert "are a better choice than chance's" in enough
 
 
-def test_a_plan_worse_than_all_of_19_random_ones_is_a_worse_choice_than_chance():
+def test_a_plan_worse_than_all_of_19_random_ones_is_not_called_better():
     plan = study_file("ewq", [0.03] * 8)
     many = [("random", i, study_file(f"random {i}", [0.02] * 8)) for i in range(19)]
 
     said = " ".join(controls_sentences(controls_of(plan, many)))
 
     assert "with probability 1.00." in said
-    assert "are a worse choice than chance's" in said
+    assert "are not shown to be a better choice than chance's" in said
 
 
 def test_factors_that_plan_the_same_share_a_line():

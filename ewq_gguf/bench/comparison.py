@@ -150,6 +150,15 @@ def across_models(comparisons: Sequence[Comparison]) -> tuple[PairAcrossModels, 
             f"two comparisons are of one model, among {', '.join(names)}",
             "give one comparison for each model",
         )
+    asked = {_conditions(comparison) for comparison in comparisons}
+    if len(asked) > 1:
+        raise UsageError(
+            STAGE,
+            "compare show",
+            "the comparisons were not measured alike: their texts, windows or "
+            "questions differ",
+            "measure all models with the same options",
+        )
     versions = list(dict.fromkeys(row.name for c in comparisons for row in c.rows))
     rows = {
         (i, row.name): row
@@ -162,6 +171,13 @@ def across_models(comparisons: Sequence[Comparison]) -> tuple[PairAcrossModels, 
         for first, second in combinations(versions, 2)
         if (found := _across(measure, value_of, first, second, names, rows))
     )
+
+
+def _conditions(comparison: Comparison) -> tuple[object, ...]:
+    """What all models have to be asked alike."""
+    asked = comparison.rows[0].result.parameters
+    texts = tuple(text.sha256 for text in asked.texts)
+    return texts, asked.n_ctx, asked.n_chunks, asked.is_lines, asked.mmlu_sha256
 
 
 def test_of(first: Sequence[float], second: Sequence[float]) -> PairedTest | None:

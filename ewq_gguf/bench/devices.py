@@ -78,9 +78,16 @@ def devices_for(setup: BenchSetup) -> Devices:
     else:
         if not known:
             raise _no_device(setup.device)
-        chosen = [_named(known, name.strip()) for name in setup.device.split(",")]
+        names = [_own_name(name.strip()) for name in setup.device.split(",")]
+        chosen = [_named(known, name) for name in names]
         chosen = [worker for worker in workers if worker not in chosen] + chosen
     return (ctypes.c_void_p * (len(chosen) + 1))(*chosen, None)
+
+
+def _own_name(name: str) -> str:
+    """llama.cpp says CUDA1 where torch says cuda:1."""
+    kind, _, number = name.partition(":")
+    return f"CUDA{number or 0}" if kind == "cuda" else name
 
 
 def gpu_names(devices: Devices) -> dict[str, str]:

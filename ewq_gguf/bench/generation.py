@@ -130,8 +130,9 @@ def _bills(path: Path) -> Iterator[GenerationPrompt]:
 
 def prompts_hash(prompts: Sequence[GenerationPrompt]) -> str:
     """SHA-256 of all prompts and references; equal where models can be compared."""
-    pairs = json.dumps([(prompt.text, prompt.reference) for prompt in prompts])
-    return hashlib.sha256(pairs.encode()).hexdigest()
+    # With their ids, by which answers are kept and paired.
+    told = json.dumps([(one.id, one.text, one.reference) for one in prompts])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def generation_scores(

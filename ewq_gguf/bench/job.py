@@ -188,7 +188,9 @@ def too_large(path: Path, problem: str) -> ResourceError:
         STAGE,
         path,
         f"{problem}: its weights alone are {size:.1f} GB",
-        "put fewer layers on the devices with -ngl, or use a smaller --ctx",
+        "use --device cpu, or a smaller model"
+        if path.is_dir()
+        else "put fewer layers on the devices with -ngl, or use a smaller --ctx",
     )
 
 

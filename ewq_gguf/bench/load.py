@@ -37,8 +37,4 @@ def load(
         return Named(path, TransformersModel(path, setup, precisions or {}))
     if is_reference(read_gguf(path)):
         return Named(path, ReferenceModel(path, setup.n_threads))
-    # torch says cuda:1 where llama.cpp says CUDA1.
-    kind, _, number = setup.device.partition(":")
-    if kind == "cuda":
-        setup = setup.model_copy(update={"device": f"CUDA{number or 0}"})
     return Named(path, LlamaModel(path, setup, log))

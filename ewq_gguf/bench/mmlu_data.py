@@ -112,7 +112,10 @@ class MmluTask:
     @property
     def sha256(self) -> str:
         """Of all prompts and answers; equal where two models can be compared."""
-        texts = (f"{p.text} {p.question.answer}\0" for p in self.prompts)
+        # With the ids, by which outcomes are kept and paired.
+        texts = (
+            f"{p.question.id} {p.text} {p.question.answer}\0" for p in self.prompts
+        )
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 

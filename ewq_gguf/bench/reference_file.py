@@ -216,6 +216,13 @@ def check_asked(file: ReferenceFile, asked: BenchParameters) -> None:
         kinds = ("windows", "lines")
         own, other = kinds[record.is_lines], kinds[asked.is_lines]
         wrong.append(f"its texts are cut into {own}, {other} are asked")
+    if record.engine.commit != LLAMA_CPP_COMMIT:
+        commits = (record.engine.commit[:9], LLAMA_CPP_COMMIT[:9])
+        wrong.append("it was made by llama.cpp {}, this is {}".format(*commits))
+    setups = (record.setup, asked.setup)
+    made, wanted = (f"{one.cache_type_k}/{one.cache_type_v}" for one in setups)
+    if made != wanted:
+        wrong.append(f"its KV cache is of {made}, {wanted} is asked")
     for text in asked.texts:
         if text.sha256 not in {t.sha256 for t in record.texts}:
             names = ", ".join(t.name for t in record.texts)

@@ -81,10 +81,15 @@ def cached_reference(
                 return path
         except (InputError, VerificationError):
             pass  # damaged: made again
+        refused = path.with_suffix(".refused")
+        if refused.exists():
+            return None
         try:
             with begin() as on_progress:
                 make_reference(base, path, request, on_progress)
-        except InputError:
+        except InputError as error:
+            # Not asked again: it may have taken a whole pass to find out.
+            refused.write_text(f"{error}\n", encoding="utf-8")
             return None
     return path
 

@@ -220,7 +220,7 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
     engines = " ".join(engine_key(one) for one in (path, request.base) if one)
     journal = _journal(engines, file, base, asked)
     kinds = _kinds(asked)
-    with store.locked(journal, stage=STAGE):
+    with store.locked(journal, stage=STAGE, wait=True):
         for i, kind in enumerate(kinds):
             if kind not in read_journal(journal, RunPart):
                 job = _job(kind, path, request, base, asked, journal)
@@ -335,6 +335,7 @@ def run_job(job: Job, on_progress: OnProgress) -> None:
             on_progress(*told)
 
     failure, model = Path(job.failure), Path(job.model)
+    failure.unlink(missing_ok=True)  # of a run whose parent was killed
     with TemporaryDirectory(prefix="ewq-bench-") as folder:
         file = Path(folder) / "job.json"
         file.write_text(job.model_dump_json(), encoding="utf-8")

@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ewq_gguf.bench.job import Failure
 from ewq_gguf.bench.precision import SAVED_NAME
 from ewq_gguf.bench.saving import SaveJob
@@ -44,8 +46,8 @@ def _save(job: SaveJob) -> None:
         model.save(out / SAVED_NAME, job.metadata)
         with (out / SAVED_NAME).open("rb") as written:
             os.fsync(written.fileno())
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot be written ({error})"
         raise ResourceError(STAGE, out.name, problem, "free some space") from error
 
 

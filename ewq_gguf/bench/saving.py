@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -81,10 +80,12 @@ def save_quantised(
         with store.work_dir(out, stage=STAGE) as work:
             new = store.ensure_dir(work / out.name, STAGE)
             _run(folder, plan, setup, new, metadata)
-            if out.exists():
-                # Only what `--save` wrote comes here, or an empty folder.
-                shutil.rmtree(out)
-            new.rename(out)
+            target = out.resolve()
+            if target.exists():
+                # Only what `--save` wrote comes here, or an empty folder; it goes with
+                # the work folder, once the new one is in its place.
+                target.rename(work / "old")
+            new.rename(target)
     return True
 
 

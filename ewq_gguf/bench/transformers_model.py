@@ -5,7 +5,6 @@ Only child processes import this. No code of a checkpoint is run.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -17,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ewq_gguf.bench.precision import SAVED_NAME, Precision, library_versions
 from ewq_gguf.bench.scorer import STAGE, IntArray
 from ewq_gguf.bench.transformers_scorer import TransformersScorer
 from ewq_gguf.errors import InputError, ToolError, UsageError, VerificationError
-from ewq_gguf.records import BenchSetup, Engine
+from ewq_gguf.records import BenchSetup, Engine, read_json
 
 _N_BATCH = 2048
 #: Caches that can be copied and cut; a recurrent state cannot.
@@ -36,6 +35,11 @@ _END_NAMES = (
     "<|calls|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>",
     "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
 )  # fmt: skip
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -70,17 +74,7 @@ class TransformersModel:
         self._versions = library_versions(needs_bitsandbytes=is_quantised)
         self._n_modules: dict[str, int] = {}
         started = time.perf_counter()
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
-            if (folder / SAVED_NAME).exists():
-                self._model = self._saved()
-            else:
-                self._model = self._quantised(precisions)
-        except (OSError, ValueError) as error:
-            line = str(error).strip().partition("\n")[0]
-            raise VerificationError(
-                STAGE, folder, f"does not load: {line}", "check the checkpoint"
-            ) from error
+        self._load(precisions)
         self._model.eval()
         self.load_seconds = time.perf_counter() - started
         self._check_cache()
@@ -191,12 +185,34 @@ class TransformersModel:
             return model
         return model.to(self._device)
 
+    def _load(self, precisions: Mapping[str, Precision]) -> None:
+        """The tokenizer and the model.
+
+        Raises:
+            ToolError: a library that they need is missing.
+            VerificationError: they do not load.
+        """
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(self.folder, **_LOCAL)
+            if (self.folder / SAVED_NAME).exists():
+                self._model = self._saved()
+            else:
+                self._model = self._quantised(precisions)
+        except ImportError as error:
+            problem = f"does not load: {_first_line(error)}"
+            remedy = "pip install 'ewq-gguf[bnb]'"
+            raise ToolError(STAGE, self.folder, problem, remedy) from error
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            problem = f"does not load: {_first_line(error)}"
+            remedy = "check the checkpoint"
+            raise VerificationError(STAGE, self.folder, problem, remedy) from error
+
     def _saved(self) -> Any:
         from ewq_gguf.bench.bitsandbytes_layers import no_weights, read
 
         path = self.folder / SAVED_NAME
         with safe_open(path, framework="pt") as file:
-            dtype = getattr(torch, file.metadata()["dtype"])
+            dtype = _DTYPES[(file.metadata() or {})["dtype"]]
         config = AutoConfig.from_pretrained(self.folder, **_LOCAL)
         with no_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -221,7 +237,9 @@ class TransformersModel:
         found += [self._tokenizer.eos_token_id, self._model.config.eos_token_id]
         path = self.folder / "generation_config.json"
         if path.is_file():
-            found.append(json.loads(path.read_bytes()).get("eos_token_id"))
+            _, known = read_json(path, STAGE, "check the checkpoint")
+            if isinstance(known, dict):
+                found.append(known.get("eos_token_id"))
         lists = [one if isinstance(one, list) else [one] for one in found]
         return frozenset(int(one) for part in lists for one in part if one is not None)
 
@@ -235,6 +253,10 @@ class TransformersModel:
         )
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def device_of(setup: BenchSetup) -> torch.device:
     """Where a model goes; CUDA is used or refused, never silently left.
 
@@ -243,7 +265,7 @@ def device_of(setup: BenchSetup) -> torch.device:
         UsageError: there is no such device, or llama.cpp's options are asked for.
     """
     is_f16 = {setup.cache_type_k, setup.cache_type_v} == {"f16"}
-    if setup.n_gpu_layers or setup.tensor_split or setup.rpc or not is_f16:
+    if setup.n_gpu_layers is not None or setup.tensor_split or setup.rpc or not is_f16:
         problem = "does not take -ngl, --tensor-split, --rpc or --cache-type-k and -v"
         raise UsageError(STAGE, "transformers", problem, "leave them away")
     name = setup.device

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from ewq_gguf import store
-from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.files import identify, identify_base
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
 from ewq_gguf.bench.saving import save_quantised
 from ewq_gguf.bench.scorer import STAGE
@@ -83,7 +83,10 @@ def bench(
     for file in files:
         identify(file)
     request = with_data(request, values)
-    request.parameters()
+    asked = request.parameters()
+    base = request.base and identify_base(request.base, asked)
+    if base and base.reference_of and "generation" in asked.tasks:
+        progress.note(f"{request.base} has no answers: none are compared with them")
     outs = _outs(files, out)
     # What would be refused is refused before the first file is measured.
     known = [

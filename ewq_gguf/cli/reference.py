@@ -22,6 +22,7 @@ from ewq_gguf.cli.common import (
     json_option,
     quiet_option,
 )
+from ewq_gguf.errors import UsageError
 
 #: Options of `ewq bench` that mean the same here.
 _SHARED = (
@@ -46,6 +47,9 @@ def reference(
     `ewq bench FILE --base REF` needs BASE no more then, also on another machine. The
     file has BASE's output matrix, and the hidden state before it of each scored token.
     """
+    if base.is_dir():
+        problem = "is a folder, a reference is made of a GGUF file"
+        raise UsageError(STAGE, base, problem, "make it with `ewq convert`")
     identify(base)
     store.check_writable(out, STAGE)
     texts = tuple(text for one in values["texts"] for text in named_texts(one))

@@ -13,10 +13,10 @@ from ewq_gguf.bench.runner import Request, bench_file, is_result_of
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.bench.speed import combined
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.errors import InputError, ToolError, UsageError
+from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
-from ewq_gguf.llamacpp.verify import can_load
+from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.pipeline.making import base_file, planned_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.scanning import open_model
@@ -88,10 +88,7 @@ def compare(
     """
     options = options or Options()
     wanted.request.parameters()
-    if not can_load():
-        raise ToolError(
-            STAGE, "llama-cpp-python", "is not installed", "run `make setup`"
-        )
+    check_bindings(STAGE)
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)

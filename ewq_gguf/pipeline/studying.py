@@ -21,6 +21,7 @@ from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.bench.studies import correlations, kld_difference, kld_mean, rank_among
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.entropy.layers import layer_statistics
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
@@ -272,9 +273,10 @@ def _measured(
 ) -> dict[str, StudyPart]:
     """What every plan's file is worth, by its tensors' types."""
     asked = request.parameters().model_dump_json()
-    key = store.sha256_text(f"{identify(base).sha256} {toolchain.key} {asked}")
+    made_by = f"{toolchain.key} {LLAMA_CPP_COMMIT}"
+    key = store.sha256_text(f"{identify(base).sha256} {made_by} {asked}")
     journal = store.cache_dir("studies") / f"{key}.journal"
-    with store.locked(journal, stage=STAGE):
+    with store.locked(journal, stage=STAGE, wait=True):
         parts = read_journal(journal, StudyPart)
         todo = {_types_sha256(made): made for made in plans}
         todo = {name: made for name, made in todo.items() if name not in parts}

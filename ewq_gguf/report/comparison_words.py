@@ -19,7 +19,9 @@ def notes(comparison: Comparison) -> list[str]:
     lines = [_about(comparison)]
     if n_chunks := sum(len(text.chunks) for text in rows[0].result.texts):
         unit = "lines" if rows[0].result.parameters.is_lines else "windows"
-        lines.append(f"Perplexity and KLD are of {n_chunks} {unit} of text.")
+        measures = "Perplexity and KLD" if rows[0].kld_mean_nats else "Perplexity"
+        verb = "are" if rows[0].kld_mean_nats else "is"
+        lines.append(f"{measures} {verb} of {n_chunks} {unit} of text.")
         if n_chunks < _FEW_PIECES:
             lines[-1] += (
                 f" Intervals of fewer than {_FEW_PIECES} are too narrow: take them as "

@@ -211,13 +211,10 @@ def controls_sentences(found: Controls) -> list[str]:
         if n < 1 / ALPHA
         else ""
     )
-    p_worse = (n - found.rank + 1) / n
     verdict = (
         "are a better choice than chance's"
         if found.p <= ALPHA
-        else "are a worse choice than chance's"
-        if p_worse <= ALPHA
-        else "cannot be told from chance's choice"
+        else "are not shown to be a better choice than chance's"
     )
     lines = [
         f"Every file has {next(iter(sizes)):,} bytes."
