@@ -58,7 +58,9 @@ def test_small_problems_are_solved_as_by_trying_everything(n_items, n_options, s
 
 @pytest.mark.parametrize("bits", [2.7, 4.6, 6.6])
 @pytest.mark.parametrize("n_items", [212, 2000])
-def test_a_models_problem_is_solved_to_half_a_percent_and_fills_the_limit(n_items, bits):
+def test_a_models_problem_is_solved_to_half_a_percent_and_fills_the_limit(
+    n_items, bits
+):
     costs, n_bytes = problem(n_items)
     limit = int(n_bytes[:, -1].sum() * bits / 16)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import KV_OFFSET, GgufFile, GgufTensor, read_gguf
@@ -62,6 +63,27 @@ def read_imatrix(path: Path) -> Importance:
         dataset=text,
     )
     return Importance(record, n_values, _kv_bytes(record, dataset or b""))
+
+
+def importance_values(path: Path) -> dict[str, NDArray[np.float32]]:
+    """The mean squared activations of a matrix that `read_imatrix` takes.
+
+    Returns:
+        By tensor: (matrices, columns), one matrix but for stacked experts. An expert
+        that no token went to has ones, as llama-quantize takes it.
+    """
+    tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
+    found = {}
+    with path.open("rb") as file:
+        for name in [n.removesuffix(".in_sum2") for n in tensors if ".in_sum2" in n]:
+            sums = _values(file, tensors[f"{name}.in_sum2"])
+            counts = _values(file, tensors[f"{name}.counts"])
+            columns = sums.reshape(len(counts), -1)
+            seen = counts > 0
+            means = np.ones_like(columns)
+            means[seen] = columns[seen] / counts[seen, None]
+            found[name] = means
+    return found
 
 
 def check_imatrix(plan: Plan, path: Path | None) -> None:
@@ -138,11 +160,15 @@ def _entries(file: BinaryIO, path: Path, gguf: GgufFile) -> dict[str, int]:
     return {name: prod(tensor.shape) for name, tensor in sums.items()}
 
 
+def _values(file: BinaryIO, tensor: GgufTensor) -> NDArray[np.float32]:
+    file.seek(tensor.offset)
+    return np.frombuffer(file.read(tensor.size_bytes), "<f4")
+
+
 def _check_values(file: BinaryIO, path: Path, tensor: GgufTensor) -> None:
     if tensor.ggml_type != "F32":
         raise _bad(path, f"{tensor.name} is {tensor.ggml_type}, not F32")
-    file.seek(tensor.offset)
-    values = np.frombuffer(file.read(tensor.size_bytes), "<f4")
+    values = _values(file, tensor)
     if not (values.min() >= 0 and values.max() < np.inf):  # NaN is neither
         raise _bad(path, f"{tensor.name} holds negative or non-finite values")
 

@@ -1,0 +1,163 @@
+"""`ewq imatrix`: importance matrices by the real llama-imatrix, on any text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.cli import main
+from ewq_gguf.errors import InputError
+from ewq_gguf.llamacpp.calibrate import calibrate
+from ewq_gguf.llamacpp.ggml import Ggml
+from ewq_gguf.llamacpp.imatrix import importance_values
+from ewq_gguf.llamacpp.perturb import Perturbed
+from ewq_gguf.llamacpp.quant_error import error_of, quant_errors, sample
+from tests.gguf_files import Tiny
+
+pytest_plugins = ["tests.toolchain_fixtures"]
+pytestmark = [pytest.mark.llamacpp, pytest.mark.usefixtures("own_cache")]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text("the river runs past an old stone house " * 400)
+    return path
+
+
+def test_the_head_is_weighed_too_and_every_column_has_a_value(
+    tiny: Tiny, toolchain, text, tmp_path
+):
+    out = tmp_path / "matrix.gguf"
+
+    found = calibrate(tiny.base, text, out, toolchain, n_threads=1, n_chunks=2)
+
+    assert found.record.n_chunks == 2
+    assert found.record.dataset == "calibration.txt"  # no path of this machine
+    values = importance_values(out)
+    for tensor in tiny.layout.tensors:
+        if tensor.name in values:
+            assert values[tensor.name].shape[-1] == tensor.shape[-1]
+            assert (values[tensor.name] >= 0).all()
+    assert {"blk.0.ffn_down.weight", "output.weight"} <= values.keys()
+
+
+def test_a_text_that_is_too_short_is_refused_with_both_numbers(
+    tiny: Tiny, toolchain, tmp_path
+):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words")
+
+    with pytest.raises(InputError, match=r"has \d+ tokens, 1024 are needed"):
+        calibrate(tiny.base, text, tmp_path / "m.gguf", toolchain, n_threads=1)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_the_command_takes_a_text_or_the_models_own_and_gives_the_same_bytes_again(
+    tiny: Tiny, text, tmp_path, capsys
+):
+    given = ["imatrix", str(tiny.folder), "--threads", "1", "-q"]
+    own, other, again = (tmp_path / f"{n}.gguf" for n in ("own", "other", "again"))
+
+    assert main([*given, "-o", str(own), "--chunks", "2"]) == 0
+    assert capsys.readouterr().out.strip() == str(own)
+    assert main([*given, "-o", str(again), "--chunks", "2"]) == 0
+    assert own.read_bytes() == again.read_bytes()
+    argv = [*given, "-o", str(other), "--calibration", str(text), "--chunks", "2"]
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_chunks"] == 2
+    assert other.read_bytes() != own.read_bytes()
+    assert main(argv) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*given, "-o", str(text), "--calibration", str(text), "--force"]) == 2
+
+
+# ggml's quantisers, errors, and bases that are moved.
+
+
+@pytest.fixture
+def ggml(toolchain) -> Ggml:
+    return Ggml(toolchain.lib_dir)
+
+
+@pytest.mark.parametrize("ggml_type", ["Q8_0", "Q4_0", "Q5_1", "IQ4_NL"])
+def test_rows_become_the_blocks_that_llama_quantize_writes(
+    tiny: Tiny, toolchain, ggml, tmp_path, ggml_type
+):
+    from ewq_gguf.llamacpp.quantize import quantize
+
+    out = tmp_path / "out.gguf"
+    plan = tiny.plan(ggml_type)
+    quantize(plan, tiny.base, out, toolchain, n_threads=1, load=False)
+    written = {tensor.name: tensor for tensor in read_gguf(out).tensors}
+    base = {tensor.name: tensor for tensor in read_gguf(tiny.base).tensors}
+    name = "blk.0.ffn_up.weight"
+
+    with tiny.base.open("rb") as file:
+        rows = sample(file.fileno(), tiny.base, base[name], 1.0, None).rows
+    blocks = ggml.quantize(rows, ggml_type)
+
+    data = out.read_bytes()
+    begin = written[name].offset
+    assert blocks.tobytes() == data[begin : begin + written[name].size_bytes]
+
+
+def test_an_error_is_that_of_the_dequantised_rows(ggml):
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((8, 64)).astype(np.float32)
+    weight = random.uniform(0.1, 3, 64).astype(np.float32)
+    from ewq_gguf.llamacpp.quant_error import Sample
+
+    sampled = Sample(rows, np.zeros(8, np.int64), weight[None], 8)
+
+    error, stderr = error_of(ggml, sampled, "Q4_0")
+
+    moved = ggml.dequantize(ggml.quantize(rows, "Q4_0", weight), "Q4_0", 64)
+    lost = (weight * (rows - moved).astype(np.float64) ** 2).sum()
+    assert error == pytest.approx(lost / (weight * rows.astype(np.float64) ** 2).sum())
+    assert stderr == 0.0  # all rows were there
+
+
+def test_errors_of_sampled_rows_are_those_of_all_within_their_own_error(deep, ggml):
+    tensors = [t for t in read_gguf(deep.base).tensors if "ffn_up" in t.name][:6]
+    types = ("Q8_0", "Q6_K", "Q4_K", "Q2_K")
+    wanted = [(tensor, types) for tensor in tensors]
+
+    few = list(quant_errors(deep.base, wanted, ggml, share=0.25, n_threads=2))
+    whole = {e.name: e for e in quant_errors(deep.base, wanted, ggml, share=1.0)}
+
+    assert len(few) == len(whole) == len(tensors) * len(types)
+    for one in few:
+        assert abs(one.error - whole[one.name].error) < 5 * one.error_stderr
+    by_type = {
+        kind: np.mean([e.error for e in few if e.name.endswith(f" {kind}")])
+        for kind in types
+    }
+    assert sorted(by_type.values()) == list(by_type.values())
+
+
+def test_a_base_is_moved_to_what_a_type_holds_and_back(tiny: Tiny, ggml, tmp_path):
+    base = tiny.base.read_bytes()
+    moving = Perturbed(tiny.base, tmp_path / "copy.gguf", ggml, {}, n_threads=2)
+    names = {t.name: t for t in read_gguf(tiny.base).tensors}
+    tensor = names["blk.1.attn_q.weight"]
+
+    with moving.moved([tensor.name], "Q4_0") as path:
+        moved = path.read_bytes()
+        changed = np.flatnonzero(
+            np.frombuffer(base, np.uint8) != np.frombuffer(moved, np.uint8)
+        )
+        assert changed.size
+        assert changed.min() >= tensor.offset
+        assert changed.max() < tensor.offset + tensor.size_bytes
+        with path.open("rb") as file:
+            rows = sample(file.fileno(), path, tensor, 1.0, None).rows
+        # What a type holds already it holds again, but for the rounding to BF16.
+        again = ggml.dequantize(ggml.quantize(rows, "Q8_0"), "Q8_0", rows.shape[1])
+        assert np.abs(again - rows).max() <= np.abs(rows).max() / 127
+    assert moving.path.read_bytes() == base
