@@ -98,7 +98,13 @@ def test_a_file_whose_characters_are_in_doubt_is_refused(tmp_path, content):
 def test_the_hash_of_prompts_is_that_of_ids_texts_and_references():
     one, other = (GenerationPrompt("line 1", "One", r) for r in ("a", None))
     moved = replace(one, id="line 9")  # answers are kept by their ids
-    all_of_them = ([one], [other], [moved], [one, one], [])
+    all_of_them: tuple[list[GenerationPrompt], ...] = (
+        [one],
+        [other],
+        [moved],
+        [one, one],
+        [],
+    )
 
     assert prompts_hash([one]) == prompts_hash([replace(one)])
     assert len({prompts_hash(some) for some in all_of_them}) == 5
