@@ -8,7 +8,7 @@ from __future__ import annotations
 import faulthandler
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +22,7 @@ from ewq_gguf.bench.generation import generation_scores
 from ewq_gguf.bench.job import (
     Failure,
     Job,
+    ProbingRequest,
     ReferenceRequest,
     WritingRequest,
     progress_line,
@@ -43,8 +44,12 @@ from ewq_gguf.bench.reference_writing import write_reference
 from ewq_gguf.bench.scorer import Model
 from ewq_gguf.bench.self_text import self_text
 from ewq_gguf.bench.speed import measure
+from ewq_gguf.bench.summary import text_result
 from ewq_gguf.bench.texts import Windows, chunks_of, lines_of
 from ewq_gguf.errors import EwqError
+from ewq_gguf.llamacpp.ggml import Ggml
+from ewq_gguf.llamacpp.imatrix import importance_values
+from ewq_gguf.llamacpp.perturb import Perturbed
 from ewq_gguf.records import (
     AnswerPart,
     ChunkPart,
@@ -54,6 +59,7 @@ from ewq_gguf.records import (
     read_journal,
 )
 from ewq_gguf.records.base import Part
+from ewq_gguf.records.probe import ProbePart
 from ewq_gguf.records.scores import Answer, MmluOutcome, TooLong
 
 #: The longest without progress: a forward pass of a large model on a slow machine.
@@ -75,6 +81,9 @@ def main(path: Path) -> int:
             if job.reference is not None:
                 _reference(job, job.reference, LlamaModel(Path(job.model), setup, log))
                 return 0
+            if job.probing is not None:
+                _probe(job, job.probing, log, keep)
+                return 0
             model = load(Path(job.model), setup, log, job.precisions)
             if job.writing is not None:
                 _write(job.writing, model)
@@ -92,6 +101,45 @@ def main(path: Path) -> int:
         Path(job.failure).write_text(Failure.of(error).model_dump_json())
         return 1
     return 0
+
+
+def _probe(
+    job: Job, asked: ProbingRequest, log: Log, keep: Callable[[Part], None]
+) -> None:
+    assert job.base is not None
+    told, base_path = job.parameters, Path(job.base)
+    reference = ReferenceModel(base_path, told.setup.n_threads)
+    stored = reference.windows(told.texts[0].sha256)
+    windows = Windows(stored.windows[: told.n_chunks])
+    importance = importance_values(Path(asked.imatrix)) if asked.imatrix else {}
+    base = Perturbed(
+        Path(job.model),
+        Path(asked.copy_path),
+        Ggml(Path(asked.lib_dir)),
+        importance,
+        told.setup.n_threads,
+    )
+    for i, one in enumerate(asked.probes):
+        with (
+            base.moved(one.tensors, one.ggml_type) as path,
+            closing(LlamaModel(path, told.setup, log)) as model,
+        ):
+            scored = score_text(
+                Named(path, model),
+                Named(base_path, reference),
+                windows,
+                told.n_ctx,
+                lambda i: False,
+            )
+            text = text_result("", [part for _, part in scored if part], 0)
+        keep(
+            ProbePart(
+                name=one.name,
+                n_tokens=tuple(chunk.n_tokens for chunk in text.chunks),
+                kld_nats=tuple(chunk.kld_nats or 0.0 for chunk in text.chunks),
+            )
+        )
+        _tell((i + 1) / len(asked.probes))
 
 
 def _write(asked: WritingRequest, model: Named) -> None:

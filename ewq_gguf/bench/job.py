@@ -17,9 +17,12 @@ from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchedFile, BenchParameters
 from ewq_gguf.records.base import Part
+from ewq_gguf.records.probe import Probe
 
 #: Of children: texts and generation need the base too, the others the model alone.
-Kind = Literal["speed", "texts", "mmlu", "generation", "reference", "writing"]
+Kind = Literal[
+    "speed", "texts", "mmlu", "generation", "reference", "writing", "probing"
+]
 
 _MARK = "@ewq "
 # What ggml's backends, llama.cpp and torch say.
@@ -102,6 +105,22 @@ class WritingRequest(Part):
     seed: int
 
 
+class ProbingRequest(Part):
+    """Which tensors are moved; paths are absolute.
+
+    Attributes:
+        probes: in order.
+        copy_path: where a copy of the base goes that is moved.
+        imatrix: that the quantisers weigh columns by, or None.
+        lib_dir: holds ggml's quantisers.
+    """
+
+    probes: tuple[Probe, ...]
+    copy_path: str
+    imatrix: str | None
+    lib_dir: str
+
+
 class Job(Part):
     """What a child does; its paths are absolute.
 
@@ -119,6 +138,7 @@ class Job(Part):
         failure: gets the error that ended the child, where it is one of ours.
         reference: what is written instead of the journal; None for no reference.
         writing: likewise; None for no text.
+        probing: the tensors that are moved; None for none.
     """
 
     part: Kind
@@ -134,6 +154,7 @@ class Job(Part):
     failure: str
     reference: ReferenceRequest | None = None
     writing: WritingRequest | None = None
+    probing: ProbingRequest | None = None
 
 
 class Failure(Part):

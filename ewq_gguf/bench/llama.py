@@ -114,6 +114,10 @@ class LlamaModel:
         template = llama_cpp.llama_model_chat_template(self._model, None) or b""
         self.chat_template = template.decode(errors="replace")
 
+    def close(self) -> None:
+        """Free the weights; nothing of it can be used any more."""
+        llama_cpp.llama_model_free(self._model)
+
     @property
     def engine(self) -> Engine:
         """The build, its CPU features, and the devices in use."""

@@ -1,0 +1,39 @@
+"""What moving some tensors of a base costs, measured."""
+
+from __future__ import annotations
+
+from ewq_gguf.records.base import Part
+
+
+class Probe(Part):
+    """Tensors moved to where a type would put them, all others as the base has them.
+
+    Attributes:
+        name: of the probe; among others it is the only one of this name.
+        tensors: that are moved.
+        ggml_type: whose values they get.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    ggml_type: str
+
+
+class ProbePart(Part):
+    """A probe that was measured.
+
+    Attributes:
+        name: of the probe.
+        n_tokens: scored, of each window.
+        kld_nats: of the base's distributions from the moved ones, summed, of each
+            window.
+    """
+
+    name: str
+    n_tokens: tuple[int, ...]
+    kld_nats: tuple[float, ...]
+
+    @property
+    def kld_mean_nats(self) -> float:
+        """Over all tokens."""
+        return sum(self.kld_nats) / sum(self.n_tokens)

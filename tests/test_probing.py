@@ -1,0 +1,87 @@
+"""Bases that are moved a little, and what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ewq_gguf.bench.job import MemoryUse
+from ewq_gguf.bench.probing import probe
+from ewq_gguf.bench.reference_run import make_reference
+from ewq_gguf.bench.runner import CPU_SETUP, Request
+from ewq_gguf.records.probe import Probe, ProbePart
+from tests.gguf_files import Tiny
+
+pytest_plugins = ["tests.toolchain_fixtures"]
+pytestmark = [pytest.mark.llamacpp, pytest.mark.usefixtures("own_cache")]
+
+
+def silent(_share: float, _use: MemoryUse) -> None:
+    pass
+
+
+@pytest.fixture
+def request_(tiny: Tiny, tmp_path: Path) -> Request:
+    text = tmp_path / "words.txt"
+    text.write_text("the river runs past an old stone house " * 60)
+    asked = Request(
+        tasks=("perplexity",),
+        texts=(("words", text),),
+        setup=CPU_SETUP.model_copy(update={"n_threads": 1}),
+        n_ctx=64,
+        n_chunks=3,
+    )
+    make_reference(tiny.base, tmp_path / "base.ref", asked, silent)
+    return replace(asked, reference=tmp_path / "base.ref")
+
+
+def test_what_moves_nothing_costs_nothing_and_fewer_bits_cost_more(
+    tiny: Tiny, toolchain, request_
+):
+    names = [t.name for t in tiny.layout.tensors if "ffn_up" in t.name]
+    probes = [
+        Probe(name=kind, tensors=tuple(names), ggml_type=kind)
+        for kind in ("BF16", "Q8_0", "Q4_0")
+    ]
+
+    found = probe(
+        tiny.base,
+        probes,
+        request_,
+        lib_dir=toolchain.lib_dir,
+        imatrix=None,
+        on_progress=silent,
+    )
+
+    assert found["BF16"].kld_nats == (0.0, 0.0, 0.0)
+    assert 0 < found["Q8_0"].kld_mean_nats < found["Q4_0"].kld_mean_nats
+
+
+def test_what_is_known_is_not_measured_again_and_a_probe_leaves_no_trace(
+    tiny: Tiny, toolchain, request_
+):
+    def run(*names: str) -> tuple[dict[str, ProbePart], list[float]]:
+        shares: list[float] = []
+        probes = [
+            Probe(name=name, tensors=(f"{name}.weight",), ggml_type="Q4_0")
+            for name in names
+        ]
+        found = probe(
+            tiny.base,
+            probes,
+            request_,
+            lib_dir=toolchain.lib_dir,
+            imatrix=None,
+            on_progress=lambda share, _use: shares.append(share),
+        )
+        return found, shares
+
+    first, second = "blk.0.attn_q", "blk.1.ffn_down"
+    alone, _ = run(second)
+    both, shares = run(first, second)
+
+    assert both[second] == alone[second]
+    assert max(shares) == 1.0
+    assert run(first, second) == (both, [])
