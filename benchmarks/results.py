@@ -30,6 +30,8 @@ from ewq_gguf.report.text import size_text
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 N_CHUNKS = 40
 MODEL = "demo"
+#: Per subject, of the bitsandbytes row: its kernels are slow on a CPU.
+N_BNB_QUESTIONS = 2
 PLANS = "ewq,ewq:tensor,fastewq"
 PRESETS = "Q4_K_M,Q5_K_M,Q6_K,Q8_0"
 STUDIES = {
@@ -56,35 +58,37 @@ another model. `ewq compare` and `ewq study` tell it of yours.
 
 ± is half of a 95 % interval, of speeds the standard deviation. KLD is in nats against
 the BF16 file; `like base` is ROUGE-L of greedy answers beside the base's. MMLU has
-{n_mmlu} questions with 5 examples; at chance is 25 %. bitsandbytes computes in
-transformers, in the same process as the BF16 GGUF that it is compared with: its KLD
-holds what the two engines differ in (0.001 without any quantisation, see
-[the bench](bench.md)), its size is that of the weights in memory, its peak memory
-counts the unquantised weights too, and its speed on a CPU is not what it is made for.
+{n_mmlu} questions with 5 examples, of the last row 2 per subject; chance is 25 %.
+bitsandbytes computes in transformers, in the same process as the BF16 GGUF that it is
+compared with: its KLD holds what the two engines differ in (0.001 without any
+quantisation, see [the bench](bench.md)), its size is that of the weights in memory, its
+peak memory counts the unquantised weights too, and its speed on a CPU is not what it is
+made for.
 """
 
 
 def main() -> None:
     """Run what has not been run, and write the page."""
     full = ["--limit", "0"] if os.environ.get("FULL") == "1" else []
-    if not os.environ.get("EWQ_MMLU_DIR"):
-        full += ["--mmlu", "hub"]
+    few = full or ["--limit", str(N_BNB_QUESTIONS)]
+    hub = [] if os.environ.get("EWQ_MMLU_DIR") else ["--mmlu", "hub"]
     # Other data, other questions or another llama.cpp are another page.
     data = [os.environ.get(name) for name in ("EWQ_TEXT_DIR", "EWQ_MMLU_DIR")]
     key = store.sha256_text(f"{data} {full} {LLAMA_CPP_COMMIT}")[:16]
     folder = store.cache_dir("results-page", key)
     run = Commands(folder)
-    run("convert", MODEL, "-o", "base.gguf")
+    force = ["--force"] if (folder / "base.gguf").exists() else []
+    run("convert", MODEL, "-o", "base.gguf", *force)
     shown = run(
         "compare", MODEL, "--plans", PLANS, "--presets", PRESETS,
-        "--chunks", str(N_CHUNKS), "-o", "compare", *full,
+        "--chunks", str(N_CHUNKS), "-o", "compare", *full, *hub,
     )  # fmt: skip
     comparison = load_record(Comparison, folder / "compare/comparison.json", STAGE)
     (plan,) = (folder / "compare" / "plans").glob("ewq.json")
     run(
         "bench", MODEL, "--backend", "bnb", "--plan", str(plan.relative_to(folder)),
         "--base", "base.gguf", "--chunks", str(N_CHUNKS), "--repeats", "3",
-        "-o", "bnb.json", *full,
+        "-o", "bnb.json", *few, *hub,
     )  # fmt: skip
     bitsandbytes = load_record(Result, folder / "bnb.json", STAGE)
     parts = [table(comparison, bitsandbytes), *sentences(shown)]
@@ -139,7 +143,8 @@ class Commands:
 
     def __call__(self, *arguments: str) -> str:
         """Run one to its end, and return what it printed."""
-        self.commands.append(" ".join(["ewq", *arguments]))
+        shown = [one for one in arguments if one != "--force"]
+        self.commands.append(" ".join(["ewq", *shown]))
         print(f"$ {self.command}", flush=True)
         times = self._known.setdefault(self.command, Times())
         started = time.monotonic()
