@@ -220,7 +220,7 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
     engines = " ".join(engine_key(one) for one in (path, request.base) if one)
     journal = _journal(engines, file, base, asked)
     kinds = _kinds(asked)
-    with store.locked(journal, stage=STAGE, wait=True):
+    with store.locked(journal, stage=STAGE):
         for i, kind in enumerate(kinds):
             if kind not in read_journal(journal, RunPart):
                 job = _job(kind, path, request, base, asked, journal)
