@@ -23,15 +23,24 @@ from ewq_gguf.records import BenchSetup, Task
 _TASKS: tuple[Task, ...] = get_args(Task)
 _DOMAINS = "domains"
 
-#: What `request_of` reads, the base left out.
-bench_options = all_of(
+ctx_option = click.option(
+    "--ctx",
+    type=click.IntRange(8),
+    default=512,
+    show_default=True,
+    help="Tokens of a window; its second half is scored.",
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|NAMES",
+    help="Where the model goes; names as llama.cpp lists them.",
+)
+
+#: Which texts are read, and how they are cut.
+text_options = all_of(
     (
-        click.option(
-            "--tasks",
-            metavar="LIST",
-            help=f"Of {','.join(_TASKS)}.  [default: all; kld with a base, mmlu with "
-            "--mmlu]",
-        ),
         click.option(
             "--text",
             "texts",
@@ -43,18 +52,56 @@ bench_options = all_of(
         click.option(
             "--chunks", type=click.IntRange(1), help="Windows per text.  [default: all]"
         ),
-        click.option(
-            "--ctx",
-            type=click.IntRange(8),
-            default=512,
-            show_default=True,
-            help="Tokens of a window; its second half is scored.",
-        ),
+        ctx_option,
         click.option(
             "--lines",
             is_flag=True,
             help="Each line is a document, all of it is scored.",
         ),
+    )
+)
+#: What `setup_of` reads.
+setup_options = all_of(
+    (
+        device_option,
+        click.option(
+            "-ngl",
+            "--gpu-layers",
+            type=click.IntRange(0),
+            help="Layers on the devices.  [default: all]",
+        ),
+        click.option("--tensor-split", metavar="LIST", help="Shares of the devices."),
+        click.option("--rpc", metavar="LIST", help="RPC workers, host:port."),
+        click.option(
+            "--allow-public", is_flag=True, help="Also RPC workers on the internet."
+        ),
+        click.option(
+            "--cache-type-k",
+            type=click.Choice(CACHE_TYPES),
+            default="f16",
+            show_default=True,
+            help="Type of the cached keys.",
+        ),
+        click.option(
+            "--cache-type-v",
+            type=click.Choice(CACHE_TYPES),
+            default="f16",
+            show_default=True,
+            help="Type of the cached values.",
+        ),
+        threads_option,
+    )
+)
+#: What `request_of` and `with_data` read, the base left out.
+bench_options = all_of(
+    (
+        click.option(
+            "--tasks",
+            metavar="LIST",
+            help=f"Of {','.join(_TASKS)}.  [default: all; kld with a base, mmlu with "
+            "--mmlu]",
+        ),
+        text_options,
         click.option(
             "--mmlu",
             metavar="DIR|hub",
@@ -101,39 +148,7 @@ bench_options = all_of(
             show_default=True,
             help="Of the speed test.",
         ),
-        click.option(
-            "--device",
-            default="auto",
-            show_default=True,
-            metavar="auto|cpu|NAMES",
-            help="Where the model goes; names as llama.cpp lists them.",
-        ),
-        click.option(
-            "-ngl",
-            "--gpu-layers",
-            type=click.IntRange(0),
-            help="Layers on the devices.  [default: all]",
-        ),
-        click.option("--tensor-split", metavar="LIST", help="Shares of the devices."),
-        click.option("--rpc", metavar="LIST", help="RPC workers, host:port."),
-        click.option(
-            "--allow-public", is_flag=True, help="Also RPC workers on the internet."
-        ),
-        click.option(
-            "--cache-type-k",
-            type=click.Choice(CACHE_TYPES),
-            default="f16",
-            show_default=True,
-            help="Type of the cached keys.",
-        ),
-        click.option(
-            "--cache-type-v",
-            type=click.Choice(CACHE_TYPES),
-            default="f16",
-            show_default=True,
-            help="Type of the cached values.",
-        ),
-        threads_option,
+        setup_options,
     )
 )
 

@@ -104,6 +104,21 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="The result as JSON on stdout."
 )
+epsilon_option = click.option(
+    "--epsilon",
+    type=click.FloatRange(0, 1e6),
+    callback=finite,
+    default=0.01,
+    show_default=True,
+    help="Of the softmax measure.",
+)
+bins_option = click.option(
+    "--bins",
+    type=click.IntRange(2, 65536),
+    default=256,
+    show_default=True,
+    help="Of the histogram measure.",
+)
 threads_option = click.option(
     "--threads",
     type=click.IntRange(1, 1024),

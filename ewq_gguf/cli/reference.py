@@ -12,9 +12,13 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.reference_run import existing_reference, make_reference
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.checkpoint.texts import wikitext
-from ewq_gguf.cli.bench import bench
-from ewq_gguf.cli.bench_options import named_texts, setup_of
+from ewq_gguf.cli.bench_options import (
+    named_texts,
+    setup_of,
+    setup_options,
+    text_options,
+    with_data,
+)
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -24,18 +28,14 @@ from ewq_gguf.cli.common import (
 )
 from ewq_gguf.errors import UsageError
 
-#: Options of `ewq bench` that mean the same here.
-_SHARED = (
-    "texts", "chunks", "ctx", "lines", "device", "gpu_layers", "tensor_split", "rpc",
-    "allow_public", "cache_type_k", "cache_type_v", "threads",
-)  # fmt: skip
-
 
 @click.command()
 @click.argument("base", type=PATH)
 @click.option(
     "-o", "--out", type=PATH, required=True, help="Where to write the reference."
 )
+@text_options
+@setup_options
 @force_option
 @quiet_option
 @json_option
@@ -52,15 +52,15 @@ def reference(
         raise UsageError(STAGE, base, problem, "make it with `ewq convert`")
     identify(base)
     store.check_writable(out, STAGE)
-    texts = tuple(text for one in values["texts"] for text in named_texts(one))
     request = Request(
         tasks=("perplexity",),
-        texts=texts or (("wikitext", wikitext(STAGE)),),
+        texts=tuple(text for one in values["texts"] for text in named_texts(one)),
         setup=setup_of(values),
         n_ctx=values["ctx"],
         n_chunks=values["chunks"],
         is_lines=values["lines"] or "domains" in values["texts"],
     )
+    request = with_data(request, values)
     store.check_distinct(out, [base, *(path for _, path in request.texts)], STAGE)
     progress = BarProgress(quiet=quiet)
     with store.locked(out, stage=STAGE):
@@ -72,6 +72,3 @@ def reference(
                 record = make_reference(base, out, request, tell)
             progress.note(f"wrote {out}")
     click.echo(record.to_json() if as_json else out, nl=not as_json)
-
-
-reference.params[2:2] = [option for option in bench.params if option.name in _SHARED]

@@ -16,7 +16,8 @@ from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     DefaultGroup,
-    finite,
+    bins_option,
+    epsilon_option,
     force_option,
     json_option,
     llama_cpp_option,
@@ -54,21 +55,8 @@ def scan() -> None:
 @scan.command(name="make", hidden=True)
 @click.argument("model")
 @out_option("the scan.  [default: plans/NAME.scan.json]")
-@click.option(
-    "--epsilon",
-    type=click.FloatRange(0, 1e6),
-    callback=finite,
-    default=0.01,
-    show_default=True,
-    help="Of the softmax measure.",
-)
-@click.option(
-    "--bins",
-    type=click.IntRange(2, 65536),
-    default=256,
-    show_default=True,
-    help="Of the histogram measure.",
-)
+@epsilon_option
+@bins_option
 @click.option(
     "--part",
     callback=lambda ctx, param, value: _part(value),

@@ -11,10 +11,12 @@ import click
 from ewq_gguf import pipeline, store
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.checkpoint.texts import wikitext
-from ewq_gguf.cli.bench_options import named_text
+from ewq_gguf.cli.bench_options import ctx_option, device_option, named_text
 from ewq_gguf.cli.common import (
     BarProgress,
-    F,
+    all_of,
+    bins_option,
+    epsilon_option,
     force_option,
     imatrix_option,
     json_option,
@@ -37,48 +39,31 @@ from ewq_gguf.pipeline.studying import (
 from ewq_gguf.records import Measures, Study, load_record
 from ewq_gguf.report.study_view import study_view
 
-_OPTIONS = (
-    click.option(
-        "--text",
-        metavar="NAME=FILE",
-        help="The text to score.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
-    ),
-    click.option(
-        "--chunks",
-        type=click.IntRange(1),
-        default=8,
-        show_default=True,
-        help="Windows of it.",
-    ),
-    click.option(
-        "--ctx",
-        type=click.IntRange(8),
-        default=512,
-        show_default=True,
-        help="Tokens of a window; its second half is scored.",
-    ),
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="auto|cpu|NAMES",
-        help="Where the files go; names as llama.cpp lists them.",
-    ),
-    imatrix_option,
-    out_option("the study.  [default: results/NAME.STUDY.json]"),
-    threads_option,
-    llama_cpp_option,
-    force_option,
-    quiet_option,
-    json_option,
+_study_options = all_of(
+    (
+        click.option(
+            "--text",
+            metavar="NAME=FILE",
+            help="The text to score.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
+        ),
+        click.option(
+            "--chunks",
+            type=click.IntRange(1),
+            default=8,
+            show_default=True,
+            help="Windows of it.",
+        ),
+        ctx_option,
+        device_option,
+        imatrix_option,
+        out_option("the study.  [default: results/NAME.STUDY.json]"),
+        threads_option,
+        llama_cpp_option,
+        force_option,
+        quiet_option,
+        json_option,
+    )
 )
-
-
-def _study_options(function: F) -> F:
-    """What every study takes."""
-    for each in reversed(_OPTIONS):
-        function = each(function)
-    return function
 
 
 @click.group()
@@ -99,20 +84,8 @@ def study() -> None:
     show_default=True,
     help="Of the part that is quantised.",
 )
-@click.option(
-    "--epsilon",
-    type=click.FloatRange(0),
-    default=0.01,
-    show_default=True,
-    help="Of the softmax entropies.",
-)
-@click.option(
-    "--bins",
-    type=click.IntRange(2, 65536),
-    default=256,
-    show_default=True,
-    help="Of the histogram entropies.",
-)
+@epsilon_option
+@bins_option
 @_study_options
 def sensitivity(
     model: str, ggml_type: str, epsilon: float, bins: int, **values: Any
