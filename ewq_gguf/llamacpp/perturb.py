@@ -16,8 +16,8 @@ from math import prod
 from pathlib import Path
 
 from ewq_gguf.checkpoint.gguf_file import GgufTensor, read_gguf
-from ewq_gguf.ggml_types import written_type
-from ewq_gguf.llamacpp.floats import FLOATS, as_bytes, as_float
+from ewq_gguf.ggml_types import row_bytes, written_type
+from ewq_gguf.llamacpp.floats import as_bytes, as_float
 from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
 
 #: Weights that are held in float32 at once, per thread: 32 MiB.
@@ -68,7 +68,7 @@ class Perturbed:
         n_columns = tensor.shape[-1]
         n_rows = prod(tensor.shape[:-1])
         per_matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
-        size = n_columns * FLOATS[tensor.ggml_type].itemsize
+        size = row_bytes(tensor.ggml_type, n_columns)
         step = max(1, min(_BLOCK // n_columns, per_matrix))
         # No block lies in two experts: each has an importance of its own.
         blocks = [

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ewq_gguf.checkpoint.gguf_file import GgufTensor
 from ewq_gguf.errors import InputError
-from ewq_gguf.llamacpp.floats import FLOATS, as_float
+from ewq_gguf.ggml_types import row_bytes
+from ewq_gguf.llamacpp.floats import as_float
 from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
 from ewq_gguf.records.quant_error import QuantError
 
@@ -117,7 +118,7 @@ def sample(
     count = min(n_all, max(_MIN_ROWS, round(share * n_all)))
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     numbers = np.sort(random.choice(n_all, count, replace=False))
-    size = n_columns * FLOATS[tensor.ggml_type].itemsize
+    size = row_bytes(tensor.ggml_type, n_columns)
     data = bytearray()
     for number in numbers.tolist():
         row = os.pread(descriptor, size, tensor.offset + number * size)
