@@ -115,11 +115,12 @@ def test_an_error_is_that_of_the_dequantised_rows(ggml):
 
     sampled = Sample(rows, np.zeros(8, np.int64), weight[None], 8)
 
-    error, stderr = error_of(ggml, sampled, "Q4_0")
+    error, stderr, plain = error_of(ggml, sampled, "Q4_0")
 
     moved = ggml.dequantize(ggml.quantize(rows, "Q4_0", weight), "Q4_0", 64)
-    lost = (weight * (rows - moved).astype(np.float64) ** 2).sum()
-    assert error == pytest.approx(lost / (weight * rows.astype(np.float64) ** 2).sum())
+    lost, energy = (x.astype(np.float64) ** 2 for x in (rows - moved, rows))
+    assert error == pytest.approx((weight * lost).sum() / (weight * energy).sum())
+    assert plain == pytest.approx(lost.sum() / energy.sum())
     assert stderr == 0.0  # all rows were there
 
 

@@ -294,7 +294,7 @@ def test_the_difference_is_of_means_over_tokens_and_paired_by_window():
     first = study_file("a", [0.3, 1.1, 5.1])
     second = study_file("b", [0.2, 1.0, 5.0])
 
-    found = kld_difference(first, second)
+    found = kld_difference(first.quality, second.quality)
 
     assert found.n == 3
     assert found.difference == pytest.approx(0.1)

@@ -63,7 +63,12 @@ def scaled(label, by, **more):
 
 def controls_of(plan, others) -> Controls:
     found = [
-        Control(order=o, seed=seed, file=file, difference=kld_difference(file, plan))
+        Control(
+            order=o,
+            seed=seed,
+            file=file,
+            difference=kld_difference(file.quality, plan.quality),
+        )
         for o, seed, file in others
     ]
     random = [kld_mean(one.file) for one in found if one.order == "random"]

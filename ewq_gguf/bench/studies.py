@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ewq_gguf.bench.statistics import paired_bootstrap, spearman
-from ewq_gguf.records import StatisticCorrelation, StudyFile
+from ewq_gguf.records import StatisticCorrelation, StudyFile, TextResult
 from ewq_gguf.records.scores import PairedMean
 
 
@@ -36,9 +36,9 @@ def correlations(
     )
 
 
-def kld_difference(first: StudyFile, second: StudyFile) -> PairedMean:
+def kld_difference(first: TextResult, second: TextResult) -> PairedMean:
     """The first's mean divergence minus the second's, over the same windows."""
-    pairs = list(zip(first.quality.chunks, second.quality.chunks, strict=True))
+    pairs = list(zip(first.chunks, second.chunks, strict=True))
     sums = [(a.kld_nats or 0.0, b.kld_nats or 0.0, a.n_tokens) for a, b in pairs]
     return paired_bootstrap(
         [a / n for a, _, n in sums],

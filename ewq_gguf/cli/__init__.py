@@ -34,6 +34,7 @@ _COMMANDS = {
     "bench": ("bench", "Measure what GGUF files are worth, with error bars."),
     "reference": ("reference", "Keep a base's answers, to compare files with."),
     "compare": ("compare", "Plans beside presets: made, measured alike, told apart."),
+    "frontier": ("frontier", "Draw size against KL divergence, with the best files."),
     "study": ("study", "Measure what a way of planning is worth, with controls."),
     "fastewq": ("fastewq", "Evaluate and train the classifier of layers."),
     "paper": ("paper", "Recompute what the paper's tables allow."),

@@ -175,6 +175,7 @@ def options_of(values: dict[str, Any]) -> Options:
         load=not values.get("no_load", False),
         is_streamed=values.get("stream", False),
         imatrix=values.get("imatrix"),
+        calibration=values.get("calibration"),
         scheduler=values.get("scheduler"),
     )
 

@@ -16,6 +16,7 @@ from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
+    OptimalPolicy,
     PresetPolicy,
     RulePolicy,
     UniformPolicy,
@@ -33,7 +34,10 @@ def _option(*args: Any, default: Any = None, **kwargs: Any) -> Callable[[F], F]:
 
 _POLICY = (
     _option(
-        "--policy", default="ewq", help="ewq, fastewq, uniform:TYPE or preset:NAME."
+        "--policy",
+        default="ewq",
+        help="ewq, fastewq, uniform:TYPE, preset:NAME, or optimal: the best file of a "
+        "size that can be found.",
     ),
 )
 _MEASURE = (
@@ -83,6 +87,40 @@ _FAST = (
         default=0,
         help="fastewq: how many of the chosen layers, from the last one down, get the "
         "third precision from the top.",
+    ),
+)
+_OPTIMAL = (
+    _option(
+        "--effort",
+        type=float,
+        default=20.0,
+        metavar="MINUTES",
+        help="optimal: that files may be measured for.",
+    ),
+    _option(
+        "--calibration",
+        type=PATH,
+        metavar="FILE",
+        help="optimal: text for the importance matrix where none is given; without it "
+        "the model writes its own.",
+    ),
+    _option(
+        "--types",
+        metavar="T,T,...",
+        help="optimal: what tensors may be, besides raw.  [default: all]",
+    ),
+    _option(
+        "--floor",
+        multiple=True,
+        metavar="[ROLE=]TYPE",
+        help="optimal: at least as many bits, of a role such as attn_v or of all; "
+        "repeat.",
+    ),
+    _option(
+        "--ceiling",
+        multiple=True,
+        metavar="[ROLE=]TYPE",
+        help="optimal: at most as many bits, likewise.",
     ),
 )
 _TYPES = (
@@ -148,27 +186,54 @@ _BUDGET = (
 
 #: What `policy_of`, `raw_type_of` and `ask_of` read.
 policy_options = all_of(
-    (*_POLICY, *_MEASURE, *_FACTOR, *_RULE, *_FAST, *_TYPES, *_RAW_TYPE, *_BUDGET)
+    (
+        *_POLICY,
+        *_MEASURE,
+        *_FACTOR,
+        *_RULE,
+        *_FAST,
+        *_OPTIMAL,
+        *_TYPES,
+        *_RAW_TYPE,
+        *_BUDGET,
+    )  # fmt: skip
 )
 #: What `ewq_policy_of` and `raw_type_of` read, the factor left out.
 rule_options = all_of((*_MEASURE, *_RULE, *_TYPES, *_RAW_TYPE))
+#: What `optimal_policy_of` reads.
+optimal_options = all_of(_OPTIMAL)
 #: What `raw_type_of` reads.
 raw_type_option = all_of(_RAW_TYPE)
 
 _ENTROPY_NAMES = ("measure", "epsilon", "bins", "factor", "rule", "granularity")
 _FAST_NAMES = ("variant", "low_layers")
+_OPTIMAL_NAMES = ("effort", "calibration", "types", "floor", "ceiling")
 _TYPE_NAMES = ("ladder", "embedding_type", "output_type")
 _BUDGET_NAMES = ("budget", "bpw", "machine", "machines", "ctx", "device")
 POLICY_OPTIONS = (
-    "policy", *_ENTROPY_NAMES, *_FAST_NAMES, *_TYPE_NAMES, *_BUDGET_NAMES, "raw_type",
+    "policy", *_ENTROPY_NAMES, *_FAST_NAMES, *_OPTIMAL_NAMES, *_TYPE_NAMES,
+    *_BUDGET_NAMES, "raw_type",
 )  # fmt: skip
 
 #: What a policy does not take.
 _FOREIGN = {
-    "ewq": _FAST_NAMES,
-    "fastewq": _ENTROPY_NAMES,
-    "uniform": (*_ENTROPY_NAMES, *_FAST_NAMES, "ladder", *_BUDGET_NAMES),
-    "preset": (*_ENTROPY_NAMES, *_FAST_NAMES, *_TYPE_NAMES, *_BUDGET_NAMES),
+    "ewq": (*_FAST_NAMES, *_OPTIMAL_NAMES),
+    "fastewq": (*_ENTROPY_NAMES, *_OPTIMAL_NAMES),
+    "uniform": (
+        *_ENTROPY_NAMES,
+        *_FAST_NAMES,
+        *_OPTIMAL_NAMES,
+        "ladder",
+        *_BUDGET_NAMES,
+    ),
+    "preset": (
+        *_ENTROPY_NAMES,
+        *_FAST_NAMES,
+        *_OPTIMAL_NAMES,
+        *_TYPE_NAMES,
+        *_BUDGET_NAMES,
+    ),
+    "optimal": (*_ENTROPY_NAMES, *_FAST_NAMES, *_TYPE_NAMES),
 }
 
 
@@ -187,8 +252,8 @@ def policy_of(values: dict[str, Any]) -> RulePolicy:
         or bool(argument) != bool(colon)
     ):
         raise click.BadParameter(
-            f"unknown policy {values['policy']!r}; use ewq, fastewq, uniform:TYPE "
-            "such as uniform:Q8_0, or preset:NAME such as preset:Q4_K_M",
+            f"unknown policy {values['policy']!r}; use ewq, fastewq, optimal, "
+            "uniform:TYPE such as uniform:Q8_0, or preset:NAME such as preset:Q4_K_M",
             param_hint="--policy",
         )
     if given := explicit(_FOREIGN[name]):
@@ -201,11 +266,42 @@ def policy_of(values: dict[str, Any]) -> RulePolicy:
         types = _types(values)
         del types["ladder"]
         return UniformPolicy(ggml_type=_type_name(argument), **types)
+    if name == "optimal":
+        return optimal_policy_of(values)
     if name == "fastewq":
         return FastEwqPolicy(
             variant=values["variant"], n_low=values["low_layers"], **_types(values)
         )
     return ewq_policy_of(values)
+
+
+def optimal_policy_of(values: dict[str, Any]) -> OptimalPolicy:
+    """Policy `optimal` with the options that were given.
+
+    Raises:
+        click.BadParameter: the effort is no number.
+    """
+    if not 0 <= values["effort"] < inf:
+        raise click.BadParameter(
+            f"{values['effort']} is not a number from 0 up", param_hint="--effort"
+        )
+    types = values["types"]
+    return OptimalPolicy(
+        types=OptimalPolicy().types if types is None else tuple(_type_names(types)),
+        effort_minutes=values["effort"],
+        floors=_by_role(values["floor"]),
+        ceilings=_by_role(values["ceiling"]),
+    )
+
+
+def _by_role(given: tuple[str, ...]) -> dict[str, str]:
+    """`attn_v=Q5_0`, or a type alone for every role."""
+    pairs = (text.rpartition("=") for text in given)
+    return {of.strip() or "*": _type_name(kind) for of, _, kind in pairs}
+
+
+def _type_names(text: str) -> list[str]:
+    return [_type_name(part) for part in text.split(",")]
 
 
 def ewq_policy_of(values: dict[str, Any]) -> EwqPolicy:
@@ -232,7 +328,7 @@ def ewq_policy_of(values: dict[str, Any]) -> EwqPolicy:
 
 def _types(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        "ladder": tuple(_type_name(part) for part in values["ladder"].split(",")),
+        "ladder": tuple(_type_names(values["ladder"])),
         "embedding_type": _type_name(values["embedding_type"]),
         "output_type": _type_name(values["output_type"]),
     }

@@ -39,7 +39,8 @@ from ewq_gguf.pipeline.studying import (
 from ewq_gguf.records import Measures, Study, load_record
 from ewq_gguf.report.study_view import study_view
 
-_study_options = all_of(
+#: What `run` reads.
+study_options = all_of(
     (
         click.option(
             "--text",
@@ -86,7 +87,7 @@ def study() -> None:
 )
 @epsilon_option
 @bins_option
-@_study_options
+@study_options
 def sensitivity(
     model: str, ggml_type: str, epsilon: float, bins: int, **values: Any
 ) -> None:
@@ -94,7 +95,7 @@ def sensitivity(
 
     Every statistic of the scan is correlated with the layers' divergence.
     """
-    _run(
+    run(
         "sensitivity",
         model,
         lambda question: study_sensitivity(
@@ -121,7 +122,7 @@ def sensitivity(
     help="X of the threshold mu - X sigma.",
 )
 @rule_options
-@_study_options
+@study_options
 def controls(model: str, permutations: int, **values: Any) -> None:
     """Measure the EWQ plan beside others with as many layers of each type.
 
@@ -129,7 +130,7 @@ def controls(model: str, permutations: int, **values: Any) -> None:
     variance of the weights, and one by depth from either end.
     """
     policy = ewq_policy_of(values)
-    _run(
+    run(
         "controls",
         model,
         lambda question: study_controls(
@@ -149,11 +150,11 @@ def controls(model: str, permutations: int, **values: Any) -> None:
     help="Values of X, the last one included; or a list with commas.",
 )
 @rule_options
-@_study_options
+@study_options
 def factor(model: str, factors: str, **values: Any) -> None:
     """Measure what one factor after another makes; equal plans once."""
     policies = [ewq_policy_of({**values, "factor": x}) for x in factors_of(factors)]
-    _run(
+    run(
         "factor",
         model,
         lambda question: study_factor(question, policies, raw_type=raw_type_of(values)),
@@ -161,10 +162,10 @@ def factor(model: str, factors: str, **values: Any) -> None:
     )
 
 
-def _run(
-    name: str, model: str, run: Callable[[Question], Study], values: dict[str, Any]
-) -> None:
-    """Do a study, write it and show it."""
+def run(
+    name: str, model: str, study_of: Callable[[Question], Study], values: dict[str, Any]
+) -> tuple[Study, Path]:
+    """Do a study, write it and show it; what was found, and where it was written."""
     progress = BarProgress(quiet=values["quiet"])
     options = options_of(values)
     out: Path | None = values["out"]
@@ -186,10 +187,11 @@ def _run(
     if out.exists() and not values["force"]:
         _check_known(out, name, question)
     with store.locked(out, stage=STAGE):
-        result = run(question)
+        result = study_of(question)
         store.write_text(out, result.to_json(), stage=STAGE, force=values["force"])
     progress.note(f"wrote {out}")
     show_record(result, study_view, as_json=values["as_json"])
+    return result, out
 
 
 def _check_known(out: Path, name: str, question: Question) -> None:

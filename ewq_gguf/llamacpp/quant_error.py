@@ -131,18 +131,18 @@ def sample(
     return Sample(rows, matrices, importance, n_all)
 
 
-def error_of(ggml: Ggml, sampled: Sample, ggml_type: str) -> tuple[float, float]:
-    """The share of the energy that a type loses, and its standard error.
+def error_of(ggml: Ggml, sampled: Sample, ggml_type: str) -> tuple[float, float, float]:
+    """The share of the energy that a type loses, its standard error, and unweighed.
 
     sum I (w - w')^2 / sum I w^2, a ratio of sums over rows; the error is that of a
-    ratio estimated from some of them.
+    ratio estimated from some of them. The last number is the ratio for I = 1.
 
     Args:
         ggml: the quantisers.
         sampled: rows.
         ggml_type: whose block divides them.
     """
-    lost, energy = [], []
+    lost, energy, plain = [], [], np.zeros(2)
     for matrix in np.unique(sampled.matrices):
         rows = np.ascontiguousarray(sampled.rows[sampled.matrices == matrix])
         weight = None
@@ -152,9 +152,12 @@ def error_of(ggml: Ggml, sampled: Sample, ggml_type: str) -> tuple[float, float]
         found = ggml.dequantize(blocks, ggml_type, rows.shape[1])
         np.subtract(rows, found, out=found)
         scale = np.ones(rows.shape[1], np.float32) if weight is None else weight
-        lost.append(np.square(found, out=found) @ scale.astype(np.float64))
-        energy.append(np.square(rows) @ scale.astype(np.float64))
-    return _ratio(np.concatenate(lost), np.concatenate(energy), sampled.n_all)
+        squares = np.square(found, out=found), np.square(rows)
+        lost.append(squares[0] @ scale.astype(np.float64))
+        energy.append(squares[1] @ scale.astype(np.float64))
+        plain += [square.sum(dtype=np.float64) for square in squares]
+    ratio, stderr = _ratio(np.concatenate(lost), np.concatenate(energy), sampled.n_all)
+    return ratio, stderr, float(plain[0] / plain[1]) if plain[1] else 0.0
 
 
 def _ratio(
@@ -179,12 +182,13 @@ def _tensor_errors(
         n_rows = len(sampled.rows)
         if ggml_type in _SLOW:
             n_rows = max(min(_MIN_ROWS, n_rows), round(_SLOW_SHARE * n_rows))
-        error, stderr = error_of(ggml, _first(sampled, n_rows), ggml_type)
+        error, stderr, plain = error_of(ggml, _first(sampled, n_rows), ggml_type)
         found.append(
             QuantError(
                 name=f"{name} {ggml_type}",
                 error=error,
                 error_stderr=stderr,
+                plain_error=plain,
                 n_rows=n_rows,
             )
         )

@@ -6,13 +6,13 @@ Scans, layouts and base files are kept in the cache by what they depend on, so a
 run does only what changed.
 """
 
+from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
 from ewq_gguf.pipeline.calibrating import make_imatrix
 from ewq_gguf.pipeline.comparing import Wanted, compare
 from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import (
     Made,
-    base_file,
     layout_bytes,
     make_gguf,
     planned_file,
@@ -27,7 +27,7 @@ from ewq_gguf.pipeline.planning import (
     plan_file,
     policy_measures,
 )
-from ewq_gguf.pipeline.presets import preset_plans
+from ewq_gguf.pipeline.presets import check_presets, preset_plans
 from ewq_gguf.pipeline.scanning import layout, open_model, scan
 from ewq_gguf.pipeline.versions import WantedPlan
 
@@ -43,6 +43,7 @@ __all__ = [
     "base_file",
     "check_layout",
     "check_plan",
+    "check_presets",
     "compare",
     "for_transformers",
     "import_plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from ewq_gguf import store
@@ -13,7 +14,7 @@ from ewq_gguf.llamacpp.calibrate import STAGE, calibrate
 from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline.making import base_file
+from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.plan.importance import Importance
 
@@ -76,3 +77,18 @@ def make_imatrix(
             with store.replacing(out, stage=STAGE) as temporary:
                 shutil.copyfile(path, temporary)
     return out or path, importance
+
+
+def with_imatrix(
+    checkpoint: Checkpoint, options: Options, progress: Progress = SILENT
+) -> Options:
+    """The same with the model's own importance matrix, where none was given."""
+    if options.imatrix is not None:
+        return options
+    path, _ = make_imatrix(
+        checkpoint,
+        calibration=options.calibration,
+        options=options,
+        progress=progress,
+    )
+    return replace(options, imatrix=path)

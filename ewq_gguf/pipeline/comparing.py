@@ -17,7 +17,8 @@ from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.llamacpp.verify import check_bindings
-from ewq_gguf.pipeline.making import base_file, planned_file
+from ewq_gguf.pipeline.bases import base_file
+from ewq_gguf.pipeline.making import planned_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.scanning import open_model
 from ewq_gguf.pipeline.versions import Version, WantedPlan, choose_versions

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import (
     InputError,
@@ -17,12 +16,13 @@ from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.llamacpp.convert import (
     base_type,
     check_is_local,
-    convert,
 )
 from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
+from ewq_gguf.pipeline.bases import base_file
+from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.planning import (
     check_weights,
@@ -38,6 +38,7 @@ from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
 from ewq_gguf.records import (
     EwqPolicy,
     Layout,
+    OptimalPolicy,
     Plan,
     RulePolicy,
     Verification,
@@ -64,27 +65,6 @@ class Made:
     verification: Verification
     preset_bytes: dict[str, int]
     is_reused: bool
-
-
-def base_file(
-    checkpoint: Checkpoint,
-    toolchain: Toolchain,
-    *,
-    progress: Progress = SILENT,
-) -> Path:
-    """The base GGUF of a checkpoint in the cache, made on first use; or itself."""
-    if checkpoint.identity.is_gguf:
-        checkpoint.check_unchanged("quantize")
-        return checkpoint.shards[0].path
-    outtype = base_type(checkpoint)
-    key = store.sha256_text(f"{checkpoint.signature} {outtype} {toolchain.key}")
-    name = f"{checkpoint.identity.name}-{outtype}-{key[:16]}.gguf"
-    path = store.cache_dir("base") / name
-    with store.locked(path, stage="convert", wait=True):
-        if not _is_sound(path):
-            with progress.stage("convert") as share:
-                convert(checkpoint, toolchain, path, outtype=outtype, on_progress=share)
-    return path
 
 
 def make_gguf(
@@ -131,6 +111,8 @@ def make_gguf(
     if out is not None:
         store.check_distinct(out, inputs, "gguf")
     laid_out = layout(checkpoint, toolchain, progress)
+    if isinstance(policy, OptimalPolicy):
+        options = with_imatrix(checkpoint, options, progress)
     plan_path = None
     if isinstance(policy, Plan):
         made_plan = policy
@@ -253,19 +235,11 @@ def _make(
             toolchain,
             n_threads=options.n_threads,
             load=options.load,
-            imatrix=options.imatrix,
+            # The best file of a search may be one without.
+            imatrix=options.imatrix if plan.imatrix else None,
             on_progress=share,
         )
     return _keep(plan, verification)
-
-
-def _is_sound(base: Path) -> bool:
-    """Whether a cached base GGUF is there and whole."""
-    try:
-        read_gguf(base)
-    except (VerificationError, InputError):
-        return False
-    return True
 
 
 def _keep(plan: Plan, verification: Verification) -> Verification:

@@ -63,6 +63,8 @@ class Options:
         load: load the finished file and let it answer.
         is_streamed: leave the weights on their server; only scans and plans can.
         imatrix: the importance matrix that files are planned and made with.
+        calibration: the text that policy `optimal` computes one on, where none is
+            given; None lets the model write it.
         scheduler: the Dask scheduler whose workers scan, or None for this machine.
     """
 
@@ -73,4 +75,5 @@ class Options:
     load: bool = True
     is_streamed: bool = False
     imatrix: Path | None = None
+    calibration: Path | None = None
     scheduler: str | None = None

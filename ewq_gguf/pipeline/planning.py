@@ -19,13 +19,15 @@ from ewq_gguf.llamacpp.devices import free_memory
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
+from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.presets import preset_plan
 from ewq_gguf.pipeline.scanning import layout, scan
+from ewq_gguf.pipeline.searching import search
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.fastewq import layer_features, select_layers
-from ewq_gguf.plan.naming import plan_name
+from ewq_gguf.plan.naming import plan_label, plan_name
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.subject import Subject, check_whole, layout_tensor
 from ewq_gguf.records import (
@@ -34,6 +36,7 @@ from ewq_gguf.records import (
     Layout,
     Measures,
     ModelIdentity,
+    OptimalPolicy,
     Plan,
     Policy,
     PresetPolicy,
@@ -57,9 +60,12 @@ def plan(
     where this machine has laid the same checkpoint out before; else an estimate.
     """
     options = options or Options()
+    has_budget, has_imatrix = budget is not None, options.imatrix is not None
+    check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
+    if isinstance(policy, OptimalPolicy):
+        assert budget is not None
+        return _optimal_plan(source, policy, raw_type, budget, options, progress)
     importance = read_imatrix(options.imatrix) if options.imatrix else None
-    has_imatrix = importance is not None
-    check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
     if budget is not None:
         _need_header(source, options, progress)
     if isinstance(policy, PresetPolicy):
@@ -77,6 +83,53 @@ def plan(
         raw_type=raw_type,
         budget=budget,
         importance=importance,
+    )
+
+
+def _optimal_plan(
+    source: Checkpoint | Scan,
+    policy: OptimalPolicy,
+    raw_type: str,
+    budget: Ask,
+    options: Options,
+    progress: Progress,
+) -> Plan:
+    """The best of what the entropies and presets propose and what can be found."""
+    if isinstance(source, Scan):
+        raise InputError(
+            "plan",
+            source.model.name,
+            "policy optimal measures files of the model",
+            "give the model in place of the scan",
+        )
+    options = with_imatrix(source, options, progress)
+    assert options.imatrix is not None
+    scanned, laid_out = measured(source, policy, options=options, progress=progress)
+    rivals = {}
+    for rule in (EwqPolicy(), EwqPolicy(granularity="tensor"), FastEwqPolicy()):
+        try:
+            made = plan(
+                source,
+                rule,
+                raw_type=raw_type,
+                budget=budget,
+                options=options,
+                progress=progress,
+            )
+        except InputError:  # its ladder does not reach the size
+            continue
+        rivals[plan_label(made)] = made
+    return search(
+        source,
+        replace(
+            Subject.of_scan(scanned, laid_out, raw_type),
+            importance=read_imatrix(options.imatrix),
+        ),
+        policy,
+        budget,
+        rivals,
+        options=options,
+        progress=progress,
     )
 
 

@@ -1,8 +1,7 @@
 """Studies: many throwaway files of one model, measured under the same conditions.
 
-Each file is made in the cache, measured and removed. What was measured is remembered by
-the tensors' types and everything else it depends on, so a study that was killed goes on
-where it was, and files that two studies share are measured once.
+A study that was killed goes on where it was, and files that two of them share are
+measured once (see `pipeline.throwaway`).
 """
 
 from __future__ import annotations
@@ -10,25 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 
-from ewq_gguf import store
 from ewq_gguf._version import __version__
 from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.job import MemoryUse
-from ewq_gguf.bench.reference_run import cached_reference
-from ewq_gguf.bench.runner import Request, bench_file
+from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.studies import correlations, kld_difference, kld_mean, rank_among
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.entropy.layers import layer_statistics
-from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.convert import check_is_local
-from ewq_gguf.llamacpp.quantize import quantize
-from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
-from ewq_gguf.pipeline.making import base_file
+from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.planning import plan, policy_measures
 from ewq_gguf.pipeline.scanning import scan
+from ewq_gguf.pipeline.throwaway import measure_plans, types_sha256
 from ewq_gguf.plan.controls import (
     ALL_LAYERS,
     NOTHING,
@@ -51,10 +45,8 @@ from ewq_gguf.records import (
     Sensitivity,
     Study,
     StudyFile,
-    StudyPart,
     TextResult,
     UniformPolicy,
-    read_journal,
 )
 from ewq_gguf.records.study import Findings
 
@@ -128,7 +120,7 @@ def study_sensitivity(
             ),
         )
 
-    return _study(question, {probe.part: probe.plan for probe in made}, findings)
+    return run_study(question, {probe.part: probe.plan for probe in made}, findings)
 
 
 def study_controls(
@@ -168,7 +160,7 @@ def study_controls(
         p = rank / (len(random) + 1)
         return Controls(plan=own, controls=tuple(found), rank=rank, p=p)
 
-    return _study(question, {policy.name: planned, **others}, findings)
+    return run_study(question, {policy.name: planned, **others}, findings)
 
 
 def study_factor(
@@ -187,7 +179,7 @@ def study_factor(
     plans = {
         str(policy.factor): _plan(question, policy, raw_type) for policy in policies
     }
-    return _study(
+    return run_study(
         question,
         plans,
         lambda files: FactorSweep(
@@ -234,24 +226,39 @@ def _control(control: Plan, file: StudyFile, own: StudyFile) -> Control:
         order=policy.order,
         seed=policy.seed,
         file=file,
-        difference=kld_difference(file, own),
+        difference=kld_difference(file.quality, own.quality),
     )
 
 
-def _study(
+def run_study(
     question: Question,
     plans: Mapping[str, Plan],
     findings: Callable[[Mapping[str, StudyFile]], Findings],
 ) -> Study:
-    """Measure the files of plans, by their labels; what do they say together?"""
+    """Measure the files of plans, and say what they mean together.
+
+    Args:
+        question: of the study.
+        plans: by their labels.
+        findings: what the files, by these labels, say.
+
+    Raises:
+        EwqError: of the stage that failed, with what to do.
+    """
     checkpoint = question.checkpoint
     check_is_local(checkpoint)
     toolchain = find_toolchain(question.options.llama_cpp)
     base = base_file(checkpoint, toolchain, progress=question.progress)
     request = replace(question.request, tasks=("perplexity", "kld"), base=base)
-    known = _measured(question, request, list(plans.values()), base, toolchain)
+    known = measure_plans(
+        list(plans.values()),
+        request,
+        toolchain,
+        options=question.options,
+        progress=question.progress,
+    )
     files = {
-        label: _file(label, made, known[_types_sha256(made)].quality)
+        label: _file(label, made, known[types_sha256(made)].quality)
         for label, made in plans.items()
     }
     return Study(
@@ -262,67 +269,6 @@ def _study(
         engine=next(iter(known.values())).engine,
         findings=findings(files),
     )
-
-
-def _measured(
-    question: Question,
-    request: Request,
-    plans: Sequence[Plan],
-    base: Path,
-    toolchain: Toolchain,
-) -> dict[str, StudyPart]:
-    """What every plan's file is worth, by its tensors' types."""
-    asked = request.parameters().model_dump_json()
-    made_by = f"{toolchain.key} {LLAMA_CPP_COMMIT}"
-    key = store.sha256_text(f"{identify(base).sha256} {made_by} {asked}")
-    journal = store.cache_dir("studies") / f"{key}.journal"
-    with store.locked(journal, stage=STAGE, wait=True):
-        parts = read_journal(journal, StudyPart)
-        todo = {_types_sha256(made): made for made in plans}
-        todo = {name: made for name, made in todo.items() if name not in parts}
-        if len(todo) < len(plans):
-            n_known = len(plans) - len(todo)
-            question.progress.note(f"{n_known} of {len(plans)} files need no measuring")
-        if not todo:
-            return parts
-        reference = cached_reference(
-            base, request, lambda: question.progress.measure(f"reference {base.name}")
-        )
-        request = replace(request, reference=reference)
-        with question.progress.stage(f"measure {len(todo)} files") as tell:
-            for i, (name, made) in enumerate(todo.items()):
-
-                def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
-                    tell((i + share) / len(todo))
-
-                with store.work_dir(journal, stage=STAGE) as folder:
-                    file = folder / "study.gguf"
-                    # Not `planned_file`: nobody will look for this file again.
-                    quantize(
-                        made,
-                        base,
-                        file,
-                        toolchain,
-                        n_threads=question.options.n_threads,
-                        load=False,  # it is loaded to be measured
-                        imatrix=question.options.imatrix,
-                    )
-                    result = bench_file(file, request, of_file)
-                part = StudyPart(
-                    name=name, engine=result.engine, quality=result.texts[0]
-                )
-                with journal.open("a", encoding="utf-8") as lines:
-                    # What a killed run left half is left behind.
-                    lines.write(f"\n{part.model_dump_json()}\n")
-                parts[name] = part
-    return parts
-
-
-def _types_sha256(plan: Plan) -> str:
-    """What a file's numbers depend on, besides its base: types and importance."""
-    types = [(tensor.name, tensor.written_type) for tensor in plan.tensors]
-    imatrix = plan.imatrix and plan.imatrix.file_sha256
-    return store.sha256_text(repr((imatrix, types)))
 
 
 def _file(label: str, plan: Plan, quality: TextResult) -> StudyFile:

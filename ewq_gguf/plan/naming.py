@@ -12,6 +12,7 @@ from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
     ImportedPolicy,
+    OptimalPolicy,
     Plan,
     Policy,
     PresetPolicy,
@@ -61,6 +62,8 @@ def _policy_label(policy: Policy) -> str:
     if isinstance(policy, ControlPolicy):
         seed = "" if policy.seed is None else str(policy.seed)
         return f"control-{policy.order}{seed}-{policy.plan_sha256[:8]}"
+    if isinstance(policy, OptimalPolicy):
+        return _optimal_label(policy)
     if isinstance(policy, UniformPolicy):
         parts = [policy.name, policy.ggml_type]
     else:
@@ -72,6 +75,14 @@ def _policy_label(policy: Policy) -> str:
     if policy.output_type != "auto":
         parts.append(f"out-{policy.output_type}")
     return "-".join(parts)
+
+
+def _optimal_label(policy: OptimalPolicy) -> str:
+    """The name, and a mark of other parameters than the effort: they may be many."""
+    standard = OptimalPolicy(effort_minutes=policy.effort_minutes)
+    if policy == standard:
+        return policy.name
+    return f"{policy.name}-{crc32(policy.model_dump_json().encode()):08x}"
 
 
 def _own_parts(policy: EwqPolicy | FastEwqPolicy) -> list[str]:

@@ -9,6 +9,7 @@ from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import (
     EwqPolicy,
     GivenPolicy,
+    OptimalPolicy,
     Policy,
     PresetPolicy,
     UniformPolicy,
@@ -37,6 +38,9 @@ def check_policy(
         )
     if isinstance(policy, GivenPolicy) or isinstance(policy, PresetPolicy):
         return
+    if isinstance(policy, OptimalPolicy):
+        _check_optimal(policy, has_budget)
+        return
     for option, name in (
         ("--embedding-type", policy.embedding_type),
         ("--output-type", policy.output_type),
@@ -62,6 +66,28 @@ def check_policy(
                 "needs a ladder of three",
                 "such as --ladder Q4_K,Q8_0,raw",
             )
+
+
+def _check_optimal(policy: OptimalPolicy, has_budget: bool) -> None:
+    if not has_budget:
+        raise UsageError(
+            "plan",
+            "--policy optimal",
+            "has no size to fill",
+            "give one, such as --budget 6GiB, --budget 30% or --bpw 4.5",
+        )
+    if not policy.types:
+        raise UsageError("plan", "--types", "is empty", "name types, such as Q8_0,Q4_K")
+    # A matrix is made where none is given.
+    named = (
+        ("--types", policy.types),
+        ("--floor", policy.floors.values()),
+        ("--ceiling", policy.ceilings.values()),
+    )
+    for option, names in named:
+        for name in names:
+            _check_type(option, name, has_imatrix=True)
+    _check_at_least("--effort", policy.effort_minutes, 0)
 
 
 def _check_ladder(ladder: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from ewq_gguf.records.plan import (
     GivenPolicy,
     Imatrix,
     ImportedPolicy,
+    OptimalPolicy,
     Plan,
     PlanLayer,
     PlanTensor,
@@ -50,11 +51,14 @@ from ewq_gguf.records.result import (
     TextResult,
 )
 from ewq_gguf.records.scan import LayerScan, Measures, Scan, Statistics, TensorScan
+from ewq_gguf.records.search import Search, SearchedFile
 from ewq_gguf.records.study import (
     Control,
     Controls,
     FactorFile,
     FactorSweep,
+    Frontier,
+    FrontierFile,
     LayerProbe,
     RoleProbe,
     Sensitivity,
@@ -82,6 +86,8 @@ __all__ = [
     "FactorFile",
     "FactorSweep",
     "FastEwqPolicy",
+    "Frontier",
+    "FrontierFile",
     "HeadShape",
     "GivenPolicy",
     "Imatrix",
@@ -96,6 +102,7 @@ __all__ = [
     "Memory",
     "MmluPart",
     "ModelIdentity",
+    "OptimalPolicy",
     "Placement",
     "Plan",
     "PlanLayer",
@@ -112,6 +119,8 @@ __all__ = [
     "RulePolicy",
     "RunPart",
     "Scan",
+    "Search",
+    "SearchedFile",
     "Sensitivity",
     "Shard",
     "Source",

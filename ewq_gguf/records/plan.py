@@ -9,6 +9,14 @@ from pydantic import Field
 from ewq_gguf.records.base import Part, Record
 from ewq_gguf.records.model import ModelIdentity
 from ewq_gguf.records.placement import Placement
+from ewq_gguf.records.search import Search
+
+#: What policy `optimal` may give; ternary types are for weights trained to be ternary.
+TYPES = (
+    "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
+    "MXFP4", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M",
+    "IQ1_S",
+)  # fmt: skip
 
 
 class EwqPolicy(Part):
@@ -91,6 +99,25 @@ class PresetPolicy(Part):
     preset: str
 
 
+class OptimalPolicy(Part):
+    """Whatever was measured to be best: errors and sensitivities propose, files decide.
+
+    Attributes:
+        types: that tensors may have, besides raw.
+        floors: the type of fewest bits by role, `*` for every role.
+        ceilings: of most bits, likewise.
+        effort_minutes: that probes and files may be measured for.
+        seed: of the text that the model writes to be measured on.
+    """
+
+    name: Literal["optimal"] = "optimal"
+    types: tuple[str, ...] = TYPES
+    floors: dict[str, str] = {}
+    ceilings: dict[str, str] = {}
+    effort_minutes: float = 20.0
+    seed: int = 1
+
+
 class ImportedPolicy(Part):
     """Types that somebody else chose.
 
@@ -137,7 +164,7 @@ class ControlPolicy(Part):
 
 
 #: Policies that decide; the others only tell where types came from.
-RulePolicy = EwqPolicy | FastEwqPolicy | UniformPolicy | PresetPolicy
+RulePolicy = EwqPolicy | FastEwqPolicy | UniformPolicy | PresetPolicy | OptimalPolicy
 GivenPolicy = ImportedPolicy | ProbePolicy | ControlPolicy
 
 Policy = Annotated[RulePolicy | GivenPolicy, Field(discriminator="name")]
@@ -145,6 +172,8 @@ Policy = Annotated[RulePolicy | GivenPolicy, Field(discriminator="name")]
 
 class Budget(Part):
     """How large the file may be, and how that was reached (Algorithm 1 of the paper).
+
+    Of policy `optimal`, which reaches it otherwise, there are only the bytes.
 
     Attributes:
         asked: as it was given: `6GiB`, `80%`, `4.5 bpw`, `auto`, or the machines.
@@ -160,9 +189,9 @@ class Budget(Part):
 
     asked: str
     limit_bytes: int
-    case: Literal[1, 2, 3, 4]
-    start: str
-    n_steps: int
+    case: Literal[1, 2, 3, 4] | None = None
+    start: str | None = None
+    n_steps: int | None = None
     n_ctx: int | None = None
     context_bytes: int | None = None
 
@@ -284,6 +313,7 @@ class Plan(Record):
         budget: the limit and how it was reached; None without one.
         placement: on a cluster's machines; None without one.
         imatrix: that the file is made with; None without one.
+        search: what was measured to choose the types; None where a rule did.
         tensors: every tensor of the file.
         layers: the decisions.
         totals: the prediction.
@@ -302,6 +332,7 @@ class Plan(Record):
     budget: Budget | None
     placement: Placement | None = None
     imatrix: Imatrix | None = None
+    search: Search | None = None
     tensors: tuple[PlanTensor, ...]
     layers: tuple[PlanLayer, ...]
     totals: Totals

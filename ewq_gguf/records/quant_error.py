@@ -13,10 +13,12 @@ class QuantError(Part):
         error: share of the weights' energy that the type loses, columns weighed by the
             importance matrix: sum I (w - w')^2 / sum I w^2.
         error_stderr: of it, for the rows that were not sampled.
+        plain_error: the same share with all columns weighed alike.
         n_rows: sampled.
     """
 
     name: str
     error: float
     error_stderr: float
+    plain_error: float
     n_rows: int

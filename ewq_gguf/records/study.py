@@ -162,7 +162,44 @@ class FactorSweep(Part):
     files: tuple[FactorFile, ...]
 
 
-Findings = Annotated[Sensitivity | Controls | FactorSweep, Field(discriminator="kind")]
+class FrontierFile(Part):
+    """A file on or above the curve of size against divergence.
+
+    Attributes:
+        source: whose types it has: a `preset`'s, policy `ewq`, `fastewq` or `optimal`.
+        budget: the name of the size that it was planned for; None without one.
+        has_imatrix: whether it was made with the importance matrix.
+        file: measured.
+        rival: label of the best preset that is no larger; of optimal files only.
+        difference: its mean divergence minus the rival's, over the same windows.
+    """
+
+    source: Literal["preset", "ewq", "fastewq", "optimal"]
+    budget: str | None
+    has_imatrix: bool
+    file: StudyFile
+    rival: str | None = None
+    difference: PairedMean | None = None
+
+
+class Frontier(Part):
+    """Size against divergence, of every way to plan.
+
+    Attributes:
+        kind: of the study.
+        files: large to small.
+        ratio: geometric mean of the optimal files' divergences over their rivals'; None
+            where no optimal file has a rival.
+    """
+
+    kind: Literal["frontier"] = "frontier"
+    files: tuple[FrontierFile, ...]
+    ratio: float | None
+
+
+Findings = Annotated[
+    Sensitivity | Controls | FactorSweep | Frontier, Field(discriminator="kind")
+]
 
 
 class Study(Record):

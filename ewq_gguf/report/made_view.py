@@ -13,6 +13,7 @@ from rich.text import Text
 from ewq_gguf.errors import printable
 from ewq_gguf.records import Plan, Verification
 from ewq_gguf.report.plan_view import fallback_lines, layer_counts
+from ewq_gguf.report.search_view import search_line
 from ewq_gguf.report.text import size_text
 
 _N_NEAREST = 4
@@ -49,6 +50,8 @@ def made_view(
     )
     table.add_row("layers", layer_counts(plan))
     table.add_row("others", _others(plan))
+    if plan.search is not None:
+        table.add_row("search", Text(search_line(plan.search)))
     for line in fallback_lines(plan):
         table.add_row("fallback", line)
     count = len(verification.tensors)

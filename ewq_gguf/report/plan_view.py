@@ -19,6 +19,7 @@ from ewq_gguf.records import (
     FastEwqPolicy,
     Imatrix,
     ImportedPolicy,
+    OptimalPolicy,
     Plan,
     PlanTensor,
     PresetPolicy,
@@ -26,6 +27,7 @@ from ewq_gguf.records import (
     UniformPolicy,
 )
 from ewq_gguf.report.placement_view import placement_view
+from ewq_gguf.report.search_view import search_view
 from ewq_gguf.report.text import (
     Column,
     Map,
@@ -39,9 +41,13 @@ from ewq_gguf.report.text import (
 def plan_view(plan: Plan) -> RenderableType:
     """The whole view, for a rich console."""
     said = [Text(f"note: {line}") for line in notes(plan)]
-    placed = [Text(), placement_view(plan.placement)] if plan.placement else []
+    below = []
+    if plan.search:
+        below += [Text(), search_view(plan.search)]
+    if plan.placement:
+        below += [Text(), placement_view(plan.placement)]
     return Group(
-        _head(plan), *said, Text(), _layer_map(plan), Text(), _other(plan), *placed
+        _head(plan), *said, Text(), _layer_map(plan), Text(), _other(plan), *below
     )
 
 
@@ -130,6 +136,7 @@ def _imatrix_text(imatrix: Imatrix) -> str:
 def _budget_text(plan: Plan, budget: Budget) -> str:
     gap = budget.limit_bytes - plan.totals.file_size_bytes
     how = {
+        None: "filled by a search",
         1: "everything fits unquantised",
         2: f"the decision fits, {budget.n_steps} steps up",
         3: f"begun with {budget.start}, {budget.n_steps} steps",
@@ -161,6 +168,8 @@ def _policy_text(plan: Plan) -> str:
             f"control: {policy.order}{seed}, the layer decisions of plan "
             f"{printable(policy.plan_sha256[:12])}"
         )
+    if isinstance(policy, OptimalPolicy):
+        return f"optimal, {policy.effort_minutes:g} minutes of measuring at most"
     ladder = f"ladder {', '.join(policy.ladder)}"
     for what, asked in (
         ("embedding", policy.embedding_type),

@@ -19,12 +19,14 @@ from ewq_gguf.records import (
     Control,
     Controls,
     FactorSweep,
+    Frontier,
     Kld,
     Sensitivity,
     Study,
     StudyFile,
 )
 from ewq_gguf.records.scores import RankCorrelation
+from ewq_gguf.report.frontier_view import frontier_parts
 
 _BAR = 24
 #: Statistics beside each layer's divergence; the correlations have them all.
@@ -53,6 +55,9 @@ def study_view(study: Study) -> RenderableType:
     elif isinstance(findings, Controls):
         parts = _controls(findings)
         file = findings.plan
+    elif isinstance(findings, Frontier):
+        parts = frontier_parts(findings)
+        file = findings.files[0].file
     else:
         parts = _factors(findings)
         file = findings.files[0].file

@@ -1,0 +1,83 @@
+"""`ewq frontier`: size against divergence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ewq_gguf import pipeline, store
+from ewq_gguf.cli.bench_options import comma_list
+from ewq_gguf.cli.common import PATH
+from ewq_gguf.cli.policy import optimal_options, optimal_policy_of
+from ewq_gguf.cli.study import run, study_options
+from ewq_gguf.pipeline.calibrating import with_imatrix
+from ewq_gguf.pipeline.frontier import study_frontier
+from ewq_gguf.pipeline.studying import STAGE, Question
+from ewq_gguf.plan.ask import Ask, parse_budget
+from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.records import Study
+from ewq_gguf.report.frontier_view import draw_frontier
+
+_PRESETS = "Q6_K,Q5_K_M,Q5_K_S,Q4_K_M,Q4_K_S,Q3_K_M,IQ4_XS"
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--budgets",
+    metavar="LIST",
+    help="Sizes with commas between them, such as 6GiB,5.5GB,30%.",
+)
+@click.option(
+    "--presets",
+    metavar="LIST",
+    help=f"The sizes of these presets.  [default: {_PRESETS}]",
+)
+@click.option("--picture", type=PATH, metavar="FILE", help="Draw it: .png, .svg, .pdf.")
+@optimal_options
+@study_options
+def frontier(
+    model: str,
+    budgets: str | None,
+    presets: str | None,
+    picture: Path | None,
+    **values: Any,
+) -> None:
+    """Draw MODEL's curve of size against KL divergence.
+
+    Every preset with an importance matrix and without, and at each size the best file
+    that policy optimal finds, EWQ and FastEWQ. The text judges and chooses nothing.
+    """
+    if budgets and presets:
+        raise click.BadParameter("--budgets and --presets are sizes each; give one")
+    policy = optimal_policy_of(values)
+    check_policy(policy, has_budget=True)
+    if picture is not None:
+        store.check_writable(picture, STAGE)
+
+    def study_of(question: Question) -> Study:
+        if budgets:
+            asked = {text: parse_budget(text) for text in comma_list(budgets)}
+        else:
+            asked = _preset_sizes(question, comma_list(presets or _PRESETS))
+        return study_frontier(question, asked, policy)
+
+    found, _ = run("frontier", model, study_of, values)
+    if picture is not None:
+        with store.replacing(picture, stage=STAGE) as temporary:
+            draw_frontier(found, temporary)
+
+
+def _preset_sizes(question: Question, names: list[str]) -> dict[str, Ask]:
+    """The sizes of presets, by their names."""
+    names = [name.upper() for name in names]
+    pipeline.check_presets(names)
+    # With the matrix a file says so, and is some hundred bytes larger.
+    options = with_imatrix(question.checkpoint, question.options, question.progress)
+    plans = pipeline.preset_plans(
+        question.checkpoint, options=options, progress=question.progress
+    )
+    sizes = {name: plans[name].totals.file_size_bytes for name in names}
+    return {name: Ask(f"{size}B", n_bytes=size) for name, size in sizes.items()}

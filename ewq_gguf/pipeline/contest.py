@@ -1,0 +1,289 @@
+"""Candidates and rivals, measured: a few windows for all, many for the best.
+
+What is measured teaches the predictor, which proposes again; the best file wins,
+whoever proposed it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Literal
+
+import numpy as np
+
+from ewq_gguf.bench.runner import Request
+from ewq_gguf.bench.studies import kld_difference
+from ewq_gguf.errors import InputError
+from ewq_gguf.llamacpp.toolchain import Toolchain
+from ewq_gguf.pipeline.options import Options, Progress
+from ewq_gguf.pipeline.throwaway import measure_plans, types_sha256
+from ewq_gguf.plan.ask import Limit
+from ewq_gguf.plan.optimal import cheapest
+from ewq_gguf.plan.predictor import Prediction, Predictor
+from ewq_gguf.plan.subject import Subject
+from ewq_gguf.records import Plan, PresetPolicy, SearchedFile, TextResult
+
+#: Selections that are proposed at once: the cheapest, and others that may be it as far
+#: as is known.
+_N_PROPOSED = 4
+_N_ROUNDS = 6
+_N_FINALISTS = 3
+#: A rival that is predicted to be worse than the best by as many standard deviations is
+#: not measured; the most promising ones are, whatever is predicted.
+_N_STD = 3.0
+_N_ALWAYS = 3
+#: A round that improves on the best by less is the last one.
+_LEAST_GAIN = 0.01
+#: The preset whose weights lose least: what it costs beyond them is the floor.
+_FLOOR_PRESET = "Q8_0"
+
+
+@dataclass
+class Measuring:
+    """Measures files, and knows how long that takes.
+
+    Attributes:
+        request: the text and the base.
+        toolchain: that quantises.
+        options: for the whole run.
+        progress: who is told.
+        n_few: windows for every file.
+        n_many: windows for the best.
+        seconds: of a file on few windows, the longest seen.
+    """
+
+    request: Request
+    toolchain: Toolchain
+    options: Options
+    progress: Progress
+    n_few: int = 8
+    n_many: int = 32
+    seconds: float = 0.0
+
+    def __call__(self, plans: Sequence[Plan], n_windows: int) -> list[TextResult]:
+        """What the files of plans are worth."""
+        started = time.monotonic()
+        parts = measure_plans(
+            plans,
+            replace(self.request, n_chunks=n_windows),
+            self.toolchain,
+            options=self.options,
+            progress=self.progress,
+        )
+        taken = (time.monotonic() - started) / max(len(plans), 1)
+        self.seconds = max(self.seconds, taken * self.n_few / n_windows)
+        return [parts[types_sha256(plan)].quality for plan in plans]
+
+
+@dataclass
+class Entrant:
+    """A file in question, and what is known about it so far."""
+
+    name: str
+    kind: Literal["optimal", "preset", "plan"]
+    plan: Plan
+    prediction: Prediction
+    few: TextResult | None = None
+    many: TextResult | None = None
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """Of the better file it is smaller: by many windows, few, or prediction."""
+        return (_nats(self.many), _nats(self.few), self.prediction.kld_nats)
+
+    def record(self, best: Entrant) -> SearchedFile:
+        """What is kept of it."""
+        is_other = self is not best and self.many is not None
+        assert best.many is not None
+        return SearchedFile(
+            name=self.name,
+            kind=self.kind,
+            has_imatrix=self.plan.imatrix is not None,
+            size_bytes=self.plan.totals.file_size_bytes,
+            predicted_nats=self.prediction.kld_nats,
+            predicted_std_nats=self.prediction.std_nats,
+            few_nats=_nats(self.few) if self.few else None,
+            many_nats=_nats(self.many) if self.many else None,
+            difference=kld_difference(self.many, best.many)
+            if self.many is not None and is_other
+            else None,
+        )
+
+
+@dataclass
+class Contest:
+    """Files of one size or smaller, and the one that is best.
+
+    Attributes:
+        subject: what is planned.
+        limit: of the whole file.
+        menu: what each quantisable tensor may be.
+        measuring: measures files.
+        predictor: with the costs of all types of all entrants.
+        deadline: of `time.monotonic`; no round begins that would not end by then.
+        make: the plan of types.
+        entrants: that were looked at so far.
+        n_left_out: rivals that the prediction ruled out.
+    """
+
+    subject: Subject
+    limit: Limit
+    menu: Mapping[str, Sequence[str]]
+    measuring: Measuring
+    predictor: Predictor
+    deadline: float
+    make: Callable[[Mapping[str, str]], Plan]
+    entrants: list[Entrant] = field(default_factory=list)
+    n_left_out: int = 0
+
+    def run(self, rivals: Mapping[str, Plan]) -> tuple[Plan, tuple[SearchedFile, ...]]:
+        """The best file's plan, and all that were looked at, best first.
+
+        Args:
+            rivals: that are not proposed here, by name; larger ones only teach.
+
+        Raises:
+            InputError: no selection keeps the limit.
+        """
+        self._find_floor(rivals)
+        best = self._round(0)
+        self._meet(
+            {
+                name: plan
+                for name, plan in rivals.items()
+                if plan.totals.file_size_bytes <= self.limit.n_bytes
+            }
+        )
+        for number in range(1, _N_ROUNDS):
+            if not self._has_time():
+                break
+            before, best = best, self._round(number)
+            if best > before * (1 - _LEAST_GAIN):
+                break
+        finalists = self._finalists()
+        many = self.measuring([e.plan for e in finalists], self.measuring.n_many)
+        for entrant, result in zip(finalists, many, strict=True):
+            entrant.many = result
+        order = sorted(self.entrants, key=lambda entrant: entrant.rank)
+        return order[0].plan, tuple(entrant.record(order[0]) for entrant in order)
+
+    @property
+    def prediction_error(self) -> float | None:
+        """Median of |measured / predicted - 1|, each predicted before measured."""
+        ratios = [
+            abs(_nats(entrant.few) / entrant.prediction.kld_nats - 1)
+            for entrant in self.entrants
+            if entrant.few and entrant.plan.imatrix and entrant.prediction.kld_nats
+        ]
+        return median(ratios) if ratios else None
+
+    def _find_floor(self, rivals: Mapping[str, Plan]) -> None:
+        """What rounding activations costs: a file of small errors, less these."""
+        names = [f"{_FLOOR_PRESET} imatrix", _FLOOR_PRESET]
+        plan = next(rivals[name] for name in names if name in rivals)
+        (result,) = self.measuring([plan], self.measuring.n_few)
+        weights = self.predictor.predict(written_types(plan)).kld_nats
+        floor = max(_nats(result) - weights, 0.0)
+        self.predictor = replace(self.predictor, floor_nats=floor)
+
+    def _round(self, number: int) -> float:
+        """Propose, measure, learn; the best divergence so far, nats."""
+        known = {types_sha256(entrant.plan) for entrant in self.entrants}
+        proposed: dict[str, Plan] = {}
+        for draw in range(_N_PROPOSED):
+            rng = np.random.default_rng([number, draw]) if draw else None
+            plan = self._propose(rng)
+            if types_sha256(plan) not in known:
+                proposed.setdefault(types_sha256(plan), plan)
+        n_own = sum(entrant.kind == "optimal" for entrant in self.entrants)
+        self._enter(
+            [
+                self._entrant(f"optimal {n_own + i}", "optimal", plan)
+                for i, plan in enumerate(proposed.values(), 1)
+            ]
+        )
+        return min(_nats(e.few) for e in self.entrants if e.kind == "optimal")
+
+    def _propose(self, rng: np.random.Generator | None) -> Plan:
+        now = self.predictor.costs_now(rng)
+        allowed = {
+            name: {kind: now[name][kind] for kind in kinds}
+            for name, kinds in self.menu.items()
+        }
+        types = cheapest(self.subject, allowed, self.limit.n_bytes)
+        if types is None:
+            raise InputError(
+                "plan",
+                "--budget",
+                f"{self.limit.asked} is {self.limit.n_bytes:,} bytes; no selection of "
+                "the types that may be used is as small",
+                "choose a larger size, or allow smaller types",
+            )
+        return self.make(types)
+
+    def _meet(self, rivals: Mapping[str, Plan]) -> None:
+        """Measure rivals, the most promising first; leave the hopeless out."""
+        waiting = {
+            types_sha256(plan): self._entrant(
+                name,
+                "preset" if isinstance(plan.policy, PresetPolicy) else "plan",
+                plan,
+            )
+            for name, plan in reversed(list(rivals.items()))
+        }
+        order = sorted(waiting.values(), key=lambda entrant: entrant.rank)
+        for i, entrant in enumerate(order):
+            found = self.predictor.predict(written_types(entrant.plan))
+            entrant.prediction = found
+            best = min(_nats(one.few) for one in self.entrants)
+            is_hopeless = found.kld_nats - _N_STD * found.std_nats > best
+            if is_hopeless and i >= _N_ALWAYS:
+                self.n_left_out += 1
+            else:
+                self._enter([entrant])
+
+    def _entrant(
+        self, name: str, kind: Literal["optimal", "preset", "plan"], plan: Plan
+    ) -> Entrant:
+        return Entrant(name, kind, plan, self.predictor.predict(written_types(plan)))
+
+    def _enter(self, entrants: Sequence[Entrant]) -> None:
+        if not entrants:
+            return
+        found = self.measuring([e.plan for e in entrants], self.measuring.n_few)
+        for entrant, result in zip(entrants, found, strict=True):
+            entrant.few = result
+            # The table's errors are those of files with the matrix, if there is one.
+            if bool(entrant.plan.imatrix) == bool(self.subject.importance):
+                types = written_types(entrant.plan)
+                self.predictor = self.predictor.after(types, _nats(result))
+        self.entrants += entrants
+
+    def _has_time(self) -> bool:
+        n_files = _N_PROPOSED + (_N_FINALISTS + 1) * (
+            self.measuring.n_many / self.measuring.n_few
+        )
+        needed = n_files * self.measuring.seconds
+        return time.monotonic() + needed <= self.deadline
+
+    def _finalists(self) -> list[Entrant]:
+        """The best of those proposed here, and the best of the rivals."""
+        order = sorted(self.entrants, key=lambda entrant: entrant.rank)
+        own = [entrant for entrant in order if entrant.kind == "optimal"]
+        others = [entrant for entrant in order if entrant.kind != "optimal"]
+        return [*own[:_N_FINALISTS], *others[:1]]
+
+
+def written_types(plan: Plan) -> dict[str, str]:
+    """What each quantisable tensor is in the file."""
+    return {t.name: t.written_type for t in plan.tensors if t.is_quantizable}
+
+
+def _nats(result: TextResult | None) -> float:
+    if result is None:
+        return float("inf")
+    assert result.kld is not None
+    return result.kld.kld_mean_nats

@@ -1,0 +1,112 @@
+"""The curve of size against divergence: presets, the paper's policies, and the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import exp, log
+from statistics import fmean
+from typing import Literal
+
+from ewq_gguf.bench.studies import kld_difference, kld_mean
+from ewq_gguf.errors import InputError
+from ewq_gguf.pipeline.calibrating import with_imatrix
+from ewq_gguf.pipeline.planning import plan
+from ewq_gguf.pipeline.presets import preset_plans
+from ewq_gguf.pipeline.studying import Question, run_study
+from ewq_gguf.plan.ask import Ask
+from ewq_gguf.records import (
+    EwqPolicy,
+    FastEwqPolicy,
+    Frontier,
+    FrontierFile,
+    OptimalPolicy,
+    Plan,
+    RulePolicy,
+    Study,
+    StudyFile,
+)
+
+_MATRIX = " imatrix"
+
+
+def study_frontier(
+    question: Question, budgets: Mapping[str, Ask], policy: OptimalPolicy
+) -> Study:
+    """Measure the best file of each size beside everything else of any size.
+
+    Args:
+        question: of the study; its text is the judge and chooses nothing.
+        budgets: by their names.
+        policy: how the best files are searched for.
+
+    Raises:
+        EwqError: of the stage that failed, with what to do.
+    """
+    checkpoint, progress = question.checkpoint, question.progress
+    options = with_imatrix(checkpoint, question.options, progress)
+    question = replace(question, options=options)
+    plans: dict[str, Plan] = {}
+    sources: dict[str, tuple[RulePolicy, str | None]] = {}
+    for suffix, matrix in ((_MATRIX, options.imatrix), ("", None)):
+        found = preset_plans(
+            checkpoint, options=replace(options, imatrix=matrix), progress=progress
+        )
+        plans |= {f"{name}{suffix}": one for name, one in found.items()}
+    rules: tuple[RulePolicy, ...] = (policy, EwqPolicy(), FastEwqPolicy())
+    for name, ask in budgets.items():
+        for rule in rules:
+            label = f"{rule.name} {name}"
+            progress.note(f"planning {label}")
+            try:
+                plans[label] = plan(
+                    checkpoint, rule, budget=ask, options=options, progress=progress
+                )
+            except InputError:
+                if rule is policy:
+                    raise
+                continue  # its ladder does not reach the size
+            sources[label] = rule, name
+    return run_study(question, plans, lambda files: frontier_of(plans, files, sources))
+
+
+def frontier_of(
+    plans: Mapping[str, Plan],
+    files: Mapping[str, StudyFile],
+    sources: Mapping[str, tuple[RulePolicy, str | None]],
+) -> Frontier:
+    """What measured files say of sizes.
+
+    Args:
+        plans: by label; what is not in `sources` is a preset.
+        files: of these plans.
+        sources: policy and name of the budget, by label.
+    """
+    presets = {label: files[label] for label in plans if label not in sources}
+    found, ratios = [], []
+    for label, file in files.items():
+        rule, budget = sources.get(label, (None, None))
+        one = FrontierFile(
+            source=_source(rule),
+            budget=budget,
+            has_imatrix=plans[label].imatrix is not None,
+            file=file,
+        )
+        smaller = [p for p in presets.values() if p.size_bytes <= file.size_bytes]
+        if isinstance(rule, OptimalPolicy) and smaller:
+            rival = min(smaller, key=kld_mean)
+            difference = kld_difference(file.quality, rival.quality)
+            update = {"rival": rival.label, "difference": difference}
+            one = one.model_copy(update=update)
+            ratios.append(log(kld_mean(file) / kld_mean(rival)))
+        found.append(one)
+    found.sort(key=lambda one: (-one.file.size_bytes, kld_mean(one.file)))
+    return Frontier(files=tuple(found), ratio=exp(fmean(ratios)) if ratios else None)
+
+
+def _source(
+    rule: RulePolicy | None,
+) -> Literal["preset", "ewq", "fastewq", "optimal"]:
+    if isinstance(rule, EwqPolicy | FastEwqPolicy | OptimalPolicy):
+        return rule.name
+    return "preset"

@@ -1,0 +1,312 @@
+"""Policy `optimal`: what is known of a model, and the contest that it leads to.
+
+    error table x probed sensitivities -> predictor -> contest -> the best file's plan
+
+The text that files are measured on was written by the model, from other beginnings than
+the text it is calibrated on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from math import prod
+
+from ewq_gguf import store
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.runner import CPU_SETUP, Request
+from ewq_gguf.bench.writing import written_text
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.errors import InputError
+from ewq_gguf.ggml_types import tensor_bytes
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.pipeline.bases import base_file
+from ewq_gguf.pipeline.contest import Contest, Measuring, written_types
+from ewq_gguf.pipeline.error_table import error_table
+from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.presets import preset_plans
+from ewq_gguf.pipeline.probing import PROBE_TYPE, Prober, probe_slopes
+from ewq_gguf.pipeline.throwaway import types_sha256
+from ewq_gguf.plan.ask import Ask, Limit
+from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.cluster import place
+from ewq_gguf.plan.optimal import (
+    cheapest,
+    least_bits,
+    menus,
+    other_bytes,
+    quantizable,
+)
+from ewq_gguf.plan.predictor import Predictor
+from ewq_gguf.plan.sensitivity import is_doubtful
+from ewq_gguf.plan.sizes import padded
+from ewq_gguf.plan.subject import Subject
+from ewq_gguf.records import Budget, OptimalPolicy, Plan, Search, load_cached
+from ewq_gguf.tensor_names import role
+
+#: Documents that the model writes to be measured on.
+_N_DOCUMENTS = 64
+#: Of the effort, what probes may take at most.
+_PROBE_SHARE = 0.5
+#: A role in a type that costs less of the whole is not probed.
+_LEAST_SHARE = 0.01
+
+
+def search(
+    checkpoint: Checkpoint,
+    subject: Subject,
+    policy: OptimalPolicy,
+    ask: Ask,
+    rivals: Mapping[str, Plan],
+    *,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """The best file that can be found within a budget, as a plan that tells how.
+
+    Args:
+        checkpoint: of the model.
+        subject: what is planned, with the importance matrix.
+        policy: with every parameter.
+        ask: what the file may take.
+        rivals: plans that it has to beat, by name; every preset that is no larger, with
+            the matrix and without, is one too.
+        options: for the whole run; with the same matrix.
+        progress: who is told.
+
+    Raises:
+        InputError: the budget cannot be met, or the model cannot be probed.
+        EwqError: of the stage that failed, with what to do.
+    """
+    options = options or Options()
+    toolchain = find_toolchain(options.llama_cpp)
+    base = base_file(checkpoint, toolchain, progress=progress)
+    limit = _limit(subject, ask)
+    setup = CPU_SETUP.model_copy(update={"n_threads": options.n_threads})
+    text = written_text(
+        base,
+        setup,
+        lambda: progress.measure(f"text by {checkpoint.identity.name}"),
+        n_documents=_N_DOCUMENTS,
+        seed=policy.seed,
+    )
+    request = Request(
+        tasks=("perplexity", "kld"), base=base, texts=(("own", text),), setup=setup
+    )
+    all_rivals = {**_presets(checkpoint, subject, options, progress), **rivals}
+    # What was searched for once is known: the same command makes the same file.
+    depends_on = (
+        identify(base).sha256,
+        toolchain.key,
+        LLAMA_CPP_COMMIT,
+        subject.raw_type,
+        str(limit),
+        policy.model_dump_json(),
+        *sorted(types_sha256(plan) for plan in all_rivals.values()),
+    )
+    path = store.cache_dir("searches") / f"{store.sha256_text(repr(depends_on))}.json"
+    with store.locked(path, stage="plan", wait=True):
+        known = load_cached(Plan, path, "plan")
+        if known is None:
+            measuring = Measuring(request, toolchain, options, progress)
+            known = _searched(subject, policy, limit, all_rivals, measuring)
+            store.write_text(path, known.to_json(), stage="plan", force=True)
+    if ask.machines:
+        placement = place(known.tensors, ask.machines, ask.n_ctx)
+        known = known.model_copy(update={"placement": placement})
+    return known
+
+
+def _limit(subject: Subject, ask: Ask) -> Limit:
+    """The bytes that may be used.
+
+    Raises:
+        InputError: more is asked for than the unquantised file takes.
+    """
+    raw = other_bytes(subject) + sum(
+        padded(tensor_bytes(subject.raw_type, tensor.shape))
+        for tensor in quantizable(subject)
+    )
+    limit = ask.limit(raw, subject.tensors)
+    if limit.n_bytes > raw and not limit.may_exceed:
+        raise InputError(
+            "plan",
+            "--budget",
+            f"{limit.asked} is {limit.n_bytes:,} bytes; unquantised the file takes "
+            f"{raw:,}",
+            "choose a smaller size",
+        )
+    return replace(limit, n_bytes=min(limit.n_bytes, raw))
+
+
+def _presets(
+    checkpoint: Checkpoint, subject: Subject, options: Options, progress: Progress
+) -> dict[str, Plan]:
+    """Every preset, with the importance matrix and without."""
+    without = preset_plans(
+        checkpoint,
+        raw_type=subject.raw_type,
+        options=replace(options, imatrix=None),
+        progress=progress,
+    )
+    if subject.importance is None:
+        return without
+    weighed = preset_plans(
+        checkpoint, raw_type=subject.raw_type, options=options, progress=progress
+    )
+    return {f"{name} imatrix": plan for name, plan in weighed.items()} | without
+
+
+def _searched(
+    subject: Subject,
+    policy: OptimalPolicy,
+    limit: Limit,
+    rivals: Mapping[str, Plan],
+    measuring: Measuring,
+) -> Plan:
+    base, lib_dir = measuring.request.base, measuring.toolchain.lib_dir
+    assert base is not None
+    assert lib_dir is not None
+    started, effort = time.monotonic(), policy.effort_minutes * 60
+    n_weights = sum(prod(tensor.shape) for tensor in subject.tensors)
+    menu = menus(subject, policy, least_bits(limit.n_bytes, n_weights))
+    # What rivals are made of has to be predicted too.
+    tried = {name: {*kinds} for name, kinds in menu.items()}
+    for plan in rivals.values():
+        for name, kind in written_types(plan).items():
+            tried[name].add(kind)
+    for tensor in quantizable(subject):
+        if tensor.shape[-1] % 32 == 0:
+            tried[tensor.name].add(PROBE_TYPE)
+    errors = error_table(
+        base,
+        {name: sorted(kinds) for name, kinds in tried.items()},
+        lib_dir,
+        options=measuring.options,
+        progress=measuring.progress,
+    )
+    prober = Prober.of(
+        measuring.request,
+        lib_dir,
+        options=measuring.options,
+        progress=measuring.progress,
+    )
+    found = probe_slopes(
+        prober,
+        {name: e[PROBE_TYPE].error for name, e in errors.items() if PROBE_TYPE in e},
+        started + 0.6 * _PROBE_SHARE * effort,
+    )
+    costs = {
+        name: {kind: found.get(name, 0.0) * e.error for kind, e in one.items()}
+        for name, one in errors.items()
+    }
+    doubtful = {
+        (name, kind)
+        for name, one in errors.items()
+        if PROBE_TYPE in one
+        for kind, error in one.items()
+        if is_doubtful(error, one[PROBE_TYPE])
+    }
+
+    def choose() -> Mapping[str, str]:
+        allowed = {n: {k: costs[n][k] for k in kinds} for n, kinds in menu.items()}
+        return cheapest(subject, allowed, limit.n_bytes) or {}
+
+    _settle(costs, doubtful, choose, prober, started + _PROBE_SHARE * effort)
+    contest = Contest(
+        subject=subject,
+        limit=limit,
+        menu=menu,
+        measuring=measuring,
+        predictor=Predictor(costs, 0.0),
+        deadline=started + effort,
+        make=lambda types: _plan(subject, policy, limit, types),
+    )
+    chosen, files = contest.run(rivals)
+    record = Search(
+        text_sha256=measuring.request.parameters().texts[0].sha256,
+        n_few=measuring.n_few,
+        n_many=measuring.n_many,
+        probe_type=PROBE_TYPE,
+        n_probes=prober.n_probes,
+        floor_nats=contest.predictor.floor_nats,
+        prediction_error=contest.prediction_error,
+        n_left_out=contest.n_left_out,
+        files=files,
+        chosen=files[0].name,
+    )
+    own = subject if chosen.imatrix else replace(subject, importance=None)
+    plan = _plan(own, policy, limit, {t.name: t.ggml_type for t in chosen.tensors})
+    return plan.model_copy(update={"search": record})
+
+
+def _settle(
+    costs: dict[str, dict[str, float]],
+    doubtful: Collection[tuple[str, str]],
+    choose: Callable[[], Mapping[str, str]],
+    prober: Prober,
+    deadline: float,
+) -> None:
+    """Probe what would be chosen, until all of it that matters is known.
+
+    A probe in one type says what another costs only as far as their errors are alike:
+    in a role, and for doubtful tensors one by one, the types that are chosen are
+    probed themselves.
+
+    Args:
+        costs: by tensor and type; corrected.
+        doubtful: tensors and types whose errors are not to be trusted.
+        choose: the cheapest types by tensor, with the costs as they are.
+        prober: of the model.
+        deadline: of `time.monotonic`.
+    """
+    alone = set(doubtful)
+    known: set[tuple[str, str]] = set()
+    while time.monotonic() < deadline:
+        cells: dict[tuple[str, str], list[str]] = defaultdict(list)
+        singles = []
+        types = choose()
+        total = sum(costs[name][kind] for name, kind in types.items())
+        for name, kind in types.items():
+            if (name, kind) in alone:
+                singles.append((name, kind))
+            elif costs[name][kind]:
+                cells[role(name), kind].append(name)
+        groups = {
+            cell: tuple(names)
+            for cell, names in cells.items()
+            if cell not in known
+            and sum(costs[n][cell[1]] for n in names) > _LEAST_SHARE * total
+        }
+        if not singles and not groups:
+            return
+        found = prober(
+            [
+                *(((name,), kind) for name, kind in singles),
+                *((names, kind) for (_, kind), names in groups.items()),
+            ]
+        )
+        for name, kind in singles:
+            costs[name][kind] = found[(name,), kind]
+            alone.remove((name, kind))
+        for (of, kind), names in groups.items():
+            factor = found[names, kind] / sum(costs[n][kind] for n in names)
+            for name, one in costs.items():
+                if role(name) == of and kind in one:
+                    one[kind] *= factor
+        known |= groups.keys()
+
+
+def _plan(
+    subject: Subject, policy: OptimalPolicy, limit: Limit, types: Mapping[str, str]
+) -> Plan:
+    budget = Budget(
+        asked=limit.asked,
+        limit_bytes=limit.n_bytes,
+        n_ctx=limit.n_ctx,
+        context_bytes=limit.context_bytes,
+    )
+    return assemble(subject, policy, types, budget=budget)

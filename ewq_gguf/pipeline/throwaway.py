@@ -1,0 +1,101 @@
+"""Files that are made in the cache, measured against the base, and removed.
+
+What was measured is remembered by the tensors' types and everything else it depends on:
+a run that was killed goes on where it was, and no file is measured twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ewq_gguf import store
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import MemoryUse
+from ewq_gguf.bench.reference_run import cached_reference
+from ewq_gguf.bench.runner import Request, bench_file
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.llamacpp.quantize import quantize
+from ewq_gguf.llamacpp.toolchain import Toolchain
+from ewq_gguf.pipeline.options import Options, Progress
+from ewq_gguf.records import Plan, StudyPart, read_journal
+
+STAGE = "study"
+
+
+def measure_plans(
+    plans: Sequence[Plan],
+    request: Request,
+    toolchain: Toolchain,
+    *,
+    options: Options,
+    progress: Progress,
+) -> dict[str, StudyPart]:
+    """What the file of every plan is worth.
+
+    Args:
+        plans: of the base's model.
+        request: one text, how it is cut, and the base.
+        toolchain: that quantises.
+        options: for the whole run; its matrix is that of the plans that have one.
+        progress: who is told.
+
+    Returns:
+        By `types_sha256`; what earlier runs measured likewise is among them.
+
+    Raises:
+        EwqError: of the stage that failed, with what to do.
+    """
+    base = request.base
+    assert base is not None
+    asked = request.parameters().model_dump_json()
+    made_by = f"{toolchain.key} {LLAMA_CPP_COMMIT}"
+    key = store.sha256_text(f"{identify(base).sha256} {made_by} {asked}")
+    journal = store.cache_dir("studies") / f"{key}.journal"
+    with store.locked(journal, stage=STAGE, wait=True):
+        parts = read_journal(journal, StudyPart)
+        todo = {types_sha256(made): made for made in plans}
+        todo = {name: made for name, made in todo.items() if name not in parts}
+        if len(todo) < len(plans):
+            n_known = len(plans) - len(todo)
+            progress.note(f"{n_known} of {len(plans)} files need no measuring")
+        if not todo:
+            return parts
+        reference = cached_reference(
+            base, request, lambda: progress.measure(f"reference {base.name}")
+        )
+        request = replace(request, reference=reference)
+        with progress.stage(f"measure {len(todo)} files") as tell:
+            for i, (name, made) in enumerate(todo.items()):
+
+                def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
+                    tell((i + share) / len(todo))
+
+                with store.work_dir(journal, stage=STAGE) as folder:
+                    file = folder / "study.gguf"
+                    # Not `planned_file`: nobody will look for this file again.
+                    quantize(
+                        made,
+                        base,
+                        file,
+                        toolchain,
+                        n_threads=options.n_threads,
+                        load=False,  # it is loaded to be measured
+                        imatrix=options.imatrix if made.imatrix else None,
+                    )
+                    result = bench_file(file, request, of_file)
+                part = StudyPart(
+                    name=name, engine=result.engine, quality=result.texts[0]
+                )
+                with journal.open("a", encoding="utf-8") as lines:
+                    # What a killed run left half is left behind.
+                    lines.write(f"\n{part.model_dump_json()}\n")
+                parts[name] = part
+    return parts
+
+
+def types_sha256(plan: Plan) -> str:
+    """What a file's numbers depend on, besides its base: types and importance."""
+    types = [(tensor.name, tensor.written_type) for tensor in plan.tensors]
+    imatrix = plan.imatrix and plan.imatrix.file_sha256
+    return store.sha256_text(repr((imatrix, types)))

@@ -1,0 +1,125 @@
+"""The types whose costs are least within a limit: menus, bounds, and the whole file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import inf
+
+import numpy as np
+
+from ewq_gguf import ggml_types
+from ewq_gguf.ggml_types import n_dims, tensor_bytes
+from ewq_gguf.plan.assemble import header_of
+from ewq_gguf.plan.importance import needs_entry
+from ewq_gguf.plan.knapsack import select
+from ewq_gguf.plan.sizes import padded
+from ewq_gguf.plan.subject import Subject
+from ewq_gguf.records import LayoutTensor, OptimalPolicy
+from ewq_gguf.tensor_names import is_quantizable, role
+
+#: Of the bits that a file has per weight: fewer would be given to a tensor by mistake
+#: only, and the lowest types take the longest to try.
+_LEAST_SHARE = 0.45
+
+
+def menus(
+    subject: Subject, policy: OptimalPolicy, least_bits: float = 0.0
+) -> dict[str, tuple[str, ...]]:
+    """What every quantisable tensor may be, large to small; `raw` by its own name.
+
+    Args:
+        subject: what is planned.
+        policy: the types, and bounds of roles.
+        least_bits: per weight, of any type.
+    """
+    importance = subject.importance
+    entries = importance.n_values.keys() if importance else ()
+    return {
+        tensor.name: _menu(tensor, subject.raw_type, policy, least_bits, entries)
+        for tensor in quantizable(subject)
+    }
+
+
+def quantizable(subject: Subject) -> list[LayoutTensor]:
+    """The tensors that llama-quantize quantises."""
+    return [t for t in subject.tensors if is_quantizable(t.name, n_dims(t.shape))]
+
+
+def least_bits(limit_bytes: int, n_weights: int) -> float:
+    """Bits per weight below which no type is tried for a file of this size."""
+    return _LEAST_SHARE * 8 * limit_bytes / n_weights
+
+
+def other_bytes(subject: Subject) -> int:
+    """Bytes of the file that no choice changes: the header, norms, biases."""
+    return (header_of(subject) or 0) + sum(
+        padded(tensor_bytes(tensor.ggml_type, tensor.shape))
+        for tensor in subject.tensors
+        if not is_quantizable(tensor.name, n_dims(tensor.shape))
+    )
+
+
+def cheapest(
+    subject: Subject, costs: Mapping[str, Mapping[str, float]], limit_bytes: int
+) -> dict[str, str] | None:
+    """The types that cost least in a file of at most so many bytes.
+
+    Args:
+        subject: what is planned.
+        costs: by tensor and type, all that it may be.
+        limit_bytes: of the whole file.
+
+    Returns:
+        By tensor; None where even the smallest types take more.
+    """
+    tensors = [tensor for tensor in quantizable(subject) if tensor.name in costs]
+    kinds = sorted({kind for one in costs.values() for kind in one})
+    number = {kind: i for i, kind in enumerate(kinds)}
+    cost = np.full((len(tensors), len(kinds)), inf)
+    size = np.zeros((len(tensors), len(kinds)), np.int64)
+    for i, tensor in enumerate(tensors):
+        for kind, value in costs[tensor.name].items():
+            cost[i, number[kind]] = value
+            size[i, number[kind]] = padded(tensor_bytes(kind, tensor.shape))
+    found = select(cost, size, limit_bytes - other_bytes(subject))
+    if found is None:
+        return None
+    return {
+        tensor.name: kinds[choice]
+        for tensor, choice in zip(tensors, found.options.tolist(), strict=True)
+    }
+
+
+def _menu(
+    tensor: LayoutTensor,
+    raw: str,
+    policy: OptimalPolicy,
+    least: float,
+    entries: Collection[str],
+) -> tuple[str, ...]:
+    n_columns = tensor.shape[-1]
+    fitting = [
+        kind
+        for kind in policy.types
+        if ggml_types.written_type(kind, n_columns) == kind
+        and _bits(kind) >= least
+        and not (needs_entry(kind, n_columns) and tensor.name not in entries)
+    ]
+    allowed = [
+        kind for kind in (raw, *fitting) if _is_allowed(policy, role(tensor.name), kind)
+    ]
+    return tuple(allowed) or (raw,)
+
+
+def _is_allowed(policy: OptimalPolicy, tensor_role: str, kind: str) -> bool:
+    floor, ceiling = (
+        named.get(tensor_role, named.get("*"))
+        for named in (policy.floors, policy.ceilings)
+    )
+    return (floor is None or _bits(kind) >= _bits(floor)) and (
+        ceiling is None or _bits(kind) <= _bits(ceiling)
+    )
+
+
+def _bits(ggml_type: str) -> float:
+    return ggml_types.bits_per_weight(ggml_type)

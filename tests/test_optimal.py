@@ -1,0 +1,252 @@
+"""Policy `optimal`: sensitivities, predictions, selections; and the whole search."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ewq_gguf.ggml_types import tensor_bytes
+from ewq_gguf.plan.optimal import cheapest, menus, other_bytes, quantizable
+from ewq_gguf.plan.predictor import Predictor
+from ewq_gguf.plan.sensitivity import (
+    halves,
+    is_doubtful,
+    next_groups,
+    roles_of,
+    slopes,
+)
+from ewq_gguf.plan.sizes import padded
+from ewq_gguf.plan.subject import Subject
+from ewq_gguf.records import LayoutTensor, OptimalPolicy
+from ewq_gguf.records.quant_error import QuantError
+from tests.scans import MODEL
+
+LAYERS = 4
+
+
+def layout(n_columns=256):
+    """A model of a few layers, an embedding and a head."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (512, n_columns),
+        "output.weight": (512, n_columns),
+    }
+    for i in range(LAYERS):
+        shapes |= {
+            f"blk.{i}.attn_norm.weight": (n_columns,),
+            f"blk.{i}.attn_q.weight": (n_columns, n_columns),
+            f"blk.{i}.ffn_down.weight": (n_columns, 2 * n_columns),
+        }
+    return tuple(
+        LayoutTensor(
+            name=name, shape=shape, ggml_type="BF16" if len(shape) > 1 else "F32"
+        )
+        for name, shape in shapes.items()
+    )
+
+
+def subject_of(tensors):
+    return Subject.of_tensors(MODEL, tensors, None, "auto")
+
+
+def quant_error(error, plain):
+    return QuantError(
+        name="x", error=error, error_stderr=0.0, plain_error=plain, n_rows=1
+    )
+
+
+def test_groups_are_roles_with_their_layers_in_order():
+    names = [t.name for t in reversed(quantizable(subject_of(layout())))]
+
+    groups = roles_of(names)
+
+    assert sorted(groups) == [
+        tuple(f"blk.{i}.attn_q.weight" for i in range(LAYERS)),
+        tuple(f"blk.{i}.ffn_down.weight" for i in range(LAYERS)),
+        ("output.weight",),
+        ("token_embd.weight",),
+    ]
+
+
+def test_the_costliest_groups_are_halved_until_tensors_are_known_one_by_one():
+    # One tensor of sixteen costs nearly everything: it is found by halving.
+    costs = dict.fromkeys((f"blk.{i}.attn_q.weight" for i in range(16)), 1e-4)
+    costs["blk.11.attn_q.weight"] = 1.0
+    leaves = {group: sum(costs[n] for n in group) for group in roles_of(costs)}
+    n_probes = len(leaves)
+
+    while large := next_groups(leaves, 0.01):
+        for group in large:
+            del leaves[group]
+            for half in halves(group):
+                leaves[half] = sum(costs[n] for n in half)
+                n_probes += 1
+
+    assert leaves["blk.11.attn_q.weight",] == 1.0
+    assert n_probes == 1 + 2 * 4  # of 16 to 1, both halves each
+    found = slopes(leaves, dict.fromkeys(costs, 0.5))
+    assert found["blk.11.attn_q.weight"] == 2.0
+    # What was not halved is taken as equal.
+    assert found["blk.0.attn_q.weight"] == pytest.approx(1e-4 / 0.5)
+    assert found.keys() == costs.keys()
+
+
+def test_a_tensor_that_loses_nothing_costs_nothing():
+    assert slopes({("a", "b"): 0.0}, {"a": 0.0, "b": 0.0}) == {"a": 0.0, "b": 0.0}
+
+
+def test_an_error_is_doubtful_where_one_column_decides_it():
+    probed = quant_error(0.01, 0.008)
+
+    assert not is_doubtful(quant_error(0.0025, 0.002), probed)
+    assert not is_doubtful(quant_error(0.0025, 0.0035), probed)
+    # The probe's type missed the sink's column, this one hits it.
+    assert is_doubtful(quant_error(0.0001, 0.005), probed)
+    assert is_doubtful(quant_error(0.04, 0.005), probed)
+    assert not is_doubtful(quant_error(0.0, 0.0), probed)
+
+
+def predictor_of(costs, measured=(), floor=0.0):
+    return Predictor(costs, floor, tuple(measured))
+
+
+COSTS = {
+    "blk.0.attn_q.weight": {"Q4_0": 0.02, "Q8_0": 0.001},
+    "blk.0.ffn_down.weight": {"Q4_0": 0.04, "Q8_0": 0.002},
+    "blk.1.ffn_down.weight": {"Q4_0": 0.06, "Q8_0": 0.003},
+}
+LOW = dict.fromkeys(COSTS, "Q4_0")
+
+
+def test_before_anything_is_measured_a_file_costs_the_sum_and_the_floor():
+    predictor = predictor_of(COSTS, floor=0.005)
+
+    found = predictor.predict(LOW)
+
+    assert found.kld_nats == pytest.approx(0.125)
+    assert 0.02 < found.std_nats < 0.06
+    assert predictor.predict({}).kld_nats == 0.005
+    now = predictor.costs_now()
+    assert now == {n: pytest.approx(one) for n, one in COSTS.items()}
+
+
+def test_a_measured_file_is_learnt_from_and_others_like_it_too():
+    predictor = predictor_of(COSTS).after(LOW, 0.18)
+    other = {"blk.0.attn_q.weight": "Q4_0"}  # a sixth of that file's cost
+
+    assert predictor.predict(LOW).kld_nats == pytest.approx(0.18, rel=0.03)
+    assert predictor.predict(LOW).std_nats < predictor_of(COSTS).predict(LOW).std_nats
+    # Another file is worse than thought too, but by less.
+    first = predictor_of(COSTS).predict(other).kld_nats
+    assert 1.1 < predictor.predict(other).kld_nats / first < 1.5
+
+
+def test_learning_is_the_normal_equations_of_a_slow_reference():
+    measured = [(LOW, 0.15), ({**LOW, "blk.0.attn_q.weight": "Q8_0"}, 0.12)]
+    predictor = predictor_of(COSTS, measured)
+    cells = [(r, y) for r in ("attn_q", "ffn_down") for y in ("Q4_0", "Q8_0")]
+    prior = np.array(
+        [
+            [0.04 * (1 + (a == c) + (b == d) + ((a, b) == (c, d))) for c, d in cells]
+            for a, b in cells
+        ]
+    )
+    rows = np.array([[0.02, 0, 0.1, 0], [0, 0.001, 0.1, 0]])
+    y = np.array([0.15, 0.12])
+    noise = np.diag(1 / (0.05 * y) ** 2)
+    # Information form: precision adds up.
+    precision = np.linalg.inv(prior) + rows.T @ noise @ rows
+    mean = 1 + np.linalg.solve(precision, rows.T @ noise @ (y - rows @ np.ones(4)))
+
+    now = predictor.costs_now()
+
+    assert now["blk.0.attn_q.weight"]["Q4_0"] == pytest.approx(0.02 * mean[0])
+    assert now["blk.0.attn_q.weight"]["Q8_0"] == pytest.approx(0.001 * mean[1])
+    assert now["blk.1.ffn_down.weight"]["Q4_0"] == pytest.approx(0.06 * mean[2])
+
+
+def test_draws_are_of_what_is_not_known_yet_and_never_reward_an_error():
+    predictor = predictor_of(COSTS)
+
+    drawn = [
+        predictor.costs_now(np.random.default_rng(i))["blk.0.attn_q.weight"]["Q4_0"]
+        for i in range(400)
+    ]
+
+    assert np.mean(drawn) == pytest.approx(0.02, rel=0.1)
+    assert np.std(drawn) == pytest.approx(0.02 * 0.4, rel=0.2)
+    assert min(drawn) > 0
+
+
+@given(st.integers(0, 10**6), st.floats(0.2, 0.95))
+def test_a_selection_keeps_the_limit_and_fills_it(seed, share):
+    random = np.random.default_rng(seed)
+    subject = subject_of(layout())
+    menu = menus(subject, OptimalPolicy(types=("Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q3_K")))
+    costs = {
+        name: dict(
+            zip(kinds, [0.0, *np.sort(random.random(len(kinds) - 1))], strict=True)
+        )
+        for name, kinds in menu.items()
+    }
+    sizes = [
+        sum(
+            padded(tensor_bytes(kinds[i], tensor.shape))
+            for tensor in quantizable(subject)
+            for kinds in [menu[tensor.name]]
+        )
+        for i in (0, -1)
+    ]
+    limit = other_bytes(subject) + int(sizes[1] + share * (sizes[0] - sizes[1]))
+
+    types = cheapest(subject, costs, limit)
+
+    assert types is not None
+    used = other_bytes(subject) + sum(
+        padded(tensor_bytes(types[t.name], t.shape)) for t in quantizable(subject)
+    )
+    assert used <= limit
+    # Nothing that is left over would pay for a better type of one tensor.
+    for tensor in quantizable(subject):
+        now = padded(tensor_bytes(types[tensor.name], tensor.shape))
+        for kind, cost in costs[tensor.name].items():
+            more = padded(tensor_bytes(kind, tensor.shape)) - now
+            is_better = cost < costs[tensor.name][types[tensor.name]]
+            assert not (is_better and used + more <= limit)
+
+
+def test_less_than_the_smallest_types_is_no_selection():
+    subject = subject_of(layout())
+    costs = {name: {"Q8_0": 0.0} for name in menus(subject, OptimalPolicy())}
+
+    assert cheapest(subject, costs, other_bytes(subject) + 1000) is None
+
+
+def test_menus_keep_to_blocks_bounds_and_what_needs_a_matrix():
+    subject = subject_of(layout(n_columns=96))
+    policy = OptimalPolicy(
+        types=("Q8_0", "Q4_K", "Q5_0", "Q4_0", "IQ2_XXS"),
+        floors={"attn_q": "Q5_0", "*": "Q4_0"},
+        ceilings={"token_embd": "Q5_0"},
+    )
+
+    found = menus(subject, policy)
+
+    assert found["blk.0.attn_q.weight"] == ("BF16", "Q8_0", "Q5_0")
+    assert found["blk.0.ffn_down.weight"] == ("BF16", "Q8_0", "Q5_0", "Q4_0")
+    assert found["token_embd.weight"] == ("Q5_0", "Q4_0")
+    assert not any("norm" in name for name in found)
+    wide = menus(subject_of(layout()), OptimalPolicy(types=("Q4_K", "IQ2_XXS")))
+    # Without a matrix there is no IQ2_XXS.
+    assert wide["blk.0.attn_q.weight"] == ("BF16", "Q4_K")
+    assert menus(subject, policy, least_bits=8.0)["output.weight"] == ("BF16", "Q8_0")
+
+
+def test_other_bytes_are_those_that_no_choice_changes():
+    subject = subject_of(layout())
+    norms = [t for t in subject.tensors if "norm" in t.name]
+
+    assert other_bytes(subject) == sum(4 * prod(t.shape) for t in norms)

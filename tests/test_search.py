@@ -1,0 +1,168 @@
+"""Policy `optimal` on real files: a model of stacked experts, everything measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ewq_gguf import pipeline
+from ewq_gguf.bench.studies import kld_mean
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.cli import main
+from ewq_gguf.pipeline import contest, searching
+from ewq_gguf.plan.predictor import Predictor
+from ewq_gguf.records import Plan, Study, load_record
+from tests.families import write_family
+
+pytest_plugins = ["tests.toolchain_fixtures"]
+pytestmark = [
+    pytest.mark.llamacpp,
+    pytest.mark.usefixtures("own_cache", "few_windows"),
+]
+
+FAMILY = "Qwen3-MoE"
+
+
+@pytest.fixture
+def few_windows(monkeypatch, tmp_path):
+    """Texts and measurements as small as they can be; the folder is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(searching, "_N_DOCUMENTS", 6)
+    monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 4)
+    monkeypatch.setattr(contest.Measuring, "n_few", 1)
+    monkeypatch.setattr(contest.Measuring, "n_many", 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, session_cache, toolchain) -> Path:
+    return write_family(tmp_path_factory.mktemp("search") / "moe", FAMILY)
+
+
+def preset_size(folder: Path, name: str) -> int:
+    found = pipeline.preset_plans(pipeline.open_model(str(folder)))
+    return found[name].totals.file_size_bytes
+
+
+def test_one_command_makes_the_best_file_of_a_size_and_says_how(folder, capsys):
+    size = preset_size(folder, "Q4_K_M") + 2000  # and the matrix's keys
+    asked = [
+        "gguf", str(folder), "--policy", "optimal", "--budget", f"{size}B",
+        "--effort", "0", "-o", "out.gguf", "-q",
+    ]  # fmt: skip
+
+    assert main(asked) == 0
+
+    (plan_path,) = Path("plans").glob("*.json")
+    plan = load_record(Plan, plan_path, "plan")
+    assert plan.policy.name == "optimal"
+    assert Path("out.gguf").stat().st_size == plan.totals.file_size_bytes <= size
+    written = {t.name: t.ggml_type for t in read_gguf(Path("out.gguf")).tensors}
+    assert written == {t.name: t.written_type for t in plan.tensors}
+    found = plan.search
+    assert found is not None
+    best = found.files[0]
+    assert found.chosen == best.name
+    assert best.difference is None
+    assert best.size_bytes == plan.totals.file_size_bytes
+    # Nothing that was measured on many windows is better, and presets were among it.
+    many = [one for one in found.files if one.many_nats is not None]
+    assert best.many_nats == min(one.many_nats or 0.0 for one in many)
+    kinds = {one.kind for one in many}
+    assert "optimal" in kinds
+    assert kinds & {"preset", "plan"}
+    assert all(one.size_bytes <= size for one in found.files)
+    assert found.n_probes >= 6  # every role
+
+    # The same command finds the same and has nothing to do.
+    before = Path("out.gguf").stat().st_mtime_ns
+    assert main(asked) == 0
+    assert Path("out.gguf").stat().st_mtime_ns == before
+
+    assert main(["plan", "show", str(plan_path)]) == 0
+    told = capsys.readouterr().out
+    assert "filled by a search" in told
+    assert best.name in told
+
+
+def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
+    size = preset_size(folder, "Q5_K_M") + 2000
+    # A predictor that takes every error for a gain proposes the worst.
+    worst = contest.Contest._propose
+
+    def propose(self, rng):
+        costs = self.predictor.costs
+        upside = {n: {k: 1 / (v + 1e-9) for k, v in one.items() if v}
+                  for n, one in costs.items()}  # fmt: skip
+        kept, self.predictor = self.predictor, Predictor(upside, 0.0)
+        try:
+            plan = worst(self, rng)
+        finally:
+            self.predictor = kept
+        return plan
+
+    monkeypatch.setattr(contest.Contest, "_propose", propose)
+    asked = [
+        "plan", str(folder), "--policy", "optimal", "--budget", f"{size}B",
+        "--effort", "0", "--types", "Q8_0,Q5_K,Q3_K,Q2_K,Q4_0", "-o", "plan.json", "-q",
+    ]  # fmt: skip
+
+    assert main(asked) == 0
+
+    plan = load_record(Plan, Path("plan.json"), "plan")
+    assert plan.search is not None
+    chosen = plan.search.files[0]
+    assert chosen.kind != "optimal"
+    own = [one for one in plan.search.files if one.kind == "optimal"]
+    assert min(one.few_nats or 0.0 for one in own) > (chosen.few_nats or 0.0)
+    # Another matrix, or none, is part of what was chosen.
+    assert (plan.imatrix is not None) == chosen.has_imatrix
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "give one, such as --budget"),
+        (["--budget", "1MB"], "choose a larger size"),
+        (["--budget", "900GB"], "choose a smaller size"),
+        (["--budget", "30%", "--types", "Q9"], "'Q9' is not a ggml type"),
+        (["--budget", "30%", "--floor", "attn_v=Q9"], "'Q9' is not a ggml type"),
+        (["--budget", "30%", "--factor", "2"], "--factor does not go with"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(folder, capsys, options, says):
+    asked = ["plan", str(folder), "--policy", "optimal", "--effort", "0", "-q"]
+
+    assert main([*asked, *options]) != 0
+
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+
+
+def test_a_frontier_has_every_preset_and_the_best_beside_its_rival(folder, capsys):
+    text = Path("words.txt")
+    text.write_text("the river runs past an old stone house " * 200)
+    asked = [
+        "frontier", str(folder), "--presets", "Q4_K_M", "--effort", "0",
+        "--text", f"words={text}", "--ctx", "64", "--chunks", "2",
+        "--picture", "curve.png", "-o", "frontier.json",
+    ]  # fmt: skip
+
+    assert main(asked) == 0
+
+    found = load_record(Study, Path("frontier.json"), "study").findings
+    assert found.kind == "frontier"
+    sizes = [one.file.size_bytes for one in found.files]
+    assert sizes == sorted(sizes, reverse=True)
+    labels = {one.file.label for one in found.files}
+    assert {"Q4_K_M", "Q4_K_M imatrix", "Q8_0", "optimal Q4_K_M"} <= labels
+    (best,) = [one for one in found.files if one.source == "optimal"]
+    rival = next(one for one in found.files if one.file.label == best.rival)
+    assert rival.file.size_bytes <= best.file.size_bytes
+    assert found.ratio == pytest.approx(kld_mean(best.file) / kld_mean(rival.file))
+    assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
+    told = capsys.readouterr().out
+    assert "less KLD than the best preset" in told.replace("\n", " ")
+    json.loads(Path("frontier.json").read_text())
