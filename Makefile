@@ -12,7 +12,7 @@ PACKAGES := $(VENV)/.packages
 STAMP    := $(VENV)/.setup-$(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gguf test check fuzz bench clean
+.PHONY: help setup gguf test check fuzz bench frontier clean
 
 help:
 	@echo "make setup [BACKEND=cpu|cuda|metal|vulkan]   set up .venv and build llama.cpp"
@@ -23,6 +23,7 @@ help:
 	@echo "make fuzz  [SECONDS=600]                     hostile headers, indexes and configs"
 	@echo "make bench                                   make docs/results.md, compare with other"
 	@echo "                                             tools, measure the speed of everything"
+	@echo "make frontier                                make docs/frontier.md: size against divergence"
 	@echo "make clean                                   remove .venv and build products"
 
 # The build in the cache may have gone since, or belong to another CACHE: asking for it
@@ -73,6 +74,9 @@ bench: setup
 	@$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.bench 8)
 	@$(if $(EWQ_MMLU_DIR),$(VENV)/bin/python -m benchmarks.mmlu marketing 50 BF16)
 	@$(if $(EWQ_MMLU_DIR),$(VENV)/bin/python -m benchmarks.lm_eval)
+
+frontier: setup
+	@$(VENV)/bin/python -m benchmarks.frontier
 
 # The user's cache stays: it may be shared, and can be deleted by hand (docs/exactness.md).
 clean:

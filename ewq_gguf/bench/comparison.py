@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from math import exp, log, sqrt
 from statistics import stdev
@@ -91,10 +91,11 @@ def compare_pair(first: ComparedFile, second: ComparedFile) -> ComparedPair:
         InputError: they share no question.
     """
     ours, theirs = first.result, second.result
-    accuracy = composite = subjects = nll = kld = None
+    accuracy = composite = letters = subjects = nll = kld = None
     if ours.mmlu and theirs.mmlu:
         accuracy = compare_mmlu(ours.mmlu.outcomes, theirs.mmlu.outcomes)
-        composite = _paired_composite(ours.mmlu, theirs.mmlu)
+        composite = _paired(_composites(ours.mmlu), _composites(theirs.mmlu))
+        letters = _paired(_letter_nats(ours.mmlu), _letter_nats(theirs.mmlu))
         subjects = _paired_subjects(ours.mmlu, theirs.mmlu)
     pairs = list(zip(_chunks(ours), _chunks(theirs), strict=True))
     if pairs:
@@ -115,6 +116,7 @@ def compare_pair(first: ComparedFile, second: ComparedFile) -> ComparedPair:
         second=second.name,
         accuracy=accuracy,
         composite_score=composite,
+        mmlu_nats=letters,
         subjects=subjects,
         nll_nats=nll,
         kld_nats=kld,
@@ -252,11 +254,16 @@ def _composites(mmlu: MmluScores) -> dict[str, float]:
     }
 
 
-def _paired_composite(first: MmluScores, second: MmluScores) -> PairedMean:
-    ours, theirs = _composites(first), _composites(second)
-    shared = [key for key in ours if key in theirs]
+def _letter_nats(mmlu: MmluScores) -> dict[str, float]:
+    """-ln p of the right letter of each question, by id."""
+    return {outcome.id: outcome.nll_nats for outcome in mmlu.outcomes}
+
+
+def _paired(first: Mapping[str, float], second: Mapping[str, float]) -> PairedMean:
+    """Over the questions that both were asked."""
+    shared = [key for key in first if key in second]
     return paired_bootstrap(
-        [ours[key] for key in shared], [theirs[key] for key in shared]
+        [first[key] for key in shared], [second[key] for key in shared]
     )
 
 

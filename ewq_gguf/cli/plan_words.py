@@ -15,6 +15,7 @@ from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
+    OptimalPolicy,
     Plan,
     RulePolicy,
     UniformPolicy,
@@ -24,10 +25,13 @@ from ewq_gguf.records import (
 HELP = (
     "A plan's file, or POLICY[:WORD...][@BUDGET] to make it: ewq, with any of tensor, "
     "histogram, q75, xFACTOR and epsEPSILON; fastewq, with train or lowN; "
-    "uniform:TYPE. Such as ewq:tensor:x0.8 or fastewq@80%. '' for none."
+    "uniform:TYPE; optimal, with effortMINUTES, always with a budget. Such as "
+    "ewq:tensor:x0.8 or fastewq@80%. '' for none."
 )
 _FORM = re.compile(r"(?P<policy>[^@]+)(@(?P<budget>.+))?")
-_NUMBERED = re.compile(r"(x|eps|low)([0-9.]+)")
+
+_NUMBERS = ("x", "eps", "low", "effort")
+_NUMBERED = re.compile(rf"({'|'.join(_NUMBERS)})([0-9.]+)")
 
 #: What each word says, by policy; numbers are taken off words first.
 _WORDS: dict[str, dict[str, Callable[[str], dict[str, Any]]]] = {
@@ -42,10 +46,12 @@ _WORDS: dict[str, dict[str, Callable[[str], dict[str, Any]]]] = {
         "train": lambda _: {"variant": "train"},
         "low": lambda number: {"n_low": int(number)},
     },
+    "optimal": {"effort": lambda minutes: {"effort_minutes": float(minutes)}},
 }
-_POLICIES: dict[str, type[EwqPolicy] | type[FastEwqPolicy]] = {
+_POLICIES: dict[str, type[EwqPolicy | FastEwqPolicy | OptimalPolicy]] = {
     "ewq": EwqPolicy,
     "fastewq": FastEwqPolicy,
+    "optimal": OptimalPolicy,
 }
 
 
@@ -73,7 +79,8 @@ def _wanted(text: str) -> WantedPlan:
         raise click.BadParameter(
             f"{text!r} is neither a plan's file nor a policy; use "
             "ewq[:tensor|histogram|q75|xFACTOR|epsEPSILON...], fastewq[:train|lowN], "
-            "or uniform:TYPE, each with @BUDGET where it takes one",
+            "optimal[:effortMINUTES] or uniform:TYPE, each with @BUDGET where it takes "
+            "one",
             param_hint="--plans",
         )
     return WantedPlan(policy, budget=_budget(form["budget"]))
@@ -90,7 +97,7 @@ def _policy(text: str) -> RulePolicy | None:
     for word in words:
         numbered = _NUMBERED.fullmatch(word)
         key, number = numbered.groups() if numbered else (word, "")
-        if key not in _WORDS[name] or bool(number) != (key in ("x", "eps", "low")):
+        if key not in _WORDS[name] or bool(number) != (key in _NUMBERS):
             return None
         try:
             values |= _WORDS[name][key](number)

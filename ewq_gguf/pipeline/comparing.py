@@ -18,11 +18,12 @@ from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.pipeline.bases import base_file
+from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.making import planned_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.scanning import open_model
 from ewq_gguf.pipeline.versions import Version, WantedPlan, choose_versions
-from ewq_gguf.records import Result, Speed, Task, load_record
+from ewq_gguf.records import OptimalPolicy, Result, Speed, Task, load_record
 from ewq_gguf.records.comparison import ComparedFile, Comparison, Estimate
 
 
@@ -93,6 +94,8 @@ def compare(
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)
+    if any(isinstance(one.source, OptimalPolicy) for one in wanted.plans):
+        options = with_imatrix(checkpoint, options, progress)
     folder = folder or Path("compare") / checkpoint.identity.name
     out = folder / "comparison.json"
     store.check_writable(out, STAGE)

@@ -86,9 +86,11 @@ def frontier_of(
     found, ratios = [], []
     for label, file in files.items():
         rule, budget = sources.get(label, (None, None))
+        limit = plans[label].budget
         one = FrontierFile(
             source=_source(rule),
             budget=budget,
+            limit_bytes=limit.limit_bytes if limit else None,
             has_imatrix=plans[label].imatrix is not None,
             file=file,
         )

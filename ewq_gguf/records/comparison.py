@@ -89,6 +89,8 @@ class ComparedPair(Part):
         second: the other row's.
         accuracy: McNemar's test; None where no question was asked.
         composite_score: per question, by the bootstrap.
+        mmlu_nats: mean -ln p of the right letter, likewise; exp of the difference is
+            the ratio of the paper's MMLU perplexities.
         subjects: the composite scores of MMLU's subjects, by a paired t-test; None
             where there are fewer than two, or all differences are equal.
         nll_nats: mean negative log-likelihood of a token, windows resampled; exp of the
@@ -100,6 +102,7 @@ class ComparedPair(Part):
     second: str
     accuracy: PairedAccuracy | None
     composite_score: PairedMean | None
+    mmlu_nats: PairedMean | None = None
     subjects: PairedTest | None
     nll_nats: PairedMean | None
     kld_nats: PairedMean | None

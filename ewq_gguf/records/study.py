@@ -168,6 +168,7 @@ class FrontierFile(Part):
     Attributes:
         source: whose types it has: a `preset`'s, policy `ewq`, `fastewq` or `optimal`.
         budget: the name of the size that it was planned for; None without one.
+        limit_bytes: of that size.
         has_imatrix: whether it was made with the importance matrix.
         file: measured.
         rival: label of the best preset that is no larger; of optimal files only.
@@ -176,6 +177,7 @@ class FrontierFile(Part):
 
     source: Literal["preset", "ewq", "fastewq", "optimal"]
     budget: str | None
+    limit_bytes: int | None
     has_imatrix: bool
     file: StudyFile
     rival: str | None = None

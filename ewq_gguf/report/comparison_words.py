@@ -130,6 +130,10 @@ def _pair_sentences(pair: ComparedPair) -> list[str]:
         lines.append(sentence.removesuffix(".") + f"{ratio}{pair.second}.")
     if pair.accuracy is not None:
         lines.append(accuracy_sentence(pair.first, pair.second, pair.accuracy))
+    if (letters := pair.mmlu_nats) is not None:
+        name = "log MMLU perplexity"
+        sentence = mean_sentence(name, pair.first, pair.second, letters)
+        lines.append(sentence.replace("pieces", "questions"))
     if (score := pair.composite_score) is not None:
         name = "composite score"
         sentence = mean_sentence(name, pair.first, pair.second, score)
