@@ -28,10 +28,11 @@ TEXT = """# Size against KL divergence
 `make frontier` makes this page: `python -m benchmarks.frontier`. {machine}, {date}; the
 commands below took {minutes} minutes together.
 
-Policy `optimal` at the sizes of seven presets of the built-in model, judged on {n} windows
-of WikiText-2's test split, which nothing was calibrated, probed or chosen on: for all of that
-the model wrote its own text. One model of 135M weights; its rows of 576 are no multiple of
-256, which makes the low presets weak. Do not expect such margins everywhere.
+Policy `optimal` at the sizes of seven presets of the built-in model, judged on {n}
+windows of WikiText-2's test split, which nothing was calibrated, probed or chosen on:
+for all of that the model wrote its own text. One model of 135M weights; its rows of 576
+are no multiple of 256, which makes the low presets weak. Do not expect such margins
+everywhere.
 
 {commands}
 
@@ -43,9 +44,9 @@ the model wrote its own text. One model of 135M weights; its rows of 576 are no 
 
 ## MMLU
 
-Each optimal file beside the preset of its size, both made with the importance matrix: the
-difference of the mean -ln p of the right letter, 570 questions with 5 examples. The model answers
-at chance.
+Each optimal file beside the preset of its size, both made with the importance matrix:
+the difference of the mean -ln p of the right letter, 570 questions with 5 examples. The
+model answers at chance.
 
 {mmlu}
 """

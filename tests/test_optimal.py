@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ewq_gguf.ggml_types import tensor_bytes
-from ewq_gguf.plan.optimal import cheapest, menus, other_bytes, quantizable
+from ewq_gguf.plan.latency import Latency, fit_latency, needed_weights
+from ewq_gguf.plan.optimal import Pace, cheapest, menus, other_bytes, quantizable
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.plan.sensitivity import (
     halves,
@@ -250,3 +251,82 @@ def test_other_bytes_are_those_that_no_choice_changes():
     norms = [t for t in subject.tensors if "norm" in t.name]
 
     assert other_bytes(subject) == sum(4 * prod(t.shape) for t in norms)
+
+
+def test_times_per_weight_are_found_from_files_of_many_types():
+    true = {"Q8_0": 9e-11, "Q4_K": 7e-11, "IQ3_S": 1.4e-10}
+    n = 1e8
+    mixes = [
+        {"Q8_0": n}, {"Q4_K": n}, {"IQ3_S": n}, {"Q4_K": n / 2, "Q8_0": n / 2},
+        {"IQ3_S": n / 2, "Q8_0": n / 2}, {"Q8_0": n / 3},
+    ]  # fmt: skip
+    files = [
+        (mix, 0.002 + sum(true[kind] * count for kind, count in mix.items()))
+        for mix in mixes
+    ]
+
+    found = fit_latency(files)
+
+    assert found.constant_seconds == pytest.approx(0.002, rel=0.1)
+    for kind, seconds in true.items():
+        assert found.seconds_per_weight[kind] == pytest.approx(seconds, rel=0.05)
+    # IQ3_S has fewer bits than Q4_K and is slower: that was measured, not assumed.
+    assert found.seconds_per_weight["IQ3_S"] > found.seconds_per_weight["Q4_K"]
+
+
+def test_a_type_in_one_file_is_taken_by_its_bits_where_that_file_does_not_tell():
+    found = fit_latency([({"Q8_0": 1e8}, 0.01), ({"Q8_0": 1e8, "Q4_0": 1e2}, 0.01)])
+
+    ratio = found.seconds_per_weight["Q4_0"] / found.seconds_per_weight["Q8_0"]
+    assert ratio == pytest.approx(4.5 / 8.5, rel=0.3)
+
+
+def test_a_token_needs_the_head_some_experts_and_no_embedding_but_a_tied_one():
+    tensors = quantizable(subject_of(layout()))
+    experts = LayoutTensor(
+        name="blk.0.ffn_up_exps.weight", shape=(8, 32, 256), ggml_type="BF16"
+    )
+
+    needed = needed_weights([*tensors, experts], expert_share=0.25)
+
+    assert needed["token_embd.weight"] == 0
+    assert needed["output.weight"] == 512 * 256
+    assert needed["blk.0.ffn_up_exps.weight"] == 2 * 32 * 256
+    tied = [tensor for tensor in tensors if tensor.name != "output.weight"]
+    assert needed_weights(tied)["token_embd.weight"] == 512 * 256
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 1.0))
+def test_a_pace_is_kept_and_costs_nothing_where_it_is_kept_anyway(seed, share):
+    random = np.random.default_rng(seed)
+    subject = subject_of(layout())
+    kinds = ("Q8_0", "Q6_K", "Q5_0", "Q4_K", "IQ3_S")
+    menu = menus(subject, OptimalPolicy(types=kinds))
+    costs = {
+        name: dict(
+            zip(menu[name], np.sort(random.random(len(menu[name]))), strict=True)
+        )
+        for name in menu
+    }
+    # A type of few bits may be the slowest.
+    drawn = random.uniform(0.5e-10, 2e-10, len(kinds))
+    paces = {"BF16": 2e-10} | dict(zip(kinds, drawn, strict=True))
+    latency = Latency(0.001, paces)
+    weights = needed_weights(quantizable(subject))
+    limit = other_bytes(subject) + 2 * sum(
+        prod(tensor.shape) for tensor in quantizable(subject)
+    )
+    free = cheapest(subject, costs, limit)
+    assert free is not None
+    fastest = min(paces.values()) * sum(weights.values()) + 0.001
+    slowest = latency.seconds(free, weights)
+    asked = Pace(latency, weights, fastest * 1.0001 + share * (slowest - fastest))
+
+    found = cheapest(subject, costs, limit, asked)
+
+    assert found is not None
+    assert latency.seconds(found, weights) <= asked.most_seconds
+    if slowest <= asked.most_seconds:
+        assert found == free
+    too_fast = Pace(latency, weights, 0.5 * fastest)
+    assert cheapest(subject, costs, limit, too_fast) is None

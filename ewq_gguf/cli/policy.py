@@ -98,6 +98,12 @@ _OPTIMAL = (
         help="optimal: that files may be measured for.",
     ),
     _option(
+        "--min-tps",
+        type=float,
+        metavar="X",
+        help="optimal: tokens per second that the file has to generate here.",
+    ),
+    _option(
         "--calibration",
         type=PATH,
         metavar="FILE",
@@ -207,7 +213,7 @@ raw_type_option = all_of(_RAW_TYPE)
 
 _ENTROPY_NAMES = ("measure", "epsilon", "bins", "factor", "rule", "granularity")
 _FAST_NAMES = ("variant", "low_layers")
-_OPTIMAL_NAMES = ("effort", "calibration", "types", "floor", "ceiling")
+_OPTIMAL_NAMES = ("effort", "min_tps", "calibration", "types", "floor", "ceiling")
 _TYPE_NAMES = ("ladder", "embedding_type", "output_type")
 _BUDGET_NAMES = ("budget", "bpw", "machine", "machines", "ctx", "device")
 POLICY_OPTIONS = (
@@ -285,10 +291,15 @@ def optimal_policy_of(values: dict[str, Any]) -> OptimalPolicy:
         raise click.BadParameter(
             f"{values['effort']} is not a number from 0 up", param_hint="--effort"
         )
-    types = values["types"]
+    min_tps, types = values["min_tps"], values["types"]
+    if min_tps is not None and not 0 < min_tps < inf:
+        raise click.BadParameter(
+            f"{min_tps} is not a number above 0", param_hint="--min-tps"
+        )
     return OptimalPolicy(
         types=OptimalPolicy().types if types is None else tuple(_type_names(types)),
         effort_minutes=values["effort"],
+        min_tps=min_tps,
         floors=_by_role(values["floor"]),
         ceilings=_by_role(values["ceiling"]),
     )

@@ -19,9 +19,9 @@ from ewq_gguf.bench.studies import kld_difference
 from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
-from ewq_gguf.pipeline.throwaway import measure_plans, types_sha256
+from ewq_gguf.pipeline.throwaway import measure_plans, time_plans, types_sha256
 from ewq_gguf.plan.ask import Limit
-from ewq_gguf.plan.optimal import cheapest
+from ewq_gguf.plan.optimal import Pace, cheapest
 from ewq_gguf.plan.predictor import Prediction, Predictor
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Plan, PresetPolicy, SearchedFile, TextResult
@@ -37,6 +37,10 @@ _N_STD = 3.0
 _N_ALWAYS = 3
 #: A round that improves on the best by less is the last one.
 _LEAST_GAIN = 0.01
+#: Rounds after files were too slow, and what a token may take in them beyond what they
+#: were too slow by.
+_N_TIGHTENED = 3
+_STRICTER = 0.98
 #: The preset whose weights lose least: what it costs beyond them is the floor.
 _FLOOR_PRESET = "Q8_0"
 
@@ -77,6 +81,16 @@ class Measuring:
         self.seconds = max(self.seconds, taken * self.n_few / n_windows)
         return [parts[types_sha256(plan)].quality for plan in plans]
 
+    def speeds(self, plans: Sequence[Plan]) -> list[float]:
+        """Tokens per second that the files of plans generate."""
+        return time_plans(
+            plans,
+            self.request,
+            self.toolchain,
+            options=self.options,
+            progress=self.progress,
+        )
+
 
 @dataclass
 class Entrant:
@@ -88,11 +102,14 @@ class Entrant:
     prediction: Prediction
     few: TextResult | None = None
     many: TextResult | None = None
+    tps: float | None = None
+    is_slow: bool = False
 
     @property
-    def rank(self) -> tuple[float, float, float]:
+    def rank(self) -> tuple[bool, float, float, float]:
         """Of the better file it is smaller: by many windows, few, or prediction."""
-        return (_nats(self.many), _nats(self.few), self.prediction.kld_nats)
+        kld = self.prediction.kld_nats
+        return (self.is_slow, _nats(self.many), _nats(self.few), kld)
 
     def record(self, best: Entrant) -> SearchedFile:
         """What is kept of it."""
@@ -107,6 +124,7 @@ class Entrant:
             predicted_std_nats=self.prediction.std_nats,
             few_nats=_nats(self.few) if self.few else None,
             many_nats=_nats(self.many) if self.many else None,
+            tps=self.tps,
             difference=kld_difference(self.many, best.many)
             if self.many is not None and is_other
             else None,
@@ -125,6 +143,8 @@ class Contest:
         predictor: with the costs of all types of all entrants.
         deadline: of `time.monotonic`; no round begins that would not end by then.
         make: the plan of types.
+        min_tps: tokens per second that are asked for; 0 for any.
+        pace: that files are proposed to keep; None for any.
         entrants: that were looked at so far.
         n_left_out: rivals that the prediction ruled out.
     """
@@ -136,6 +156,8 @@ class Contest:
     predictor: Predictor
     deadline: float
     make: Callable[[Mapping[str, str]], Plan]
+    min_tps: float = 0.0
+    pace: Pace | None = None
     entrants: list[Entrant] = field(default_factory=list)
     n_left_out: int = 0
 
@@ -146,7 +168,7 @@ class Contest:
             rivals: that are not proposed here, by name; larger ones only teach.
 
         Raises:
-            InputError: no selection keeps the limit.
+            InputError: no selection keeps the limit, or no file the pace.
         """
         self._find_floor(rivals)
         best = self._round(0)
@@ -155,6 +177,7 @@ class Contest:
                 name: plan
                 for name, plan in rivals.items()
                 if plan.totals.file_size_bytes <= self.limit.n_bytes
+                and (self.pace is None or self.pace.keeps(written_types(plan)))
             }
         )
         for number in range(1, _N_ROUNDS):
@@ -163,10 +186,13 @@ class Contest:
             before, best = best, self._round(number)
             if best > before * (1 - _LEAST_GAIN):
                 break
-        finalists = self._finalists()
-        many = self.measuring([e.plan for e in finalists], self.measuring.n_many)
-        for entrant, result in zip(finalists, many, strict=True):
-            entrant.many = result
+        self._compare_best()
+        for number in range(_N_ROUNDS, _N_ROUNDS + _N_TIGHTENED):
+            if not self._is_too_slow():
+                break
+            self._round(number)
+            self._compare_best()
+        self._check_pace()
         order = sorted(self.entrants, key=lambda entrant: entrant.rank)
         return order[0].plan, tuple(entrant.record(order[0]) for entrant in order)
 
@@ -207,13 +233,61 @@ class Contest:
         )
         return min(_nats(e.few) for e in self.entrants if e.kind == "optimal")
 
+    def _compare_best(self) -> None:
+        """Measure the best on many windows, and their speed where one is asked for."""
+        finalists = self._finalists()
+        plans = [entrant.plan for entrant in finalists]
+        many = self.measuring(plans, self.measuring.n_many)
+        for entrant, result in zip(finalists, many, strict=True):
+            entrant.many = result
+        if self.pace is None:
+            return
+        speeds = self.measuring.speeds(plans)
+        for entrant, tps in zip(finalists, speeds, strict=True):
+            entrant.tps, entrant.is_slow = tps, tps < self.min_tps
+
+    def _is_too_slow(self) -> bool:
+        """Whether none of those proposed here is fast enough; then be stricter."""
+        own = [
+            e.tps for e in self.entrants if e.kind == "optimal" and e.tps is not None
+        ]
+        if self.pace is None or max(own) >= self.min_tps:
+            return False
+        most = self.pace.most_seconds * max(own) / self.min_tps * _STRICTER
+        self.pace = replace(self.pace, most_seconds=most)
+        return True
+
+    def _check_pace(self) -> None:
+        """Refuse where nothing that was timed is fast enough.
+
+        Raises:
+            InputError: with the speed that was reached.
+        """
+        timed = [one for one in self.entrants if one.tps is not None]
+        if timed and all(entrant.is_slow for entrant in timed):
+            fastest = max(entrant.tps or 0.0 for entrant in timed)
+            raise InputError(
+                "plan",
+                "--min-tps",
+                f"the fastest file of this size generates {fastest:.1f} tokens per "
+                f"second, not {self.min_tps:g}",
+                "ask for fewer, or choose a smaller size",
+            )
+
     def _propose(self, rng: np.random.Generator | None) -> Plan:
         now = self.predictor.costs_now(rng)
         allowed = {
             name: {kind: now[name][kind] for kind in kinds}
             for name, kinds in self.menu.items()
         }
-        types = cheapest(self.subject, allowed, self.limit.n_bytes)
+        types = cheapest(self.subject, allowed, self.limit.n_bytes, self.pace)
+        if types is None and self.pace is not None:
+            raise InputError(
+                "plan",
+                "--min-tps",
+                f"no types of this size generate {self.min_tps:g} tokens per second",
+                "ask for fewer, or choose a smaller size",
+            )
         if types is None:
             raise InputError(
                 "plan",
@@ -272,7 +346,7 @@ class Contest:
     def _finalists(self) -> list[Entrant]:
         """The best of those proposed here, and the best of the rivals."""
         order = sorted(self.entrants, key=lambda entrant: entrant.rank)
-        own = [entrant for entrant in order if entrant.kind == "optimal"]
+        own = [e for e in order if e.kind == "optimal" and not e.is_slow]
         others = [entrant for entrant in order if entrant.kind != "optimal"]
         return [*own[:_N_FINALISTS], *others[:1]]
 

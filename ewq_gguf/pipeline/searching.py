@@ -27,6 +27,7 @@ from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.contest import Contest, Measuring, written_types
 from ewq_gguf.pipeline.error_table import error_table
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.pacing import measured_pace
 from ewq_gguf.pipeline.presets import preset_plans
 from ewq_gguf.pipeline.probing import PROBE_TYPE, Prober, probe_slopes
 from ewq_gguf.pipeline.throwaway import types_sha256
@@ -211,9 +212,23 @@ def _searched(
         if is_doubtful(error, one[PROBE_TYPE])
     }
 
+    pace = (
+        measured_pace(
+            subject,
+            menu,
+            policy.min_tps,
+            measuring.request,
+            measuring.toolchain,
+            options=measuring.options,
+            progress=measuring.progress,
+        )
+        if policy.min_tps
+        else None
+    )
+
     def choose() -> Mapping[str, str]:
         allowed = {n: {k: costs[n][k] for k in kinds} for n, kinds in menu.items()}
-        return cheapest(subject, allowed, limit.n_bytes) or {}
+        return cheapest(subject, allowed, limit.n_bytes, pace) or {}
 
     _settle(costs, doubtful, choose, prober, started + _PROBE_SHARE * effort)
     contest = Contest(
@@ -224,6 +239,8 @@ def _searched(
         predictor=Predictor(costs, 0.0),
         deadline=started + effort,
         make=lambda types: _plan(subject, policy, limit, types),
+        min_tps=policy.min_tps or 0.0,
+        pace=pace,
     )
     chosen, files = contest.run(rivals)
     record = Search(

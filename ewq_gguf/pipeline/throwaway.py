@@ -6,8 +6,10 @@ a run that was killed goes on where it was, and no file is measured twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
@@ -19,8 +21,12 @@ from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.records import Plan, StudyPart, read_journal
+from ewq_gguf.records.base import Part
+from ewq_gguf.records.search import TimedFile
 
 STAGE = "study"
+#: A speed test that tells types apart and takes seconds.
+_SHORT = {"n_prompt": 32, "n_generated": 64, "n_repeats": 5}
 
 
 def measure_plans(
@@ -71,27 +77,85 @@ def measure_plans(
                 def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
                     tell((i + share) / len(todo))
 
-                with store.work_dir(journal, stage=STAGE) as folder:
-                    file = folder / "study.gguf"
-                    # Not `planned_file`: nobody will look for this file again.
-                    quantize(
-                        made,
-                        base,
-                        file,
-                        toolchain,
-                        n_threads=options.n_threads,
-                        load=False,  # it is loaded to be measured
-                        imatrix=options.imatrix if made.imatrix else None,
-                    )
+                with _file(made, base, journal, toolchain, options) as file:
                     result = bench_file(file, request, of_file)
                 part = StudyPart(
                     name=name, engine=result.engine, quality=result.texts[0]
                 )
-                with journal.open("a", encoding="utf-8") as lines:
-                    # What a killed run left half is left behind.
-                    lines.write(f"\n{part.model_dump_json()}\n")
+                _append(journal, part)
                 parts[name] = part
     return parts
+
+
+def time_plans(
+    plans: Sequence[Plan],
+    request: Request,
+    toolchain: Toolchain,
+    *,
+    options: Options,
+    progress: Progress,
+) -> list[float]:
+    """How many tokens per second the file of every plan generates.
+
+    Args:
+        plans: of the base's model.
+        request: how models are loaded, and the base.
+        toolchain: that quantises.
+        options: as of `measure_plans`.
+        progress: who is told.
+
+    Raises:
+        EwqError: of the stage that failed, with what to do.
+    """
+    base = request.base
+    assert base is not None
+    request = replace(request, tasks=("speed",), texts=(), **_SHORT)
+    asked = request.parameters().model_dump_json()
+    made_by = f"{toolchain.key} {LLAMA_CPP_COMMIT}"
+    key = store.sha256_text(f"{identify(base).sha256} {made_by} {asked}")
+    journal = store.cache_dir("speeds") / f"{key}.journal"
+    with store.locked(journal, stage=STAGE, wait=True):
+        known = read_journal(journal, TimedFile)
+        todo = {types_sha256(made): made for made in plans}
+        todo = {name: made for name, made in todo.items() if name not in known}
+        if todo:
+            with progress.stage(f"time {len(todo)} files") as tell:
+                for i, (name, made) in enumerate(todo.items()):
+
+                    def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
+                        tell((i + share) / len(todo))
+
+                    with _file(made, base, journal, toolchain, options) as file:
+                        speed = bench_file(file, request, of_file).speed
+                    assert speed is not None
+                    known[name] = TimedFile(name=name, tps=speed.generation_tps)
+                    _append(journal, known[name])
+    return [known[types_sha256(plan)].tps for plan in plans]
+
+
+@contextmanager
+def _file(
+    plan: Plan, base: Path, journal: Path, toolchain: Toolchain, options: Options
+) -> Iterator[Path]:
+    """A plan's file, until the block ends; nobody will look for it again."""
+    with store.work_dir(journal, stage=STAGE) as folder:
+        file = folder / "study.gguf"
+        quantize(
+            plan,
+            base,
+            file,
+            toolchain,
+            n_threads=options.n_threads,
+            load=False,  # it is loaded to be measured
+            imatrix=options.imatrix if plan.imatrix else None,
+        )
+        yield file
+
+
+def _append(journal: Path, part: Part) -> None:
+    with journal.open("a", encoding="utf-8") as lines:
+        # What a killed run left half is left behind.
+        lines.write(f"\n{part.model_dump_json()}\n")
 
 
 def types_sha256(plan: Plan) -> str:

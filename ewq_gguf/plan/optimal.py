@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ewq_gguf import ggml_types
 from ewq_gguf.ggml_types import n_dims, tensor_bytes
 from ewq_gguf.plan.assemble import header_of
 from ewq_gguf.plan.importance import needs_entry
 from ewq_gguf.plan.knapsack import select
+from ewq_gguf.plan.latency import Latency
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
@@ -20,6 +23,10 @@ from ewq_gguf.tensor_names import is_quantizable, role
 #: Of the bits that a file has per weight: fewer would be given to a tensor by mistake
 #: only, and the lowest types take the longest to try.
 _LEAST_SHARE = 0.45
+#: Of the price per second: until it is high enough, and until it is known.
+_N_DOUBLINGS, _N_HALVINGS = 20, 24
+
+Floats = NDArray[np.float64]
 
 
 def menus(
@@ -59,8 +66,30 @@ def other_bytes(subject: Subject) -> int:
     )
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a file has to be.
+
+    Attributes:
+        latency: of the device.
+        weights: that a token needs, by tensor.
+        most_seconds: that a token may take.
+    """
+
+    latency: Latency
+    weights: Mapping[str, float]
+    most_seconds: float
+
+    def keeps(self, types: Mapping[str, str]) -> bool:
+        """Whether a file with these types, by tensor, is fast enough."""
+        return self.latency.seconds(types, self.weights) <= self.most_seconds
+
+
 def cheapest(
-    subject: Subject, costs: Mapping[str, Mapping[str, float]], limit_bytes: int
+    subject: Subject,
+    costs: Mapping[str, Mapping[str, float]],
+    limit_bytes: int,
+    pace: Pace | None = None,
 ) -> dict[str, str] | None:
     """The types that cost least in a file of at most so many bytes.
 
@@ -68,9 +97,10 @@ def cheapest(
         subject: what is planned.
         costs: by tensor and type, all that it may be.
         limit_bytes: of the whole file.
+        pace: that it has to keep; a price per second is raised until it does.
 
     Returns:
-        By tensor; None where even the smallest types take more.
+        By tensor; None where no types are as small, or as small and as fast.
     """
     tensors = [tensor for tensor in quantizable(subject) if tensor.name in costs]
     kinds = sorted({kind for one in costs.values() for kind in one})
@@ -81,13 +111,41 @@ def cheapest(
         for kind, value in costs[tensor.name].items():
             cost[i, number[kind]] = value
             size[i, number[kind]] = padded(tensor_bytes(kind, tensor.shape))
-    found = select(cost, size, limit_bytes - other_bytes(subject))
-    if found is None:
+
+    limit = limit_bytes - other_bytes(subject)
+
+    def solve(costs: Floats) -> dict[str, str] | None:
+        found = select(costs, size, limit)
+        if found is None:
+            return None
+        return {
+            tensor.name: kinds[choice]
+            for tensor, choice in zip(tensors, found.options.tolist(), strict=True)
+        }
+
+    types = solve(cost)
+    if types is None or pace is None or pace.keeps(types):
+        return types
+    per_weight = np.array([pace.latency.seconds_per_weight[kind] for kind in kinds])
+    needed = np.array([pace.weights[tensor.name] for tensor in tensors])
+    seconds = needed[:, None] * per_weight
+    # The price at which all errors together are worth a token's whole time.
+    low, high = 0.0, float(cost[np.isfinite(cost)].sum()) / pace.most_seconds
+    for _ in range(_N_DOUBLINGS):
+        types = solve(cost + high * seconds)
+        if types is None or pace.keeps(types):
+            break
+        low, high = high, 4 * high
+    else:
         return None
-    return {
-        tensor.name: kinds[choice]
-        for tensor, choice in zip(tensors, found.options.tolist(), strict=True)
-    }
+    for _ in range(_N_HALVINGS):
+        price = (low + high) / 2
+        found = solve(cost + price * seconds)
+        if found is not None and pace.keeps(found):
+            high, types = price, found
+        else:
+            low = price
+    return types
 
 
 def _menu(

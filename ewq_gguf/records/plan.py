@@ -106,6 +106,8 @@ class OptimalPolicy(Part):
         types: that tensors may have, besides raw.
         floors: the type of fewest bits by role, `*` for every role.
         ceilings: of most bits, likewise.
+        min_tps: tokens per second that the file has to generate on this machine; None
+            for any.
         effort_minutes: that probes and files may be measured for.
         seed: of the text that the model writes to be measured on.
     """
@@ -114,6 +116,7 @@ class OptimalPolicy(Part):
     types: tuple[str, ...] = TYPES
     floors: dict[str, str] = {}
     ceilings: dict[str, str] = {}
+    min_tps: float | None = None
     effort_minutes: float = 20.0
     seed: int = 1
 

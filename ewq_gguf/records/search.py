@@ -21,6 +21,8 @@ class SearchedFile(Part):
         predicted_std_nats: standard deviation of the prediction's error.
         few_nats: measured on the first windows; None where it was not worth it.
         many_nats: measured on many windows; None where it did not come so far.
+        tps: tokens per second that it generates, measured; None where none were asked
+            for, or it did not come so far.
         difference: its divergence minus the chosen file's, over these windows; None for
             the chosen one itself, and where it did not come so far.
     """
@@ -33,7 +35,20 @@ class SearchedFile(Part):
     predicted_std_nats: float
     few_nats: float | None = None
     many_nats: float | None = None
+    tps: float | None = None
     difference: PairedMean | None = None
+
+
+class TimedFile(Part):
+    """A file whose speed was measured.
+
+    Attributes:
+        name: SHA-256 over its tensors' types.
+        tps: tokens per second that it generates.
+    """
+
+    name: str
+    tps: float
 
 
 class Search(Part):

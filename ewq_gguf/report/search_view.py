@@ -55,6 +55,11 @@ def _files(search: Search, files: tuple[SearchedFile, ...]) -> Map:
                 f"KLD, {search.n_many} windows",
                 [_nats(file.many_nats) for file in files],
             ),
+            *(
+                [numbers("tokens/s", [_tps(file) for file in files])]
+                if any(file.tps for file in files)
+                else []
+            ),
             numbers("more than the best", [_difference(file) for file in files]),
         ],
     )
@@ -62,6 +67,10 @@ def _files(search: Search, files: tuple[SearchedFile, ...]) -> Map:
 
 def _nats(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _tps(file: SearchedFile) -> str:
+    return "-" if file.tps is None else f"{file.tps:.1f}"
 
 
 def _difference(file: SearchedFile) -> str:

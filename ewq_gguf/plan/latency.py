@@ -1,0 +1,95 @@
+"""How long a token takes: what reading and multiplying a weight of each type costs.
+
+    seconds per token = constant + sum over types of r x weights of that type
+
+A weight counts as often as a token needs it: experts by the share that is used, an
+embedding that only looks rows up not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ewq_gguf.ggml_types import bits_per_weight
+from ewq_gguf.records import LayoutTensor
+
+#: Relative standard deviations: of a measured time, of a type's time per weight around
+#: that of its bits, and of the constant as a share of a token's time.
+_NOISE, _TYPE_STD, _CONSTANT_STD = 0.02, 0.5, 0.3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What a token takes on one device.
+
+    Attributes:
+        constant_seconds: whatever the types.
+        seconds_per_weight: by type.
+    """
+
+    constant_seconds: float
+    seconds_per_weight: Mapping[str, float]
+
+    def seconds(self, types: Mapping[str, str], weights: Mapping[str, float]) -> float:
+        """A token's time with these types.
+
+        Args:
+            types: by tensor.
+            weights: that a token needs, by tensor.
+        """
+        return self.constant_seconds + sum(
+            weights[name] * self.seconds_per_weight[kind]
+            for name, kind in types.items()
+        )
+
+
+def needed_weights(
+    tensors: Sequence[LayoutTensor], expert_share: float = 1.0
+) -> dict[str, float]:
+    """How many weights of each tensor a token needs.
+
+    Args:
+        tensors: that are quantised.
+        expert_share: experts that a token is sent to, of all.
+    """
+    has_head = any(tensor.name == "output.weight" for tensor in tensors)
+    needed = {}
+    for tensor in tensors:
+        share = 1.0
+        if tensor.name.startswith("token_embd") and has_head:
+            share = 0.0
+        elif len(tensor.shape) > 2:
+            share = expert_share
+        needed[tensor.name] = share * prod(tensor.shape)
+    return needed
+
+
+def fit_latency(files: Sequence[tuple[Mapping[str, float], float]]) -> Latency:
+    """The times per weight that explain measured files best.
+
+    A normal prior around times in proportion to bits (memory bandwidth), so that a type
+    that is in few files is not thought free; the posterior's mean, never below a
+    twentieth of the prior's.
+
+    Args:
+        files: weights by type that a token needs, and its seconds.
+    """
+    types = sorted({kind for weights, _ in files for kind in weights})
+    rows = np.array(
+        [[1.0, *(weights.get(kind, 0.0) for kind in types)] for weights, _ in files]
+    )
+    seconds = np.array([taken for _, taken in files])
+    bits = np.array([bits_per_weight(kind) for kind in types])
+    pace = float(np.median(seconds / (rows[:, 1:] @ bits)))
+    prior = np.array([0.0, *(pace * bits)])
+    std = np.array([_CONSTANT_STD * seconds.mean(), *(_TYPE_STD * pace * bits)])
+    # In units of the prior's deviations and the noise: well conditioned.
+    scaled = rows * std / (_NOISE * seconds)[:, None]
+    left = (seconds - rows @ prior) / (_NOISE * seconds)
+    solved = np.linalg.solve(scaled.T @ scaled + np.eye(len(std)), scaled.T @ left)
+    found = np.maximum(prior + std * solved, prior / 20)
+    return Latency(float(found[0]), dict(zip(types, found[1:].tolist(), strict=True)))
