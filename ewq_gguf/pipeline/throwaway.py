@@ -26,7 +26,7 @@ from ewq_gguf.records.search import TimedFile
 
 STAGE = "study"
 #: A speed test that tells types apart and takes seconds.
-_SHORT = {"n_prompt": 32, "n_generated": 64, "n_repeats": 5}
+_N_PROMPT, _N_GENERATED = 32, 64
 
 
 def measure_plans(
@@ -109,7 +109,13 @@ def time_plans(
     """
     base = request.base
     assert base is not None
-    request = replace(request, tasks=("speed",), texts=(), **_SHORT)
+    request = replace(
+        request,
+        tasks=("speed",),
+        texts=(),
+        n_prompt=_N_PROMPT,
+        n_generated=_N_GENERATED,
+    )
     asked = request.parameters().model_dump_json()
     made_by = f"{toolchain.key} {LLAMA_CPP_COMMIT}"
     key = store.sha256_text(f"{identify(base).sha256} {made_by} {asked}")
