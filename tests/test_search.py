@@ -29,8 +29,8 @@ FAMILY = "Qwen3-MoE"
 def few_windows(monkeypatch, tmp_path):
     """Texts and measurements as small as they can be; the folder is the current one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(searching, "_N_DOCUMENTS", 6)
-    monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 4)
+    monkeypatch.setattr(searching, "_N_DOCUMENTS", 12)
+    monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 24)
     monkeypatch.setattr(contest.Measuring, "n_few", 1)
     monkeypatch.setattr(contest.Measuring, "n_many", 2)
 
@@ -49,7 +49,7 @@ def test_one_command_makes_the_best_file_of_a_size_and_says_how(folder, capsys):
     size = preset_size(folder, "Q4_K_M") + 2000  # and the matrix's keys
     asked = [
         "gguf", str(folder), "--policy", "optimal", "--budget", f"{size}B",
-        "--effort", "0", "-o", "out.gguf", "-q",
+        "--effort", "0", "--threads", "1", "-o", "out.gguf", "-q",
     ]  # fmt: skip
 
     assert main(asked) == 0
@@ -105,7 +105,7 @@ def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
     monkeypatch.setattr(contest.Contest, "_propose", propose)
     asked = [
         "plan", str(folder), "--policy", "optimal", "--budget", f"{size}B",
-        "--effort", "0", "--types", "Q8_0,Q5_K,Q3_K,Q2_K,Q4_0", "-o", "plan.json", "-q",
+        "--effort", "0", "--threads", "1", "--types", "Q8_0,Q5_K,Q3_K,Q2_K,Q4_0", "-o", "plan.json", "-q",
     ]  # fmt: skip
 
     assert main(asked) == 0
@@ -132,7 +132,17 @@ def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(folder, capsys, options, says):
-    asked = ["plan", str(folder), "--policy", "optimal", "--effort", "0", "-q"]
+    asked = [
+        "plan",
+        str(folder),
+        "--policy",
+        "optimal",
+        "--effort",
+        "0",
+        "--threads",
+        "1",
+        "-q",
+    ]
 
     assert main([*asked, *options]) != 0
 
@@ -145,7 +155,7 @@ def test_a_frontier_has_every_preset_and_the_best_beside_its_rival(folder, capsy
     text = Path("words.txt")
     text.write_text("the river runs past an old stone house " * 200)
     asked = [
-        "frontier", str(folder), "--presets", "Q4_K_M", "--effort", "0",
+        "frontier", str(folder), "--presets", "Q4_K_M", "--effort", "0", "--threads", "1",
         "--text", f"words={text}", "--ctx", "64", "--chunks", "2",
         "--picture", "curve.png", "-o", "frontier.json",
     ]  # fmt: skip

@@ -25,10 +25,22 @@ def test_a_document_does_not_depend_on_how_many_there_are():
 def test_a_document_ends_where_the_model_ends_it_or_at_the_limit():
     texts = self_text(Table(), 64, 10, seed=0)
 
-    # The token that ends a text also begins it.
-    assert all(chr(BOS) not in text[1:] for text in texts)
-    assert max(len(text) for text in texts) == 10
-    assert min(len(text) for text in texts) < 10
+    # The token that ends a text also begins it, and is no part of what is written.
+    assert all(chr(BOS) not in text for text in texts)
+    assert max(len(text) for text in texts) == 9
+    assert min(len(text) for text in texts) < 9
+
+
+def test_a_terse_model_writes_more_documents():
+    model = Table()
+    model.logits[:] = -20.0
+    model.logits[:, BOS] = 0.0  # the first token is drawn, the second ends it
+
+    texts = self_text(model, 40, 50, seed=0)
+
+    # 40 x 50 / 4 tokens of one each are more than eight times as many documents have.
+    assert len(texts) == 8 * 40
+    assert set(map(len, texts)) == {1}
 
 
 def test_what_is_far_less_likely_than_the_likeliest_is_left_out():
@@ -40,4 +52,4 @@ def test_what_is_far_less_likely_than_the_likeliest_is_left_out():
     texts = self_text(model, len(TEMPERATURES) * 20, 10, seed=0)
 
     careful = texts[:: len(TEMPERATURES)]
-    assert not any("b" in text[2:] for text in careful)
+    assert not any("b" in text[1:] for text in careful)

@@ -20,6 +20,8 @@ TEMPERATURES = (0.7, 1.0, 1.3)
 #: nonsense token leads a document astray.
 MIN_P = 0.02
 N_PARALLEL = 32
+#: Of the tokens that documents could have, and as many documents at most.
+_LEAST_SHARE, _MAX_TIMES = 0.25, 8
 
 
 def self_text(
@@ -33,7 +35,8 @@ def self_text(
 
     Args:
         model: any.
-        n_documents: how many.
+        n_documents: how many; more where a model is so terse that they come to less
+            than a quarter of their tokens, up to eight times as many.
         n_tokens: of each, at most; one ends where the model ends it.
         seed: of everything random.
         on_progress: told the share done, 0 to 1.
@@ -45,8 +48,9 @@ def self_text(
     n_parallel = min(N_PARALLEL, n_documents)
     room = n_parallel * n_tokens
     with model.scorer(room, n_sequences=n_parallel, is_shared=False) as scorer:
-        for begin in range(0, n_documents, n_parallel):
-            numbers = range(begin, min(begin + n_parallel, n_documents))
+        n_written, begin, end = 0, 0, n_documents
+        while begin < end:
+            numbers = range(begin, min(begin + n_parallel, end))
             random = [np.random.default_rng((seed, number)) for number in numbers]
             scorer.clear()
             documents = [_start(model, scorer.n_vocab, rng) for rng in random]
@@ -71,8 +75,20 @@ def self_text(
                         for i in growing
                     ]
                 )
-                on_progress((begin + len(documents) * length / n_tokens) / n_documents)
-            texts += [model.detokenize(_array(tokens)) for tokens in documents]
+                share = (begin + len(documents) * length / n_tokens) / n_documents
+                on_progress(min(share, 1.0))
+            written = [
+                model.detokenize(_array(tokens[model.add_bos :]))
+                for tokens in documents
+            ]
+            # Counted as they will be read: tokens may stand for no text at all.
+            n_written += sum(len(model.tokenize(text)) for text in written)
+            texts += written
+            begin = numbers.stop
+            if n_written < n_documents * n_tokens * _LEAST_SHARE:
+                end = max(
+                    n_documents, min(begin + n_parallel, _MAX_TIMES * n_documents)
+                )
     return texts
 
 

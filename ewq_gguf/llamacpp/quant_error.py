@@ -25,7 +25,9 @@ STAGE = "plan"
 #: Rows of a tensor at least: its error is then known to a few percent.
 _MIN_ROWS = 64
 #: Types whose quantiser searches a grid; it is ten times slower than the others.
-_SLOW = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
+SLOW_TYPES = frozenset(
+    {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
+)
 _SLOW_SHARE = 0.25
 
 
@@ -180,7 +182,7 @@ def _tensor_errors(
     found = []
     for ggml_type in types:
         n_rows = len(sampled.rows)
-        if ggml_type in _SLOW:
+        if ggml_type in SLOW_TYPES:
             n_rows = max(min(_MIN_ROWS, n_rows), round(_SLOW_SHARE * n_rows))
         error, stderr, plain = error_of(ggml, _first(sampled, n_rows), ggml_type)
         found.append(

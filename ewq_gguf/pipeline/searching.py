@@ -86,7 +86,11 @@ def search(
     toolchain = find_toolchain(options.llama_cpp)
     base = base_file(checkpoint, toolchain, progress=progress)
     limit = _limit(subject, ask)
-    setup = CPU_SETUP.model_copy(update={"n_threads": options.n_threads})
+    # Where there are devices, files are measured on them.
+    device = "cpu" if toolchain.backend == "cpu" else "auto"
+    setup = CPU_SETUP.model_copy(
+        update={"n_threads": options.n_threads, "device": device}
+    )
     text = written_text(
         base,
         setup,

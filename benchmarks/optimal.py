@@ -1,0 +1,116 @@
+"""How long policy `optimal` thinks: the solver, and an 8B model's error table.
+
+    python -m benchmarks.optimal
+
+The table is measured on one layer of Llama 3.1 8B's shape with random weights, as many
+of its rows as of the whole model's, and multiplied by 32 layers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.llamacpp.ggml import Ggml
+from ewq_gguf.llamacpp.quant_error import SLOW_TYPES, quant_errors
+from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.plan.knapsack import select
+from ewq_gguf.process import N_CPUS
+from ewq_gguf.records.plan import TYPES
+
+N_LAYERS = 32
+SHARE = 0.02
+SHAPES = {
+    "attn_q": (4096, 4096), "attn_k": (1024, 4096), "attn_v": (1024, 4096),
+    "attn_output": (4096, 4096), "ffn_gate": (14336, 4096), "ffn_up": (14336, 4096),
+    "ffn_down": (4096, 14336),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Print both."""
+    solve()
+    table()
+
+
+def solve() -> None:
+    """2000 tensors with 15 types each."""
+    random = np.random.default_rng(0)
+    bits = np.linspace(2, 16, 15)
+    n_weights = random.integers(1 << 18, 1 << 24, 2000)
+    n_bytes = (n_weights[:, None] * bits / 8).astype(np.int64)
+    costs = random.lognormal(0, 2, 2000)[:, None] * 4.0**-bits
+    limit = int(n_bytes[:, 4].sum())
+    started = time.perf_counter()
+    found = select(costs, n_bytes, limit)
+    taken = time.perf_counter() - started
+    assert found is not None
+    print(
+        f"2000 tensors x 15 types: {taken:.2f} s, {limit - found.n_bytes} of {limit:,} "
+        f"bytes left, {found.cost / found.bound - 1:.1e} above the bound"
+    )
+
+
+def table() -> None:
+    """All types of the menu, 2 % of the rows, columns weighed."""
+    toolchain = find_toolchain()
+    assert toolchain.lib_dir is not None
+    ggml = Ggml(toolchain.lib_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.gguf"
+        write_layer(path)
+        tensors = read_gguf(path).tensors
+        n_weights = sum(prod(tensor.shape) for tensor in tensors)
+        random = np.random.default_rng(1)
+        importance = {
+            t.name: random.lognormal(0, 1, (1, t.shape[-1])).astype(np.float32)
+            for t in tensors
+        }
+        total = 0.0
+        for name, kinds in {
+            "others": [kind for kind in TYPES if kind not in SLOW_TYPES],
+            "IQ1 to IQ3": [kind for kind in TYPES if kind in SLOW_TYPES],
+        }.items():
+            started = time.perf_counter()
+            wanted = [(tensor, kinds) for tensor in tensors]
+            for _ in quant_errors(
+                path, wanted, ggml, share=SHARE, importance=importance, n_threads=N_CPUS
+            ):
+                pass
+            taken = (time.perf_counter() - started) * N_LAYERS
+            total += taken
+            print(
+                f"{len(kinds)} types ({name}), {SHARE:.0%} of {N_LAYERS} layers of "
+                f"{n_weights / 1e6:.0f}M weights, {N_CPUS} threads: "
+                f"{taken / 60:.1f} min"
+            )
+    print(f"together {total / 60:.1f} min")
+
+
+def write_layer(path: Path) -> None:
+    """A GGUF of one layer, BF16."""
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, shape in SHAPES.items():
+        rows = random.standard_normal(shape, np.float32)
+        data = (rows.view(np.uint32) >> 16).astype("<u2")
+        writer.add_tensor(
+            f"blk.0.{name}.weight",
+            data,
+            raw_shape=shape,
+            raw_dtype=gguf.GGMLQuantizationType.BF16,
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    main()
