@@ -40,7 +40,7 @@ def test_a_terse_model_writes_more_documents():
 
     # 40 x 50 / 4 tokens of one each are more than eight times as many documents have.
     assert len(texts) == 8 * 40
-    assert set(map(len, texts)) == {1}
+    assert max(map(len, texts)) == 1  # what stands for a control is left out
 
 
 def test_what_is_far_less_likely_than_the_likeliest_is_left_out():

@@ -82,7 +82,9 @@ def main(path: Path) -> int:
                 _reference(job, job.reference, LlamaModel(Path(job.model), setup, log))
                 return 0
             if job.probing is not None:
-                _probe(job, job.probing, log, keep)
+                assert job.base is not None
+                base = load(Path(job.base), setup, log)
+                _probe(job, job.probing, base, log, keep)
                 return 0
             model = load(Path(job.model), setup, log, job.precisions)
             if job.writing is not None:
@@ -95,8 +97,8 @@ def main(path: Path) -> int:
             elif job.part == "generation":
                 _generation(job, model, lambda path: load(path, setup, log), keep)
             else:
-                base = None if job.base is None else load(Path(job.base), setup, log)
-                _texts(job, model, base, keep)
+                other = None if job.base is None else load(Path(job.base), setup, log)
+                _texts(job, model, other, keep)
     except EwqError as error:
         Path(job.failure).write_text(Failure.of(error).model_dump_json())
         return 1
@@ -104,13 +106,18 @@ def main(path: Path) -> int:
 
 
 def _probe(
-    job: Job, asked: ProbingRequest, log: Log, keep: Callable[[Part], None]
+    job: Job,
+    asked: ProbingRequest,
+    compared: Named,
+    log: Log,
+    keep: Callable[[Part], None],
 ) -> None:
-    assert job.base is not None
-    told, base_path = job.parameters, Path(job.base)
-    reference = ReferenceModel(base_path, told.setup.n_threads)
-    stored = reference.windows(told.texts[0].sha256)
-    windows = Windows(stored.windows[: told.n_chunks])
+    told = job.parameters
+    if isinstance(compared.model, ReferenceModel):
+        stored = compared.model.windows(told.texts[0].sha256)
+        windows = Windows(stored.windows[: told.n_chunks])
+    else:
+        windows = _windows(job, 0, compared, None)
     importance = importance_values(Path(asked.imatrix)) if asked.imatrix else {}
     base = Perturbed(
         Path(job.model),
@@ -126,7 +133,7 @@ def _probe(
         ):
             scored = score_text(
                 Named(path, model),
-                Named(base_path, reference),
+                compared,
                 windows,
                 told.n_ctx,
                 lambda i: False,

@@ -35,8 +35,8 @@ def probe(
     Args:
         base: a 16- or 32-bit GGUF.
         probes: of its tensors.
-        request: one text, how it is cut, and how models are loaded; with the base's
-            reference of it.
+        request: one text, how it is cut, and how models are loaded; without the base's
+            reference of it the base runs along.
         lib_dir: holds ggml's quantisers.
         imatrix: that they weigh columns by, or None.
         on_progress: told how far it is.
@@ -51,7 +51,6 @@ def probe(
         ResourceError: memory or the disk has no room.
     """
     check_bindings(STAGE)
-    assert request.reference is not None
     asked = replace(request, tasks=("kld",), base=base).parameters()
     weighed = store.sha256_file(imatrix) if imatrix else None
     made_by = f"{identify(base).sha256} {weighed} {LLAMA_CPP_COMMIT}"
@@ -66,7 +65,7 @@ def probe(
                 job = Job(
                     part="probing",
                     model=str(base.absolute()),
-                    base=str(request.reference.absolute()),
+                    base=str((request.reference or base).absolute()),
                     texts=tuple(str(text.absolute()) for _, text in request.texts),
                     parameters=asked,
                     journal=str(journal),

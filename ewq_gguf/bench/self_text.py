@@ -20,6 +20,8 @@ TEMPERATURES = (0.7, 1.0, 1.3)
 #: nonsense token leads a document astray.
 MIN_P = 0.02
 N_PARALLEL = 32
+#: No text has them, but a model may write them.
+_CONTROLS = dict.fromkeys(set(range(32)) - {ord("\n"), ord("\t")})
 #: Of the tokens that documents could have, and as many documents at most.
 _LEAST_SHARE, _MAX_TIMES = 0.25, 8
 
@@ -78,7 +80,7 @@ def self_text(
                 share = (begin + len(documents) * length / n_tokens) / n_documents
                 on_progress(min(share, 1.0))
             written = [
-                model.detokenize(_array(tokens[model.add_bos :]))
+                model.detokenize(_array(tokens[model.add_bos :])).translate(_CONTROLS)
                 for tokens in documents
             ]
             # Counted as they will be read: tokens may stand for no text at all.

@@ -137,7 +137,7 @@ class Contest:
 
     Attributes:
         subject: what is planned.
-        limit: of the whole file.
+        limit: of the whole file; the smallest types of the menu keep it.
         menu: what each quantisable tensor may be.
         measuring: measures files.
         predictor: with the costs of all types of all entrants.
@@ -168,7 +168,7 @@ class Contest:
             rivals: that are not proposed here, by name; larger ones only teach.
 
         Raises:
-            InputError: no selection keeps the limit, or no file the pace.
+            InputError: no file keeps the pace.
         """
         self._find_floor(rivals)
         best = self._round(0)
@@ -288,14 +288,7 @@ class Contest:
                 f"no types of this size generate {self.min_tps:g} tokens per second",
                 "ask for fewer, or choose a smaller size",
             )
-        if types is None:
-            raise InputError(
-                "plan",
-                "--budget",
-                f"{self.limit.asked} is {self.limit.n_bytes:,} bytes; no selection of "
-                "the types that may be used is as small",
-                "choose a larger size, or allow smaller types",
-            )
+        assert types is not None  # the smallest types fit
         return self.make(types)
 
     def _meet(self, rivals: Mapping[str, Plan]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from ewq_gguf.bench.probing import probe
 from ewq_gguf.bench.reference_run import cached_reference
 from ewq_gguf.bench.runner import Request
-from ewq_gguf.errors import InputError
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.plan.sensitivity import Group, halves, next_groups, roles_of, slopes
 from ewq_gguf.records.probe import Probe
@@ -36,7 +35,8 @@ class Prober:
 
     Attributes:
         base: the base GGUF.
-        request: the text, how models are loaded, and the base's reference.
+        request: the text, how models are loaded, and the base's reference; without one
+            the base runs along.
         lib_dir: holds ggml's quantisers.
         options: for the whole run; its matrix weighs columns.
         progress: who is told.
@@ -62,24 +62,13 @@ class Prober:
         options: Options,
         progress: Progress,
     ) -> Prober:
-        """With the base's reference, made on first use.
-
-        Raises:
-            InputError: the base's logits cannot be recomputed from a reference.
-        """
+        """With the base's reference, made on first use, where it can have one."""
         base = request.base
         assert base is not None
         request = replace(request, tasks=("kld",), n_chunks=N_WINDOWS)
         reference = cached_reference(
             base, request, lambda: progress.measure(f"reference {base.name}")
         )
-        if reference is None:
-            raise InputError(
-                "plan",
-                base,
-                "its output cannot be recomputed, and probes need that",
-                "use another policy, such as --policy ewq",
-            )
         request = replace(request, reference=reference)
         return cls(base, request, lib_dir, options, progress)
 

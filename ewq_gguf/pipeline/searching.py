@@ -79,13 +79,13 @@ def search(
         progress: who is told.
 
     Raises:
-        InputError: the budget cannot be met, or the model cannot be probed.
+        InputError: the budget cannot be met.
         EwqError: of the stage that failed, with what to do.
     """
     options = options or Options()
     toolchain = find_toolchain(options.llama_cpp)
     base = base_file(checkpoint, toolchain, progress=progress)
-    limit = _limit(subject, ask)
+    limit, menu = _limit(subject, policy, ask)
     # Where there are devices, files are measured on them.
     device = "cpu" if toolchain.backend == "cpu" else "auto"
     setup = CPU_SETUP.model_copy(
@@ -117,7 +117,7 @@ def search(
         known = load_cached(Plan, path, "plan")
         if known is None:
             measuring = Measuring(request, toolchain, options, progress)
-            known = _searched(subject, policy, limit, all_rivals, measuring)
+            known = _searched(subject, policy, limit, menu, all_rivals, measuring)
             store.write_text(path, known.to_json(), stage="plan", force=True)
     if ask.machines:
         placement = place(known.tensors, ask.machines, ask.n_ctx)
@@ -125,26 +125,35 @@ def search(
     return known
 
 
-def _limit(subject: Subject, ask: Ask) -> Limit:
-    """The bytes that may be used.
+def _limit(
+    subject: Subject, policy: OptimalPolicy, ask: Ask
+) -> tuple[Limit, dict[str, tuple[str, ...]]]:
+    """The bytes that may be used, and what each tensor may be in a file of that size.
 
     Raises:
-        InputError: more is asked for than the unquantised file takes.
+        InputError: the types do not reach so far down, or up.
     """
-    raw = other_bytes(subject) + sum(
-        padded(tensor_bytes(subject.raw_type, tensor.shape))
-        for tensor in quantizable(subject)
+    tensors = quantizable(subject)
+    other = other_bytes(subject)
+    most = other + sum(
+        padded(tensor_bytes(subject.raw_type, tensor.shape)) for tensor in tensors
     )
-    limit = ask.limit(raw, subject.tensors)
-    if limit.n_bytes > raw and not limit.may_exceed:
+    limit = ask.limit(most, subject.tensors)
+    n_weights = sum(prod(tensor.shape) for tensor in subject.tensors)
+    menu = menus(subject, policy, least_bits(limit.n_bytes, n_weights))
+    least = other + sum(
+        min(padded(tensor_bytes(kind, tensor.shape)) for kind in menu[tensor.name])
+        for tensor in tensors
+    )
+    if limit.n_bytes < least or (limit.n_bytes > most and not limit.may_exceed):
         raise InputError(
             "plan",
             "--budget",
-            f"{limit.asked} is {limit.n_bytes:,} bytes; unquantised the file takes "
-            f"{raw:,}",
-            "choose a smaller size",
+            f"{limit.asked} is {limit.n_bytes:,} bytes; these types reach {least:,} to "
+            f"{most:,}",
+            "choose a size between them, or other --types, --floor or --ceiling",
         )
-    return replace(limit, n_bytes=min(limit.n_bytes, raw))
+    return replace(limit, n_bytes=min(limit.n_bytes, most)), menu
 
 
 def _presets(
@@ -169,6 +178,7 @@ def _searched(
     subject: Subject,
     policy: OptimalPolicy,
     limit: Limit,
+    menu: Mapping[str, tuple[str, ...]],
     rivals: Mapping[str, Plan],
     measuring: Measuring,
 ) -> Plan:
@@ -176,8 +186,6 @@ def _searched(
     assert base is not None
     assert lib_dir is not None
     started, effort = time.monotonic(), policy.effort_minutes * 60
-    n_weights = sum(prod(tensor.shape) for tensor in subject.tensors)
-    menu = menus(subject, policy, least_bits(limit.n_bytes, n_weights))
     # What rivals are made of has to be predicted too.
     tried = {name: {*kinds} for name, kinds in menu.items()}
     for plan in rivals.values():
