@@ -123,6 +123,25 @@ def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
     assert (plan.imatrix is not None) == chosen.has_imatrix
 
 
+def test_a_file_that_has_to_be_fast_is_timed(folder, capsys):
+    size = preset_size(folder, "Q5_K_M") + 2000
+    asked = [
+        "plan", str(folder), "--policy", "optimal", "--budget", f"{size}B",
+        "--effort", "0", "--threads", "1", "--types", "Q8_0,Q4_0", "-q",
+    ]  # fmt: skip
+
+    assert main([*asked, "--min-tps", "1", "-o", "slow.json"]) == 0
+
+    plan = load_record(Plan, Path("slow.json"), "plan")
+    assert plan.search is not None
+    timed = [one.tps for one in plan.search.files if one.many_nats is not None]
+    assert all(tps is not None and tps > 1 for tps in timed)
+    # Nothing is as fast as this: what was reached is said.
+    assert main([*asked, "--min-tps", "1e9", "-o", "fast.json"]) != 0
+    assert "--min-tps" in capsys.readouterr().err
+    assert not Path("fast.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

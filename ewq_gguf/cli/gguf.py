@@ -36,7 +36,8 @@ from ewq_gguf.cli.policy import (
 from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.records import Plan, RulePolicy, load_record
+from ewq_gguf.pipeline.calibrating import with_imatrix
+from ewq_gguf.records import OptimalPolicy, Plan, RulePolicy, load_record
 from ewq_gguf.report.made_view import made_view
 
 
@@ -119,8 +120,11 @@ def _dry_run(
             f" {name} {shlex.quote(value)}"
             for name, value in zip(names, values, strict=True)
         )
+        checkpoint = pipeline.open_model(model, options=options, progress=progress)
+        if isinstance(plan, OptimalPolicy):
+            options = with_imatrix(checkpoint, options, progress)
         plan = pipeline.plan(
-            pipeline.open_model(model, options=options, progress=progress),
+            checkpoint,
             plan,
             raw_type=raw_type_of(context.params),
             budget=ask_of(context.params),

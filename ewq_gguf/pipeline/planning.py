@@ -116,7 +116,9 @@ def _optimal_plan(
                 options=options,
                 progress=progress,
             )
-        except InputError:  # its ladder does not reach the size
+        except (InputError, ToolError) as error:
+            # Its ladder does not reach the size, or its library is missing.
+            progress.note(f"policy {rule.name} is no rival: {error}")
             continue
         rivals[plan_label(made)] = made
     return search(
