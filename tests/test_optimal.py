@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ewq_gguf.checkpoint.gguf_file import GgufTensor
 from ewq_gguf.ggml_types import tensor_bytes
+from ewq_gguf.llamacpp.quant_error import of_matrices
+from ewq_gguf.pipeline.costing import measured_costs
 from ewq_gguf.plan.latency import Latency, fit_latency, needed_weights
 from ewq_gguf.plan.optimal import Pace, cheapest, menus, other_bytes, quantizable
 from ewq_gguf.plan.predictor import Predictor
@@ -25,6 +29,9 @@ from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
 from ewq_gguf.records.quant_error import QuantError
 from tests.scans import MODEL
+
+if TYPE_CHECKING:
+    from ewq_gguf.pipeline.probing import Prober
 
 LAYERS = 4
 
@@ -240,6 +247,12 @@ def test_menus_keep_to_blocks_bounds_and_what_needs_a_matrix():
     assert found["blk.0.ffn_down.weight"] == ("BF16", "Q8_0", "Q5_0", "Q4_0")
     assert found["token_embd.weight"] == ("Q5_0", "Q4_0")
     assert not any("norm" in name for name in found)
+    raw = OptimalPolicy(types=("raw", "Q8_0"), floors={"output": "raw"})
+    assert menus(subject, raw)["output.weight"] == ("BF16",)
+    assert menus(subject, raw)["token_embd.weight"] == ("BF16", "Q8_0")
+    # A bound of the user's holds, however few bits a file of this size calls for.
+    low = OptimalPolicy(ceilings={"*": "Q4_0"})
+    assert menus(subject, low, least_bits=8.0)["output.weight"] == ("Q4_0",)
     wide = menus(subject_of(layout()), OptimalPolicy(types=("Q4_K", "IQ2_XXS")))
     # Without a matrix there is no IQ2_XXS.
     assert wide["blk.0.attn_q.weight"] == ("BF16", "Q4_K")
@@ -311,7 +324,7 @@ def test_a_pace_is_kept_and_costs_nothing_where_it_is_kept_anyway(seed, share):
     # A type of few bits may be the slowest.
     drawn = random.uniform(0.5e-10, 2e-10, len(kinds))
     paces = {"BF16": 2e-10} | dict(zip(kinds, drawn, strict=True))
-    latency = Latency(0.001, paces)
+    latency = Latency(0.001, paces, 1e-11)
     weights = needed_weights(quantizable(subject))
     limit = other_bytes(subject) + 2 * sum(
         prod(tensor.shape) for tensor in quantizable(subject)
@@ -330,3 +343,91 @@ def test_a_pace_is_kept_and_costs_nothing_where_it_is_kept_anyway(seed, share):
         assert found == free
     too_fast = Pace(latency, weights, 0.5 * fastest)
     assert cheapest(subject, costs, limit, too_fast) is None
+
+
+class KnownCosts:
+    """A prober of a model whose costs are known: additive, but for what is told."""
+
+    noise_nats = 0.0
+    n_probes = 0
+
+    def __init__(self, true):
+        self.true = true
+        self.asked = []
+
+    def __call__(self, wanted):
+        wanted = list(wanted)
+        self.asked += wanted
+        self.n_probes += len(wanted)
+        return {
+            (names, kind): sum(self.true[name][kind] for name in names)
+            for names, kind in wanted
+        }
+
+    def without_noise(self, cost):
+        return cost
+
+
+def settled(true, errors, choose):
+    prober = KnownCosts(true)
+    found = measured_costs(cast("Prober", prober), errors, choose, seconds=60.0)
+    return found, prober
+
+
+def test_types_that_are_chosen_are_probed_and_their_role_corrected():
+    names = [f"blk.{i}.attn_v.weight" for i in range(4)]
+    kinds = {"Q4_0": 0.04, "Q5_1": 0.01, "Q8_0": 0.0001}
+    errors = {name: {k: quant_error(e, e) for k, e in kinds.items()} for name in names}
+    # Q5_1 costs a quarter of what its error says, in all layers but for the first.
+    true = {
+        name: {"Q4_0": 0.04 * (i + 1), "Q5_1": 0.0025 * (i + 1), "Q8_0": 0.0001}
+        for i, name in enumerate(names)
+    }
+
+    found, prober = settled(
+        true, errors, lambda costs: dict.fromkeys(names[1:], "Q5_1")
+    )
+
+    assert (tuple(names[1:]), "Q5_1") in prober.asked
+    for i, name in enumerate(names):
+        assert found[name]["Q5_1"] == pytest.approx(0.0025 * (i + 1))
+        assert found[name]["Q4_0"] == pytest.approx(0.04 * (i + 1))
+
+
+def test_a_doubtful_type_costs_the_worse_until_its_own_probe():
+    name = "blk.11.ffn_down.weight"
+    errors = {
+        name: {
+            "Q4_0": quant_error(0.05, 0.008),
+            "Q5_K": quant_error(0.00005, 0.0015),  # hits the sink's column
+            "Q2_K": quant_error(0.002, 0.06),
+        }
+    }
+    true = {name: {"Q4_0": 0.05, "Q5_K": 0.0001, "Q2_K": 0.006, "Q8_0": 0.00001}}
+
+    found, prober = settled(true, errors, lambda costs: {name: "Q5_K"})
+
+    assert found[name]["Q5_K"] == pytest.approx(0.0001)  # probed
+    assert found[name]["Q2_K"] == pytest.approx(0.05 * 0.06 / 0.008)  # not chosen
+    # What was probed itself is not corrected by its role's probe.
+    assert ((name,), "Q5_K") in prober.asked
+    assert [one for one in prober.asked if one[1] == "Q5_K"] == [((name,), "Q5_K")]
+
+
+def test_a_stack_that_is_not_of_experts_has_a_row_for_each_matrix():
+    heads = GgufTensor("blk.0.attn_k_b.weight", (4, 8, 32), "BF16", 0, 2048)
+
+    found = of_matrices(np.arange(128, dtype=np.float32)[None], heads)
+
+    assert found is not None
+    assert found.shape == (4, 32)
+    assert found[1, 0] == 32
+    assert of_matrices(None, heads) is None
+
+
+def test_a_type_that_was_not_timed_takes_what_its_bits_do():
+    found = fit_latency([({"Q8_0": 1e8}, 0.01), ({"Q4_0": 1e8}, 0.006)])
+
+    assert found.of_type("Q8_0") == found.seconds_per_weight["Q8_0"]
+    ratio = found.of_type("Q6_K") / found.of_type("Q8_0")
+    assert 0.5 < ratio < 1.0

@@ -150,6 +150,9 @@ def test_a_file_that_has_to_be_fast_is_timed(folder, capsys):
         (["--budget", "900GB"], "choose a size between them"),
         (["--budget", "30%", "--types", "Q9"], "'Q9' is not a ggml type"),
         (["--budget", "30%", "--floor", "attn_v=Q9"], "'Q9' is not a ggml type"),
+        (["--budget", "30%", "--floor", "attn_w=Q5_0"], "there is no role 'attn_w'"),
+        (["--budget", "30%", "--floor", "Q8_0", "--ceiling", "Q4_0"], "lower it"),
+        (["--machine", "a=1GB"], "which places nothing"),
         (["--budget", "30%", "--factor", "2"], "--factor does not go with"),
     ],
 )

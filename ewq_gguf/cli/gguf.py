@@ -115,10 +115,10 @@ def _dry_run(
     else:
         names = explicit((*POLICY_OPTIONS, "imatrix"))
         context = click.get_current_context()
-        values = [str(context.params[n[2:].replace("-", "_")]) for n in names]
         typed = " ".join(
-            f" {name} {shlex.quote(value)}"
-            for name, value in zip(names, values, strict=True)
+            f" {name} {shlex.quote(str(value))}"
+            for name in names
+            for value in _each(context.params[name[2:].replace("-", "_")])
         )
         checkpoint = pipeline.open_model(model, options=options, progress=progress)
         if isinstance(plan, OptimalPolicy):
@@ -156,3 +156,8 @@ def _dry_run(
     if plan.model.is_gguf:
         del lines[1]
     return "\n".join(lines)
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    """The values of an option that may be given several times."""
+    return value if isinstance(value, tuple) else (value,)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ewq_gguf import ggml_types, store
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
-from ewq_gguf.errors import InputError, ToolError
+from ewq_gguf.errors import ChildError, InputError, ToolError
 from ewq_gguf.llamacpp.convert import BaseHeader, base_type, header_of
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
@@ -34,6 +34,14 @@ from ewq_gguf.records import (
 PRESETS = (
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL",
     "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K",
+)  # fmt: skip
+
+#: Others, which few take.
+MORE_PRESETS = ("Q5_1", "Q4_1")
+#: Presets that a matrix with every entry makes possible.
+IMATRIX_PRESETS = (
+    "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S",
 )  # fmt: skip
 
 #: Keys that llama-quantize sets, to uint32 values.
@@ -81,27 +89,35 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
 
 
 def preset_types(
-    checkpoint: Checkpoint, toolchain: Toolchain, imatrix: Path | None = None
+    checkpoint: Checkpoint,
+    toolchain: Toolchain,
+    imatrix: Path | None = None,
+    presets: Sequence[str] = PRESETS,
 ) -> dict[str, dict[str, str]]:
-    """Each tensor's type in each standard preset, by the preset's name.
+    """Each tensor's type in each preset, by the preset's name.
 
-    Cached like a layout. With an importance matrix some mixtures are others.
+    Cached like a layout. With an importance matrix some mixtures are others; one that
+    needs an entry that the matrix lacks is left out.
 
     Raises:
         ToolError, InputError, ChildError: as of `layout_of`.
     """
     matrix = store.sha256_file(imatrix) if imatrix else None
-    key = f"{checkpoint.identity.fingerprint} {toolchain.key} {matrix}"
+    key = f"{checkpoint.identity.fingerprint} {toolchain.key} {matrix} {presets}"
     path = store.cache_dir("layouts") / f"{store.sha256_text(key)[:32]}.json"
     if (known := load_cached(PresetTypes, path, "plan")) is not None:
         return known.types
     with _header(checkpoint, toolchain) as base:
-        found = PresetTypes(
-            types={
-                preset: _dry_run(base.path, base.gguf, preset, toolchain, imatrix)
-                for preset in PRESETS
-            }
-        )
+        types = {}
+        for preset in presets:
+            try:
+                types[preset] = _dry_run(
+                    base.path, base.gguf, preset, toolchain, imatrix
+                )
+            except ChildError:
+                if preset not in IMATRIX_PRESETS:
+                    raise
+        found = PresetTypes(types=types)
     store.write_text(path, found.to_json(), stage="plan", force=True)
     return found.types
 

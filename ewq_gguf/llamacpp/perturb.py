@@ -19,6 +19,7 @@ from ewq_gguf.checkpoint.gguf_file import GgufTensor, read_gguf
 from ewq_gguf.ggml_types import row_bytes, written_type
 from ewq_gguf.llamacpp.floats import as_bytes, as_float
 from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
+from ewq_gguf.llamacpp.quant_error import of_matrices
 
 #: Weights that are held in float32 at once, per thread: 32 MiB.
 _BLOCK = 1 << 23
@@ -87,7 +88,7 @@ class Perturbed:
                 offset = tensor.offset + begin * size
                 data = os.pread(source.fileno(), (end - begin) * size, offset)
                 if ggml_type is not None:
-                    weight = self._importance.get(tensor.name)
+                    weight = of_matrices(self._importance.get(tensor.name), tensor)
                     row = None if weight is None else weight[begin // per_matrix]
                     data = self._moved(data, tensor, ggml_type, row)
                 os.pwrite(target.fileno(), data, offset)

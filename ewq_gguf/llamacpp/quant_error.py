@@ -80,7 +80,12 @@ def quant_errors(
             pool.submit(
                 _tensor_errors,
                 partial(
-                    sample, file.fileno(), base, tensor, share, weights.get(tensor.name)
+                    sample,
+                    file.fileno(),
+                    base,
+                    tensor,
+                    share,
+                    of_matrices(weights.get(tensor.name), tensor),
                 ),
                 tensor.name,
                 types,
@@ -94,6 +99,17 @@ def quant_errors(
         finally:
             for future in futures:
                 future.cancel()
+
+
+def of_matrices(
+    importance: Float32Array | None, tensor: GgufTensor
+) -> Float32Array | None:
+    """One row of importance for each matrix of a tensor.
+
+    llama-imatrix keeps one count for a stack that is not of experts (the heads of
+    multi-head latent attention), and all its columns in one row.
+    """
+    return None if importance is None else importance.reshape(-1, tensor.shape[-1])
 
 
 def sample(

@@ -41,6 +41,8 @@ _LEAST_GAIN = 0.01
 #: were too slow by.
 _N_TIGHTENED = 3
 _STRICTER = 0.98
+#: A rival that is predicted to be slower by more is not timed.
+_PACE_MARGIN = 0.1
 #: The preset whose weights lose least: what it costs beyond them is the floor.
 _FLOOR_PRESET = "Q8_0"
 
@@ -50,7 +52,8 @@ class Measuring:
     """Measures files, and knows how long that takes.
 
     Attributes:
-        request: the text and the base.
+        request: the text that is searched on, and the base.
+        final: the text that the best are compared on: nothing was chosen on it.
         toolchain: that quantises.
         options: for the whole run.
         progress: who is told.
@@ -60,6 +63,7 @@ class Measuring:
     """
 
     request: Request
+    final: Request
     toolchain: Toolchain
     options: Options
     progress: Progress
@@ -67,12 +71,21 @@ class Measuring:
     n_many: int = 32
     seconds: float = 0.0
 
-    def __call__(self, plans: Sequence[Plan], n_windows: int) -> list[TextResult]:
-        """What the files of plans are worth."""
+    def on_few(self, plans: Sequence[Plan]) -> list[TextResult]:
+        """What the files of plans are worth on a few windows."""
+        return self._measure(plans, self.request, self.n_few)
+
+    def on_many(self, plans: Sequence[Plan]) -> list[TextResult]:
+        """The same on many windows of the final text."""
+        return self._measure(plans, self.final, self.n_many)
+
+    def _measure(
+        self, plans: Sequence[Plan], request: Request, n_windows: int
+    ) -> list[TextResult]:
         started = time.monotonic()
         parts = measure_plans(
             plans,
-            replace(self.request, n_chunks=n_windows),
+            replace(request, n_chunks=n_windows),
             self.toolchain,
             options=self.options,
             progress=self.progress,
@@ -177,7 +190,6 @@ class Contest:
                 name: plan
                 for name, plan in rivals.items()
                 if plan.totals.file_size_bytes <= self.limit.n_bytes
-                and (self.pace is None or self.pace.keeps(written_types(plan)))
             }
         )
         for number in range(1, _N_ROUNDS):
@@ -197,6 +209,16 @@ class Contest:
         return order[0].plan, tuple(entrant.record(order[0]) for entrant in order)
 
     @property
+    def n_few(self) -> int:
+        """Windows that all were measured on; a text may have fewer than asked for."""
+        return max(len(one.few.chunks) for one in self.entrants if one.few)
+
+    @property
+    def n_many(self) -> int:
+        """Windows that the best were measured on."""
+        return max(len(one.many.chunks) for one in self.entrants if one.many)
+
+    @property
     def prediction_error(self) -> float | None:
         """Median of |measured / predicted - 1|, each predicted before measured."""
         ratios = [
@@ -210,7 +232,7 @@ class Contest:
         """What rounding activations costs: a file of small errors, less these."""
         names = [f"{_FLOOR_PRESET} imatrix", _FLOOR_PRESET]
         plan = next(rivals[name] for name in names if name in rivals)
-        (result,) = self.measuring([plan], self.measuring.n_few)
+        (result,) = self.measuring.on_few([plan])
         weights = self.predictor.predict(written_types(plan)).kld_nats
         floor = max(_nats(result) - weights, 0.0)
         self.predictor = replace(self.predictor, floor_nats=floor)
@@ -237,7 +259,7 @@ class Contest:
         """Measure the best on many windows, and their speed where one is asked for."""
         finalists = self._finalists()
         plans = [entrant.plan for entrant in finalists]
-        many = self.measuring(plans, self.measuring.n_many)
+        many = self.measuring.on_many(plans)
         for entrant, result in zip(finalists, many, strict=True):
             entrant.many = result
         if self.pace is None:
@@ -307,10 +329,19 @@ class Contest:
             entrant.prediction = found
             best = min(_nats(one.few) for one in self.entrants)
             is_hopeless = found.kld_nats - _N_STD * found.std_nats > best
-            if is_hopeless and i >= _N_ALWAYS:
+            if self._is_far_too_slow(entrant) or (is_hopeless and i >= _N_ALWAYS):
                 self.n_left_out += 1
             else:
                 self._enter([entrant])
+
+    def _is_far_too_slow(self, entrant: Entrant) -> bool:
+        """By the prediction; what may be fast enough is timed."""
+        if self.pace is None:
+            return False
+        seconds = self.pace.latency.seconds(
+            written_types(entrant.plan), self.pace.weights
+        )
+        return seconds > (1 + _PACE_MARGIN) / self.min_tps
 
     def _entrant(
         self, name: str, kind: Literal["optimal", "preset", "plan"], plan: Plan
@@ -320,7 +351,7 @@ class Contest:
     def _enter(self, entrants: Sequence[Entrant]) -> None:
         if not entrants:
             return
-        found = self.measuring([e.plan for e in entrants], self.measuring.n_few)
+        found = self.measuring.on_few([entrant.plan for entrant in entrants])
         for entrant, result in zip(entrants, found, strict=True):
             entrant.few = result
             # The table's errors are those of files with the matrix, if there is one.
@@ -337,11 +368,20 @@ class Contest:
         return time.monotonic() + needed <= self.deadline
 
     def _finalists(self) -> list[Entrant]:
-        """The best of those proposed here, and the best of the rivals."""
-        order = sorted(self.entrants, key=lambda entrant: entrant.rank)
-        own = [e for e in order if e.kind == "optimal" and not e.is_slow]
-        others = [entrant for entrant in order if entrant.kind != "optimal"]
-        return [*own[:_N_FINALISTS], *others[:1]]
+        """The best of those proposed here, the best rival, and all that beat these."""
+        order = sorted(self.entrants, key=lambda entrant: _nats(entrant.few))
+        own = [
+            entrant
+            for entrant in order
+            if entrant.kind == "optimal"
+            and not entrant.is_slow
+            # What was proposed for a slower pace gives way to what is fast enough.
+            and (self.pace is None or self.pace.keeps(written_types(entrant.plan)))
+        ]
+        others = [e for e in order if e.kind != "optimal" and not e.is_slow]
+        least = _nats(own[0].few) if own else 0.0
+        better = [entrant for entrant in others[1:] if _nats(entrant.few) < least]
+        return [*own[:_N_FINALISTS], *others[:1], *better]
 
 
 def written_types(plan: Plan) -> dict[str, str]:

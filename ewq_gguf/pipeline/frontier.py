@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Literal
 
 from ewq_gguf.bench.studies import kld_difference, kld_mean
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.planning import plan
 from ewq_gguf.pipeline.presets import preset_plans
@@ -62,10 +62,12 @@ def study_frontier(
                 plans[label] = plan(
                     checkpoint, rule, budget=ask, options=options, progress=progress
                 )
-            except InputError:
+            except (InputError, ToolError) as error:
                 if rule is policy:
                     raise
-                continue  # its ladder does not reach the size
+                # Its ladder does not reach the size, or its library is missing.
+                progress.note(f"no file of {label}: {error}")
+                continue
             sources[label] = rule, name
     return run_study(question, plans, lambda files: frontier_of(plans, files, sources))
 
@@ -100,7 +102,8 @@ def frontier_of(
             difference = kld_difference(file.quality, rival.quality)
             update = {"rival": rival.label, "difference": difference}
             one = one.model_copy(update=update)
-            ratios.append(log(kld_mean(file) / kld_mean(rival)))
+            if kld_mean(file) and kld_mean(rival):  # unquantised it is 0
+                ratios.append(log(kld_mean(file) / kld_mean(rival)))
         found.append(one)
     found.sort(key=lambda one: (-one.file.size_bytes, kld_mean(one.file)))
     return Frontier(files=tuple(found), ratio=exp(fmean(ratios)) if ratios else None)

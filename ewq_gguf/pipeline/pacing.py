@@ -60,6 +60,8 @@ def measured_pace(
 
 
 def _nearest(kind: str, kinds: Sequence[str]) -> str:
+    if kind in kinds:
+        return kind
     bits = ggml_types.bits_per_weight(kind)
     return min(kinds, key=lambda one: abs(ggml_types.bits_per_weight(one) - bits))
 

@@ -13,6 +13,7 @@ from ewq_gguf.errors import (
     ChildError,
     InputError,
     ToolError,
+    UsageError,
     VerificationError,
 )
 from ewq_gguf.llamacpp.devices import free_memory
@@ -101,6 +102,13 @@ def _optimal_plan(
             source.model.name,
             "policy optimal measures files of the model",
             "give the model in place of the scan",
+        )
+    if budget.machines:
+        raise UsageError(
+            "plan",
+            "--machine",
+            "does not go with policy optimal, which places nothing",
+            "give --budget SIZE, or use --policy ewq",
         )
     options = with_imatrix(source, options, progress)
     assert options.imatrix is not None

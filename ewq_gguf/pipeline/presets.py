@@ -65,10 +65,13 @@ def preset_plans(
     checkpoint: Checkpoint,
     *,
     raw_type: str = "auto",
+    presets: Sequence[str] = PRESETS,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Plan]:
-    """All standard presets as plans, by name, large to small; no weight is read.
+    """Presets as plans, by name, the standard ones large to small; no weight is read.
+
+    One that needs an entry that the importance matrix lacks is left out.
 
     Raises:
         EwqError: the model cannot be laid out, or the importance matrix is another's.
@@ -81,8 +84,12 @@ def preset_plans(
     )
     if options.imatrix:
         subject = replace(subject, importance=read_imatrix(options.imatrix))
-    types = preset_types(checkpoint, toolchain, options.imatrix)
-    return {
-        name: assemble(subject, PresetPolicy(preset=name), types[name])
-        for name in PRESETS
-    }
+    types = preset_types(checkpoint, toolchain, options.imatrix, presets)
+    plans = {}
+    for name, found in types.items():
+        try:
+            plans[name] = assemble(subject, PresetPolicy(preset=name), found)
+        except InputError:
+            if name in PRESETS:
+                raise
+    return plans

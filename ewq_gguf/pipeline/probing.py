@@ -126,6 +126,8 @@ def probe_slopes(
         found = prober((group, PROBE_TYPE) for group in groups)
         return {group: cost for (group, _), cost in found.items()}
 
+    if not errors:
+        return {}
     leaves = costs(roles_of(errors))
     cheapest = min(leaves, key=lambda group: leaves[group])
     nearly_nothing = (cheapest[len(cheapest) // 2],)

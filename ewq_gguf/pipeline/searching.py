@@ -8,9 +8,9 @@ the text it is calibrated on.
 
 from __future__ import annotations
 
+import platform
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
@@ -19,21 +19,22 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.writing import written_text
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, ToolError, UsageError
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.llamacpp.layout import IMATRIX_PRESETS, MORE_PRESETS, PRESETS
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.contest import Contest, Measuring, written_types
+from ewq_gguf.pipeline.costing import Costs, measured_costs
 from ewq_gguf.pipeline.error_table import error_table
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.pacing import measured_pace
 from ewq_gguf.pipeline.presets import preset_plans
-from ewq_gguf.pipeline.probing import PROBE_TYPE, Prober, probe_slopes
+from ewq_gguf.pipeline.probing import PROBE_TYPE, Prober
 from ewq_gguf.pipeline.throwaway import types_sha256
 from ewq_gguf.plan.ask import Ask, Limit
 from ewq_gguf.plan.assemble import assemble
-from ewq_gguf.plan.cluster import place
 from ewq_gguf.plan.optimal import (
     cheapest,
     least_bits,
@@ -42,18 +43,20 @@ from ewq_gguf.plan.optimal import (
     quantizable,
 )
 from ewq_gguf.plan.predictor import Predictor
-from ewq_gguf.plan.sensitivity import is_doubtful
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Budget, OptimalPolicy, Plan, Search, load_cached
-from ewq_gguf.tensor_names import role
+from ewq_gguf.tensor_names import nearest_name, role
 
 #: Documents that the model writes to be measured on.
 _N_DOCUMENTS = 64
+#: Of texts that files are chosen on: no other text has these, so that none of them
+#: calibrates anything.
+_SEEDS = 1 << 40
+#: Another one finds other files: what was searched for is searched for again.
+_ALGORITHM = 1
 #: Of the effort, what probes may take at most.
 _PROBE_SHARE = 0.5
-#: A role in a type that costs less of the whole is not probed.
-_LEAST_SHARE = 0.01
 
 
 def search(
@@ -84,29 +87,51 @@ def search(
     """
     options = options or Options()
     toolchain = find_toolchain(options.llama_cpp)
+    if toolchain.lib_dir is None:
+        raise ToolError(
+            "plan",
+            "--policy optimal",
+            "needs the libraries of a llama.cpp that ewq built",
+            "leave --llama-cpp and EWQ_LLAMA_CPP out, or plan with another policy",
+        )
     base = base_file(checkpoint, toolchain, progress=progress)
     limit, menu = _limit(subject, policy, ask)
+    _check_roles(policy, menu)
     # Where there are devices, files are measured on them.
     device = "cpu" if toolchain.backend == "cpu" else "auto"
     setup = CPU_SETUP.model_copy(
         update={"n_threads": options.n_threads, "device": device}
     )
-    text = written_text(
-        base,
-        setup,
-        lambda: progress.measure(f"text by {checkpoint.identity.name}"),
-        n_documents=_N_DOCUMENTS,
-        seed=policy.seed,
-    )
-    request = Request(
-        tasks=("perplexity", "kld"), base=base, texts=(("own", text),), setup=setup
-    )
+    requests = [
+        Request(
+            tasks=("perplexity", "kld"),
+            base=base,
+            texts=(
+                (
+                    "own",
+                    written_text(
+                        base,
+                        setup,
+                        lambda: progress.measure(f"text by {checkpoint.identity.name}"),
+                        n_documents=_N_DOCUMENTS,
+                        seed=seed,
+                    ),
+                ),
+            ),
+            setup=setup,
+        )
+        for seed in (_SEEDS + 2 * policy.seed, _SEEDS + 2 * policy.seed + 1)
+    ]
     all_rivals = {**_presets(checkpoint, subject, options, progress), **rivals}
     # What was searched for once is known: the same command makes the same file.
     depends_on = (
+        _ALGORITHM,
         identify(base).sha256,
         toolchain.key,
         LLAMA_CPP_COMMIT,
+        setup.model_dump_json(),
+        platform.node() if policy.min_tps else None,
+        subject.model.model_dump_json(),
         subject.raw_type,
         str(limit),
         policy.model_dump_json(),
@@ -116,12 +141,11 @@ def search(
     with store.locked(path, stage="plan", wait=True):
         known = load_cached(Plan, path, "plan")
         if known is None:
-            measuring = Measuring(request, toolchain, options, progress)
+            measuring = Measuring(
+                requests[0], requests[1], toolchain, options, progress
+            )
             known = _searched(subject, policy, limit, menu, all_rivals, measuring)
             store.write_text(path, known.to_json(), stage="plan", force=True)
-    if ask.machines:
-        placement = place(known.tensors, ask.machines, ask.n_ctx)
-        known = known.model_copy(update={"placement": placement})
     return known
 
 
@@ -140,7 +164,10 @@ def _limit(
     )
     limit = ask.limit(most, subject.tensors)
     n_weights = sum(prod(tensor.shape) for tensor in subject.tensors)
-    menu = menus(subject, policy, least_bits(limit.n_bytes, n_weights))
+    n_bytes = min(limit.n_bytes, most)
+    # A file that has to be fast may have to be smaller than its limit.
+    bits = 0.0 if policy.min_tps else least_bits(n_bytes, n_weights)
+    menu = menus(subject, policy, bits)
     least = other + sum(
         min(padded(tensor_bytes(kind, tensor.shape)) for kind in menu[tensor.name])
         for tensor in tensors
@@ -153,7 +180,24 @@ def _limit(
             f"{most:,}",
             "choose a size between them, or other --types, --floor or --ceiling",
         )
-    return replace(limit, n_bytes=min(limit.n_bytes, most)), menu
+    return replace(limit, n_bytes=n_bytes), menu
+
+
+def _check_roles(policy: OptimalPolicy, menu: Mapping[str, object]) -> None:
+    """Refuse bounds of what the model does not have.
+
+    Raises:
+        UsageError: naming the role.
+    """
+    roles = {role(name) for name in menu}
+    for option, named in (("--floor", policy.floors), ("--ceiling", policy.ceilings)):
+        for unknown in named.keys() - roles - {"*"}:
+            raise UsageError(
+                "plan",
+                option,
+                f"there is no role {unknown!r} that is quantised",
+                f"did you mean {nearest_name(unknown, roles)}?",
+            )
 
 
 def _presets(
@@ -163,13 +207,18 @@ def _presets(
     without = preset_plans(
         checkpoint,
         raw_type=subject.raw_type,
+        presets=(*PRESETS, *MORE_PRESETS),
         options=replace(options, imatrix=None),
         progress=progress,
     )
     if subject.importance is None:
         return without
     weighed = preset_plans(
-        checkpoint, raw_type=subject.raw_type, options=options, progress=progress
+        checkpoint,
+        raw_type=subject.raw_type,
+        presets=(*PRESETS, *MORE_PRESETS, *IMATRIX_PRESETS),
+        options=options,
+        progress=progress,
     )
     return {f"{name} imatrix": plan for name, plan in weighed.items()} | without
 
@@ -184,7 +233,7 @@ def _searched(
 ) -> Plan:
     base, lib_dir = measuring.request.base, measuring.toolchain.lib_dir
     assert base is not None
-    assert lib_dir is not None
+    assert lib_dir is not None  # checked before
     started, effort = time.monotonic(), policy.effort_minutes * 60
     # What rivals are made of has to be predicted too.
     tried = {name: {*kinds} for name, kinds in menu.items()}
@@ -201,29 +250,6 @@ def _searched(
         options=measuring.options,
         progress=measuring.progress,
     )
-    prober = Prober.of(
-        measuring.request,
-        lib_dir,
-        options=measuring.options,
-        progress=measuring.progress,
-    )
-    found = probe_slopes(
-        prober,
-        {name: e[PROBE_TYPE].error for name, e in errors.items() if PROBE_TYPE in e},
-        started + 0.6 * _PROBE_SHARE * effort,
-    )
-    costs = {
-        name: {kind: found.get(name, 0.0) * e.error for kind, e in one.items()}
-        for name, one in errors.items()
-    }
-    doubtful = {
-        (name, kind)
-        for name, one in errors.items()
-        if PROBE_TYPE in one
-        for kind, error in one.items()
-        if is_doubtful(error, one[PROBE_TYPE])
-    }
-
     pace = (
         measured_pace(
             subject,
@@ -238,11 +264,17 @@ def _searched(
         else None
     )
 
-    def choose() -> Mapping[str, str]:
+    def choose(costs: Costs) -> Mapping[str, str]:
         allowed = {n: {k: costs[n][k] for k in kinds} for n, kinds in menu.items()}
         return cheapest(subject, allowed, limit.n_bytes, pace) or {}
 
-    _settle(costs, doubtful, choose, prober, started + _PROBE_SHARE * effort)
+    prober = Prober.of(
+        measuring.request,
+        lib_dir,
+        options=measuring.options,
+        progress=measuring.progress,
+    )
+    costs = measured_costs(prober, errors, choose, _PROBE_SHARE * effort)
     contest = Contest(
         subject=subject,
         limit=limit,
@@ -256,9 +288,9 @@ def _searched(
     )
     chosen, files = contest.run(rivals)
     record = Search(
-        text_sha256=measuring.request.parameters().texts[0].sha256,
-        n_few=measuring.n_few,
-        n_many=measuring.n_many,
+        text_sha256=measuring.final.parameters().texts[0].sha256,
+        n_few=contest.n_few,
+        n_many=contest.n_many,
         probe_type=PROBE_TYPE,
         n_probes=prober.n_probes,
         floor_nats=contest.predictor.floor_nats,
@@ -270,63 +302,6 @@ def _searched(
     own = subject if chosen.imatrix else replace(subject, importance=None)
     plan = _plan(own, policy, limit, {t.name: t.ggml_type for t in chosen.tensors})
     return plan.model_copy(update={"search": record})
-
-
-def _settle(
-    costs: dict[str, dict[str, float]],
-    doubtful: Collection[tuple[str, str]],
-    choose: Callable[[], Mapping[str, str]],
-    prober: Prober,
-    deadline: float,
-) -> None:
-    """Probe what would be chosen, until all of it that matters is known.
-
-    A probe in one type says what another costs only as far as their errors are alike:
-    in a role, and for doubtful tensors one by one, the types that are chosen are
-    probed themselves.
-
-    Args:
-        costs: by tensor and type; corrected.
-        doubtful: tensors and types whose errors are not to be trusted.
-        choose: the cheapest types by tensor, with the costs as they are.
-        prober: of the model.
-        deadline: of `time.monotonic`.
-    """
-    alone = set(doubtful)
-    known: set[tuple[str, str]] = set()
-    while time.monotonic() < deadline:
-        cells: dict[tuple[str, str], list[str]] = defaultdict(list)
-        singles = []
-        types = choose()
-        total = sum(costs[name][kind] for name, kind in types.items())
-        for name, kind in types.items():
-            if (name, kind) in alone:
-                singles.append((name, kind))
-            elif costs[name][kind]:
-                cells[role(name), kind].append(name)
-        groups = {
-            cell: tuple(names)
-            for cell, names in cells.items()
-            if cell not in known
-            and sum(costs[n][cell[1]] for n in names) > _LEAST_SHARE * total
-        }
-        if not singles and not groups:
-            return
-        found = prober(
-            [
-                *(((name,), kind) for name, kind in singles),
-                *((names, kind) for (_, kind), names in groups.items()),
-            ]
-        )
-        for name, kind in singles:
-            costs[name][kind] = found[(name,), kind]
-            alone.remove((name, kind))
-        for (of, kind), names in groups.items():
-            factor = found[names, kind] / sum(costs[n][kind] for n in names)
-            for name, one in costs.items():
-                if role(name) == of and kind in one:
-                    one[kind] *= factor
-        known |= groups.keys()
 
 
 def _plan(

@@ -22,7 +22,6 @@ from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.records import Plan, StudyPart, read_journal
 from ewq_gguf.records.base import Part
-from ewq_gguf.records.search import TimedFile
 
 STAGE = "study"
 #: A speed test that tells types apart and takes seconds.
@@ -95,7 +94,9 @@ def time_plans(
     options: Options,
     progress: Progress,
 ) -> list[float]:
-    """How many tokens per second the file of every plan generates.
+    """How many tokens per second the file of every plan generates, now.
+
+    Nothing is remembered: speeds differ from machine to machine and day to day.
 
     Args:
         plans: of the base's model.
@@ -116,27 +117,22 @@ def time_plans(
         n_prompt=_N_PROMPT,
         n_generated=_N_GENERATED,
     )
-    asked = request.parameters().model_dump_json()
-    made_by = f"{toolchain.key} {LLAMA_CPP_COMMIT}"
-    key = store.sha256_text(f"{identify(base).sha256} {made_by} {asked}")
-    journal = store.cache_dir("speeds") / f"{key}.journal"
-    with store.locked(journal, stage=STAGE, wait=True):
-        known = read_journal(journal, TimedFile)
-        todo = {types_sha256(made): made for made in plans}
-        todo = {name: made for name, made in todo.items() if name not in known}
-        if todo:
-            with progress.stage(f"time {len(todo)} files") as tell:
-                for i, (name, made) in enumerate(todo.items()):
+    place = store.cache_dir("studies") / "speed"
+    speeds = []
+    with (
+        store.locked(place, stage=STAGE, wait=True),
+        progress.stage(f"time {len(plans)} files") as tell,
+    ):
+        for i, made in enumerate(plans):
 
-                    def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
-                        tell((i + share) / len(todo))
+            def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
+                tell((i + share) / len(plans))
 
-                    with _file(made, base, journal, toolchain, options) as file:
-                        speed = bench_file(file, request, of_file).speed
-                    assert speed is not None
-                    known[name] = TimedFile(name=name, tps=speed.generation_tps)
-                    _append(journal, known[name])
-    return [known[types_sha256(plan)].tps for plan in plans]
+            with _file(made, base, place, toolchain, options) as file:
+                speed = bench_file(file, request, of_file).speed
+            assert speed is not None
+            speeds.append(speed.generation_tps)
+    return speeds
 
 
 @contextmanager

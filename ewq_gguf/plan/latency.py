@@ -29,10 +29,17 @@ class Latency:
     Attributes:
         constant_seconds: whatever the types.
         seconds_per_weight: by type.
+        seconds_per_bit: of a type that was not timed.
     """
 
     constant_seconds: float
     seconds_per_weight: Mapping[str, float]
+    seconds_per_bit: float
+
+    def of_type(self, kind: str) -> float:
+        """Seconds per weight."""
+        known = self.seconds_per_weight.get(kind)
+        return self.seconds_per_bit * bits_per_weight(kind) if known is None else known
 
     def seconds(self, types: Mapping[str, str], weights: Mapping[str, float]) -> float:
         """A token's time with these types.
@@ -42,8 +49,7 @@ class Latency:
             weights: that a token needs, by tensor.
         """
         return self.constant_seconds + sum(
-            weights[name] * self.seconds_per_weight[kind]
-            for name, kind in types.items()
+            weights[name] * self.of_type(kind) for name, kind in types.items()
         )
 
 
@@ -92,4 +98,5 @@ def fit_latency(files: Sequence[tuple[Mapping[str, float], float]]) -> Latency:
     left = (seconds - rows @ prior) / (_NOISE * seconds)
     solved = np.linalg.solve(scaled.T @ scaled + np.eye(len(std)), scaled.T @ left)
     found = np.maximum(prior + std * solved, prior / 20)
-    return Latency(float(found[0]), dict(zip(types, found[1:].tolist(), strict=True)))
+    per_weight = dict(zip(types, found[1:].tolist(), strict=True))
+    return Latency(float(found[0]), per_weight, pace)

@@ -78,9 +78,8 @@ def _policy_label(policy: Policy) -> str:
 
 
 def _optimal_label(policy: OptimalPolicy) -> str:
-    """The name, and a mark of other parameters than the effort: they may be many."""
-    standard = OptimalPolicy(effort_minutes=policy.effort_minutes)
-    if policy == standard:
+    """The name, and a mark of other parameters: they may be many."""
+    if policy == OptimalPolicy():
         return policy.name
     return f"{policy.name}-{crc32(policy.model_dump_json().encode()):08x}"
 

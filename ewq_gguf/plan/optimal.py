@@ -126,7 +126,7 @@ def cheapest(
     types = solve(cost)
     if types is None or pace is None or pace.keeps(types):
         return types
-    per_weight = np.array([pace.latency.seconds_per_weight[kind] for kind in kinds])
+    per_weight = np.array([pace.latency.of_type(kind) for kind in kinds])
     needed = np.array([pace.weights[tensor.name] for tensor in tensors])
     seconds = needed[:, None] * per_weight
     # The price at which all errors together are worth a token's whole time.
@@ -158,21 +158,25 @@ def _menu(
     n_columns = tensor.shape[-1]
     fitting = [
         kind
-        for kind in policy.types
+        for kind in (raw if name == "raw" else name for name in policy.types)
         if ggml_types.written_type(kind, n_columns) == kind
-        and _bits(kind) >= least
         and not (needs_entry(kind, n_columns) and tensor.name not in entries)
     ]
     allowed = [
-        kind for kind in (raw, *fitting) if _is_allowed(policy, role(tensor.name), kind)
+        kind
+        for kind in dict.fromkeys((raw, *fitting))
+        if _is_allowed(policy, role(tensor.name), kind, raw)
     ]
-    return tuple(allowed) or (raw,)
+    # Bounds that the user set hold, whatever is too small for this file otherwise.
+    low = [kind for kind in allowed if _bits(kind) >= least]
+    return tuple(low or allowed[:1]) or (raw,)
 
 
-def _is_allowed(policy: OptimalPolicy, tensor_role: str, kind: str) -> bool:
+def _is_allowed(policy: OptimalPolicy, of: str, kind: str, raw: str) -> bool:
     floor, ceiling = (
-        named.get(tensor_role, named.get("*"))
+        raw if bound == "raw" else bound
         for named in (policy.floors, policy.ceilings)
+        for bound in [named.get(of, named.get("*"))]
     )
     return (floor is None or _bits(kind) >= _bits(floor)) and (
         ceiling is None or _bits(kind) <= _bits(ceiling)

@@ -87,6 +87,17 @@ def _check_optimal(policy: OptimalPolicy, has_budget: bool) -> None:
     for option, names in named:
         for name in names:
             _check_type(option, name, has_imatrix=True)
+    for of in {*policy.floors, *policy.ceilings}:
+        floor, ceiling = (
+            named.get(of, named.get("*")) for named in (policy.floors, policy.ceilings)
+        )
+        if floor and ceiling and _bits(floor) > _bits(ceiling):
+            raise UsageError(
+                "plan",
+                "--floor",
+                f"{floor} has more bits than the ceiling {ceiling} of {of}",
+                "lower it, or raise the ceiling",
+            )
     _check_at_least("--effort", policy.effort_minutes, 0)
 
 
@@ -98,9 +109,7 @@ def _check_ladder(ladder: Sequence[str]) -> None:
             f"has {len(ladder)} precisions",
             f"name 2 to {_MAX_RUNGS}, low to high, such as Q4_K,Q8_0,raw",
         )
-    bits = [
-        16.0 if name == "raw" else ggml_types.bits_per_weight(name) for name in ladder
-    ]
+    bits = [_bits(name) for name in ladder]
     if bits[-1] > 16:
         raise UsageError(
             "plan",
@@ -115,6 +124,10 @@ def _check_ladder(ladder: Sequence[str]) -> None:
             f"{','.join(ladder)} does not rise from low to high",
             "sort it, such as Q4_K,Q8_0,raw",
         )
+
+
+def _bits(name: str) -> float:
+    return 16.0 if name == "raw" else ggml_types.bits_per_weight(name)
 
 
 def _check_at_least(flag: str, value: float, least: int) -> None:

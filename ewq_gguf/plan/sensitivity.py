@@ -71,6 +71,12 @@ def slopes(
     return known
 
 
+def scaled_error(error: QuantError, probed: QuantError) -> float:
+    """A type's error by whichever ratio to the probe's is worse, weighed or plain."""
+    plain = probed.error * error.plain_error / probed.plain_error
+    return max(error.error, plain)
+
+
 def is_doubtful(error: QuantError, probed: QuantError) -> bool:
     """Whether a probe in one type says little about another.
 

@@ -39,26 +39,15 @@ class SearchedFile(Part):
     difference: PairedMean | None = None
 
 
-class TimedFile(Part):
-    """A file whose speed was measured.
-
-    Attributes:
-        name: SHA-256 over its tensors' types.
-        tps: tokens per second that it generates.
-    """
-
-    name: str
-    tps: float
-
-
 class Search(Part):
     """How the types of a plan were chosen: everything was measured, nothing believed.
 
     Attributes:
-        text_sha256: of what files were measured on; it calibrated nothing.
+        text_sha256: of what the best were compared on; it calibrated nothing, and
+            nothing was searched on it.
         n_few: windows that every file was measured on.
         n_many: windows that the best were.
-        probe_type: that groups of tensors were moved to, to see what they cost.
+        probe_type: that groups of tensors were moved to first, to see what they cost.
         n_probes: of them.
         floor_nats: what the rounding of activations costs, whatever the types.
         prediction_error: median of |measured / predicted - 1| over the files that were

@@ -91,14 +91,14 @@ def _foot(search: Search) -> str:
         else f" Predictions were {search.prediction_error:.0%} off (median)."
     )  # fmt: skip
     left = (
-        f" {search.n_left_out} smaller files were not measured: by the prediction they "
-        "cannot win."
+        f" {search.n_left_out} files no larger were not measured: by the prediction, "
+        "at three standard deviations, they cannot win."
         if search.n_left_out
         else ""
     )
     return (
-        f"{search.n_probes} groups of tensors were moved to {search.probe_type} to see "
-        f"what they cost; rounding activations costs {search.floor_nats:.4f} nats "
+        f"{search.n_probes} probes, at {search.probe_type} first, told what tensors "
+        f"cost; rounding activations costs {search.floor_nats:.4f} nats "
         f"whatever the types.{error}{left} Measured on text that the model wrote, "
         "which calibrated nothing; intervals are 95 %."
     )
