@@ -29,10 +29,10 @@ FAMILY = "Mixtral"
 def few_windows(monkeypatch, tmp_path):
     """Texts and measurements as small as they can be; the folder is the current one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(searching, "_N_DOCUMENTS", 12)
-    monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 24)
-    monkeypatch.setattr(contest.Measuring, "n_few", 1)
-    monkeypatch.setattr(contest.Measuring, "n_many", 2)
+    monkeypatch.setattr(searching, "_N_DOCUMENTS", 5)
+    monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 8)
+    monkeypatch.setattr(contest, "_N_FEW", 1)
+    monkeypatch.setattr(contest, "_N_MANY", 2)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def test_one_command_makes_the_best_file_of_a_size_and_says_how(folder, capsys):
     assert kinds & {"preset", "plan"}
     assert all(one.size_bytes <= size for one in found.files)
     assert found.n_probes >= 6  # every role
+    assert (found.n_few, found.n_many) == (1, 2)
 
     # The same command finds the same and has nothing to do.
     before = Path("out.gguf").stat().st_mtime_ns

@@ -26,6 +26,8 @@ from ewq_gguf.plan.predictor import Prediction, Predictor
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Plan, PresetPolicy, SearchedFile, TextResult
 
+#: Windows that every file is measured on, and the best ones.
+_N_FEW, _N_MANY = 8, 32
 #: Selections that are proposed at once: the cheapest, and others that may be it as far
 #: as is known.
 _N_PROPOSED = 4
@@ -57,8 +59,6 @@ class Measuring:
         toolchain: that quantises.
         options: for the whole run.
         progress: who is told.
-        n_few: windows for every file.
-        n_many: windows for the best.
         seconds: of a file on few windows, the longest seen.
     """
 
@@ -67,17 +67,15 @@ class Measuring:
     toolchain: Toolchain
     options: Options
     progress: Progress
-    n_few: int = 8
-    n_many: int = 32
     seconds: float = 0.0
 
     def on_few(self, plans: Sequence[Plan]) -> list[TextResult]:
         """What the files of plans are worth on a few windows."""
-        return self._measure(plans, self.request, self.n_few)
+        return self._measure(plans, self.request, _N_FEW)
 
     def on_many(self, plans: Sequence[Plan]) -> list[TextResult]:
         """The same on many windows of the final text."""
-        return self._measure(plans, self.final, self.n_many)
+        return self._measure(plans, self.final, _N_MANY)
 
     def _measure(
         self, plans: Sequence[Plan], request: Request, n_windows: int
@@ -91,7 +89,7 @@ class Measuring:
             progress=self.progress,
         )
         taken = (time.monotonic() - started) / max(len(plans), 1)
-        self.seconds = max(self.seconds, taken * self.n_few / n_windows)
+        self.seconds = max(self.seconds, taken * _N_FEW / n_windows)
         return [parts[types_sha256(plan)].quality for plan in plans]
 
     def speeds(self, plans: Sequence[Plan]) -> list[float]:
@@ -361,9 +359,7 @@ class Contest:
         self.entrants += entrants
 
     def _has_time(self) -> bool:
-        n_files = _N_PROPOSED + (_N_FINALISTS + 1) * (
-            self.measuring.n_many / self.measuring.n_few
-        )
+        n_files = _N_PROPOSED + (_N_FINALISTS + 1) * (_N_MANY / _N_FEW)
         needed = n_files * self.measuring.seconds
         return time.monotonic() + needed <= self.deadline
 
