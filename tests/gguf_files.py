@@ -36,6 +36,15 @@ def using_cache(folder: Path) -> Iterator[None]:
         yield
 
 
+def make_cache(folder: Path, toolchain: Toolchain) -> Path:
+    """Make a folder a cache with nothing but the real toolchain and built-in model."""
+    real = toolchain.bin_dir.parent.parent
+    (folder / "toolchain").symlink_to(real)
+    (real.parent / "demo").mkdir(exist_ok=True)
+    (folder / "demo").symlink_to(real.parent / "demo")
+    return folder
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A small checkpoint with everything made of it but a mixed GGUF."""

@@ -15,6 +15,7 @@ from ewq_gguf.pipeline import contest, searching
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.records import Plan, Study, load_record
 from tests.families import write_family
+from tests.gguf_files import make_cache
 
 pytest_plugins = ["tests.toolchain_fixtures"]
 pytestmark = [
@@ -33,6 +34,12 @@ def few_windows(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 8)
     monkeypatch.setattr(contest, "_N_FEW", 1)
     monkeypatch.setattr(contest, "_N_MANY", 2)
+
+
+@pytest.fixture(scope="module")
+def session_cache(tmp_path_factory, toolchain) -> Path:
+    """A cache of these tests alone: they leave journals that others count."""
+    return make_cache(tmp_path_factory.mktemp("cache"), toolchain)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
-from tests.gguf_files import Tiny, make_tiny
+from tests.gguf_files import Tiny, make_cache, make_tiny
 
 
 @pytest.fixture(scope="session")
@@ -23,12 +23,7 @@ def toolchain() -> Toolchain:
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory, toolchain) -> Path:
     """A cache of this run: the real toolchain and built-in model, else empty."""
-    folder: Path = tmp_path_factory.mktemp("cache")
-    real = toolchain.bin_dir.parent.parent
-    (folder / "toolchain").symlink_to(real)
-    (real.parent / "demo").mkdir(exist_ok=True)
-    (folder / "demo").symlink_to(real.parent / "demo")
-    return folder
+    return make_cache(tmp_path_factory.mktemp("cache"), toolchain)
 
 
 @pytest.fixture

@@ -86,9 +86,11 @@ def preset_plans(
         subject = replace(subject, importance=read_imatrix(options.imatrix))
     types = preset_types(checkpoint, toolchain, options.imatrix, presets)
     plans = {}
-    for name, found in types.items():
+    for name in presets:
+        if name not in types:
+            continue
         try:
-            plans[name] = assemble(subject, PresetPolicy(preset=name), found)
+            plans[name] = assemble(subject, PresetPolicy(preset=name), types[name])
         except InputError:
             if name in PRESETS:
                 raise
