@@ -10,7 +10,7 @@ import pytest
 
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import ChildError, InputError
 from ewq_gguf.llamacpp.calibrate import calibrate
 from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.imatrix import importance_values
@@ -52,9 +52,27 @@ def test_a_text_that_is_too_short_is_refused_with_both_numbers(
     text = tmp_path / "short.txt"
     text.write_text("a few words")
 
-    with pytest.raises(InputError, match=r"has \d+ tokens, 1024 are needed"):
+    with pytest.raises(InputError, match="has 11 bytes, 1024 tokens are needed"):
         calibrate(tiny.base, text, tmp_path / "m.gguf", toolchain, n_threads=1)
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_what_llama_imatrix_says_of_a_short_text_is_passed_on(
+    tiny: Tiny, toolchain, text, tmp_path, monkeypatch
+):
+    # Its log's thread loses the lines when a tiny model ends at once: not run for real.
+    error = ChildError("imatrix", "llama-imatrix", "exit code 1", "")
+    error.log_tail = (
+        "compute_imatrix: you need at least 1024 tokens for a context of 512 tokens",
+        "compute_imatrix: the data file you provided tokenizes to only 1010 tokens",
+    )
+
+    def run(*_args, **_more):
+        raise error
+
+    monkeypatch.setattr("ewq_gguf.llamacpp.calibrate.run", run)
+    with pytest.raises(InputError, match="has 1010 tokens, 1024 are needed"):
+        calibrate(tiny.base, text, tmp_path / "m.gguf", toolchain, n_threads=1)
 
 
 def test_the_command_takes_a_text_or_the_models_own_and_gives_the_same_bytes_again(

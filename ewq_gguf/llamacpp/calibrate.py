@@ -58,6 +58,10 @@ def calibrate(
         ResourceError: memory or the disk is full.
     """
     tool = toolchain.tool("llama-imatrix")
+    # Asked here too: llama-imatrix may end before its log has said why.
+    if (n_bytes := text.stat().st_size) < N_CTX:
+        problem = f"has {n_bytes} bytes, {2 * N_CTX} tokens are needed"
+        raise InputError(STAGE, text, problem, "give a longer text")
     n_all = 0
 
     def line(said: str) -> None:
