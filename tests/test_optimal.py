@@ -15,7 +15,15 @@ from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.llamacpp.quant_error import of_matrices
 from ewq_gguf.pipeline.costing import measured_costs
 from ewq_gguf.plan.latency import Latency, fit_latency, needed_weights
-from ewq_gguf.plan.optimal import Pace, cheapest, menus, other_bytes, quantizable
+from ewq_gguf.plan.optimal import (
+    Pace,
+    cheapest,
+    least_bytes,
+    menus,
+    menus_within,
+    other_bytes,
+    quantizable,
+)
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.plan.sensitivity import (
     halves,
@@ -257,6 +265,27 @@ def test_menus_keep_to_blocks_bounds_and_what_needs_a_matrix():
     # Without a matrix there is no IQ2_XXS.
     assert wide["blk.0.attn_q.weight"] == ("BF16", "Q4_K")
     assert menus(subject, policy, least_bits=8.0)["output.weight"] == ("BF16", "Q8_0")
+
+
+def test_types_far_too_small_for_a_size_are_left_out_unless_they_are_needed():
+    subject = subject_of(layout())
+    room = sum(prod(t.shape) for t in quantizable(subject))  # eight bits per weight
+    large = menus_within(subject, OptimalPolicy(), other_bytes(subject) + room)
+    needy = OptimalPolicy(
+        floors=dict.fromkeys(("token_embd", "output", "ffn_down"), "raw")
+    )
+    all_types = menus(subject, needy)
+    least = least_bytes(subject, all_types)
+
+    # Nothing below 0.45 of them.
+    assert {"Q4_K", "Q8_0"} <= set(large["blk.0.attn_q.weight"])
+    assert "Q3_K" not in large["blk.0.attn_q.weight"]
+    assert "Q3_K" in all_types["blk.0.attn_q.weight"]
+    # What is unquantised by the user's will takes most of it: the rest has to be small.
+    assert menus_within(subject, needy, least) == all_types
+    costs = {name: dict.fromkeys(kinds, 0.0) for name, kinds in all_types.items()}
+    assert cheapest(subject, costs, least)
+    assert cheapest(subject, costs, least - 1) is None
 
 
 def test_other_bytes_are_those_that_no_choice_changes():

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import faulthandler
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import closing
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import psutil
@@ -56,6 +55,7 @@ from ewq_gguf.records import (
     MmluPart,
     RunPart,
     TextPart,
+    open_journal,
     read_journal,
 )
 from ewq_gguf.records.base import Part
@@ -75,7 +75,7 @@ def main(path: Path) -> int:
     job = Job.model_validate_json(path.read_bytes())
     try:
         _tell(0.0)
-        with _journal(Path(job.journal)) as keep:
+        with open_journal(Path(job.journal)) as keep:
             log = Log()
             setup = job.parameters.setup
             if job.reference is not None:
@@ -267,7 +267,7 @@ def _base_answers(
     others = tokens_of(base.model, texts)
     if not all(map(np.array_equal, tokens, others)):
         raise another_tokenizer(model, base)
-    with _journal(journal) as keep:
+    with open_journal(journal) as keep:
         answers, _ = _answers(
             base.model, texts, job, known, keep, lambda share: _tell((1 + share) / 2)
         )
@@ -322,23 +322,6 @@ def _windows(job: Job, number: int, model: Named, base: Named | None) -> Windows
         other = cut(base.model, text, asked.n_ctx, path)
         check_comparable(model, base, whole, other)
     return windows
-
-
-@contextmanager
-def _journal(path: Path) -> Iterator[Callable[[Part], None]]:
-    """A function that adds a part; what a killed run left half is left behind."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n")
-
-        def keep(part: Part) -> None:
-            _append(file, part)
-
-        yield keep
-
-
-def _append(file: IO[str], part: Part) -> None:
-    file.write(f"{part.model_dump_json()}\n")
-    file.flush()
 
 
 def _tell(share: float) -> None:

@@ -15,7 +15,7 @@ from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.imatrix import importance_values
 from ewq_gguf.llamacpp.quant_error import quant_errors
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
-from ewq_gguf.records import read_journal
+from ewq_gguf.records import open_journal, read_journal
 from ewq_gguf.records.quant_error import QuantError
 
 STAGE = "plan"
@@ -68,7 +68,7 @@ def error_table(
         if n_todo:
             with (
                 progress.stage(f"errors of {n_todo} types") as tell,
-                journal.open("a", encoding="utf-8") as lines,
+                open_journal(journal) as keep,
             ):
                 found = quant_errors(
                     base,
@@ -79,8 +79,7 @@ def error_table(
                     n_threads=options.n_threads,
                 )
                 for i, error in enumerate(found):
-                    # What a killed run left half is left behind.
-                    lines.write(f"\n{error.model_dump_json()}\n")
+                    keep(error)
                     known[error.name] = error
                     tell((i + 1) / n_todo)
     return {

@@ -23,6 +23,7 @@ from ewq_gguf.records import (
     Scan,
     TensorScan,
     load_cached,
+    open_journal,
     read_journal,
 )
 from ewq_gguf.tensor_names import ARCHITECTURES
@@ -95,7 +96,7 @@ def scan(
         total = sum(sizes.values()) // (part[1] if part else 1)
         done = sum(sizes[name] for entry in known.values() for name in entry.hf_names)
         with (
-            journal.open("a", encoding="utf-8") as file,
+            open_journal(journal) as keep,
             progress.stage("scan", total) as share,
         ):
 
@@ -104,17 +105,13 @@ def scan(
                 done += n_bytes
                 share(min(done / total, 1.0))
 
-            def on_tensor(entry: TensorScan) -> None:
-                file.write(entry.model_dump_json() + "\n")
-                file.flush()
-
             work = Work(
                 n_threads=options.n_threads,
                 allow_nonfinite=options.allow_nonfinite,
                 part=part,
                 known=known,
                 on_bytes=on_bytes,
-                on_tensor=on_tensor,
+                on_tensor=keep,
             )
             if options.scheduler:
                 from ewq_gguf.checkpoint.cluster import scan_on_cluster

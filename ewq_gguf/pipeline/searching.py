@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
@@ -37,8 +36,9 @@ from ewq_gguf.plan.ask import Ask, Limit
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.optimal import (
     cheapest,
-    least_bits,
+    least_bytes,
     menus,
+    menus_within,
     other_bytes,
     quantizable,
 )
@@ -157,21 +157,19 @@ def _limit(
     Raises:
         InputError: the types do not reach so far down, or up.
     """
-    tensors = quantizable(subject)
-    other = other_bytes(subject)
-    most = other + sum(
-        padded(tensor_bytes(subject.raw_type, tensor.shape)) for tensor in tensors
+    most = other_bytes(subject) + sum(
+        padded(tensor_bytes(subject.raw_type, tensor.shape))
+        for tensor in quantizable(subject)
     )
     limit = ask.limit(most, subject.tensors)
-    n_weights = sum(prod(tensor.shape) for tensor in subject.tensors)
     n_bytes = min(limit.n_bytes, most)
     # A file that has to be fast may have to be smaller than its limit.
-    bits = 0.0 if policy.min_tps else least_bits(n_bytes, n_weights)
-    menu = menus(subject, policy, bits)
-    least = other + sum(
-        min(padded(tensor_bytes(kind, tensor.shape)) for kind in menu[tensor.name])
-        for tensor in tensors
+    menu = (
+        menus(subject, policy)
+        if policy.min_tps
+        else menus_within(subject, policy, n_bytes)
     )
+    least = least_bytes(subject, menu)
     if limit.n_bytes < least or (limit.n_bytes > most and not limit.may_exceed):
         raise InputError(
             "plan",

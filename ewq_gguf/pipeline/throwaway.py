@@ -20,8 +20,7 @@ from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
-from ewq_gguf.records import Plan, StudyPart, read_journal
-from ewq_gguf.records.base import Part
+from ewq_gguf.records import Plan, StudyPart, open_journal, read_journal
 
 STAGE = "study"
 #: A speed test that tells types apart and takes seconds.
@@ -70,7 +69,10 @@ def measure_plans(
             base, request, lambda: progress.measure(f"reference {base.name}")
         )
         request = replace(request, reference=reference)
-        with progress.stage(f"measure {len(todo)} files") as tell:
+        with (
+            open_journal(journal) as keep,
+            progress.stage(f"measure {len(todo)} files") as tell,
+        ):
             for i, (name, made) in enumerate(todo.items()):
 
                 def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
@@ -81,7 +83,7 @@ def measure_plans(
                 part = StudyPart(
                     name=name, engine=result.engine, quality=result.texts[0]
                 )
-                _append(journal, part)
+                keep(part)
                 parts[name] = part
     return parts
 
@@ -152,12 +154,6 @@ def _file(
             imatrix=options.imatrix if plan.imatrix else None,
         )
         yield file
-
-
-def _append(journal: Path, part: Part) -> None:
-    with journal.open("a", encoding="utf-8") as lines:
-        # What a killed run left half is left behind.
-        lines.write(f"\n{part.model_dump_json()}\n")
 
 
 def types_sha256(plan: Plan) -> str:

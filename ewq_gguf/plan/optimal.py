@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
 from ewq_gguf.tensor_names import is_quantizable, role
 
-#: Of the bits that a file has per weight: fewer would be given to a tensor by mistake
-#: only, and the lowest types take the longest to try.
+#: Of the bits that a limit leaves per weight: fewer would be given to a tensor by
+#: mistake only, and the lowest types take the longest to try.
 _LEAST_SHARE = 0.45
 #: Of the price per second: until it is high enough, and until it is known.
 _N_DOUBLINGS, _N_HALVINGS = 20, 24
@@ -29,9 +29,36 @@ _N_DOUBLINGS, _N_HALVINGS = 20, 24
 Floats = NDArray[np.float64]
 
 
-def menus(
-    subject: Subject, policy: OptimalPolicy, least_bits: float = 0.0
-) -> dict[str, tuple[str, ...]]:
+Menus = dict[str, tuple[str, ...]]
+
+
+def menus_within(subject: Subject, policy: OptimalPolicy, limit_bytes: int) -> Menus:
+    """What every tensor may be in a file of a size: no type that is far too small.
+
+    Args:
+        subject: what is planned.
+        policy: the types, and bounds of roles.
+        limit_bytes: of the whole file; where types that are left out are needed to
+            keep it, none is.
+    """
+    n_weights = sum(prod(tensor.shape) for tensor in quantizable(subject))
+    room = max(limit_bytes - other_bytes(subject), 0)
+    bits = _LEAST_SHARE * 8 * room / max(n_weights, 1)
+    menu = menus(subject, policy, bits)
+    if least_bytes(subject, menu) > limit_bytes:
+        return menus(subject, policy)
+    return menu
+
+
+def least_bytes(subject: Subject, menu: Mapping[str, Collection[str]]) -> int:
+    """The smallest whole file that menus allow."""
+    return other_bytes(subject) + sum(
+        min(padded(tensor_bytes(kind, tensor.shape)) for kind in menu[tensor.name])
+        for tensor in quantizable(subject)
+    )
+
+
+def menus(subject: Subject, policy: OptimalPolicy, least_bits: float = 0.0) -> Menus:
     """What every quantisable tensor may be, large to small; `raw` by its own name.
 
     Args:
@@ -50,11 +77,6 @@ def menus(
 def quantizable(subject: Subject) -> list[LayoutTensor]:
     """The tensors that llama-quantize quantises."""
     return [t for t in subject.tensors if is_quantizable(t.name, n_dims(t.shape))]
-
-
-def least_bits(limit_bytes: int, n_weights: int) -> float:
-    """Bits per weight below which no type is tried for a file of this size."""
-    return _LEAST_SHARE * 8 * limit_bytes / n_weights
 
 
 def other_bytes(subject: Subject) -> int:

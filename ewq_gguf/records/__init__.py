@@ -4,6 +4,7 @@ from ewq_gguf.records.base import (
     Record,
     load_cached,
     load_record,
+    open_journal,
     read_journal,
     read_json,
 )
@@ -142,6 +143,7 @@ __all__ = [
     "VerifiedTensor",
     "load_cached",
     "load_record",
+    "open_journal",
     "read_journal",
     "read_json",
 ]

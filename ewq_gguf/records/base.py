@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,6 +122,19 @@ def load_cached(kind: type[R], path: Path, stage: str) -> R | None:
         return load_record(kind, path, stage) if path.exists() else None
     except InputError:
         return None
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Callable[[Part], None]]:
+    """A function that adds a part to a journal; what a killed run left stays."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n")  # ends what was left half
+
+        def keep(part: Part) -> None:
+            file.write(f"{part.model_dump_json()}\n")
+            file.flush()
+
+        yield keep
 
 
 def read_journal(path: Path, kind: type[P]) -> dict[str, P]:
