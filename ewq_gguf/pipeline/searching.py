@@ -18,7 +18,7 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.writing import written_text
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.errors import InputError, ToolError, UsageError
+from ewq_gguf.errors import ToolError, UsageError
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.layout import IMATRIX_PRESETS, MORE_PRESETS, PRESETS
@@ -170,14 +170,9 @@ def _limit(
         else menus_within(subject, policy, n_bytes)
     )
     least = least_bytes(subject, menu)
-    if limit.n_bytes < least or (limit.n_bytes > most and not limit.may_exceed):
-        raise InputError(
-            "plan",
-            "--budget",
-            f"{limit.asked} is {limit.n_bytes:,} bytes; these types reach {least:,} to "
-            f"{most:,}",
-            "choose a size between them, or other --types, --floor or --ceiling",
-        )
+    limit.check_reached(
+        least, most, "these types reach", "other --types, --floor or --ceiling"
+    )
     return replace(limit, n_bytes=n_bytes), menu
 
 

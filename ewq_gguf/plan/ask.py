@@ -34,6 +34,27 @@ class Limit:
     n_ctx: int | None = None
     context_bytes: int | None = None
 
+    def check_reached(self, least: int, most: int, reach: str, other: str) -> None:
+        """Refuse a size that no file has.
+
+        Args:
+            least: bytes of the smallest file.
+            most: of the unquantised one.
+            reach: whose files these are, and the verb: `these types reach`.
+            other: what else could be asked for.
+
+        Raises:
+            InputError: it is smaller, or larger where that is a mistake.
+        """
+        if self.n_bytes < least or (self.n_bytes > most and not self.may_exceed):
+            raise InputError(
+                "plan",
+                "--budget",
+                f"{self.asked} is {self.n_bytes:,} bytes; {reach} {least:,} to "
+                f"{most:,}",
+                f"choose a size between them, or {other}",
+            )
+
 
 @dataclass(frozen=True)
 class Ask:

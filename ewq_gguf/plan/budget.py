@@ -21,8 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ewq_gguf import ggml_types
-from ewq_gguf.errors import InputError
+from ewq_gguf.ggml_types import bits_per_weight, tensor_bytes, written_type
 from ewq_gguf.plan.ask import Limit
 from ewq_gguf.plan.importance import needs_entry
 from ewq_gguf.plan.sizes import padded
@@ -48,11 +47,7 @@ class Fitted:
 def unit_bytes(tensors: Sequence[LayoutTensor], ggml_type: str) -> int:
     """Bytes of some tensors in a file where all are asked to have this type."""
     return sum(
-        padded(
-            ggml_types.tensor_bytes(
-                ggml_types.written_type(ggml_type, tensor.shape[-1]), tensor.shape
-            )
-        )
+        padded(tensor_bytes(written_type(ggml_type, tensor.shape[-1]), tensor.shape))
         for tensor in tensors
     )
 
@@ -86,7 +81,7 @@ def fit(
     floor = [
         name
         for name in ((FLOOR,) if entries is None else _IMATRIX_FLOOR)
-        if _bits(name) < _bits(ladder[0])
+        if bits_per_weight(name) < bits_per_weight(ladder[0])
     ]
     rungs = [*floor, *ladder]
     # What no rule decided is raw, whatever the ladder ends with.
@@ -102,7 +97,11 @@ def fit(
     ]
     state = _State(units, undecided, choices, limit.n_bytes - other_bytes)
     uniform = sorted(
-        (i for i in range(len(floor), top + 1) if _bits(rungs[i]) < _bits(raw)),
+        (
+            i
+            for i in range(len(floor), top + 1)
+            if bits_per_weight(rungs[i]) < bits_per_weight(raw)
+        ),
         key=lambda i: -state.bytes_at([i] * len(units)),
     )
     raw_types = tuple(unit.fixed or raw for unit in units)
@@ -111,14 +110,7 @@ def fit(
         for unit, name in zip(units, raw_types, strict=True)
     )
     least = other_bytes + sum(min(c.sizes[: uniform[-1] + 1]) for c in state.choices)
-    if limit.n_bytes < least or (limit.n_bytes > most and not limit.may_exceed):
-        raise InputError(
-            "plan",
-            "--budget",
-            f"{limit.asked} is {limit.n_bytes:,} bytes; this ladder reaches {least:,} "
-            f"to {most:,}",
-            "choose a size between them, or another --ladder",
-        )
+    limit.check_reached(least, most, "this ladder reaches", "another --ladder")
     if limit.n_bytes >= most:
         return Fitted(raw_types, 1, "raw", 0)
     state.begin([top + 1 if u.rung is None else u.rung + len(floor) for u in units])
@@ -214,9 +206,7 @@ class _Choices:
             asked.append(unit.fixed or name)
         self.asked = asked[::-1]
         self.sizes = [unit_bytes(unit.tensors, name) for name in self.asked]
-        self.written = [
-            [ggml_types.written_type(name, n) for n in columns] for name in self.asked
-        ]
+        self.written = [[written_type(name, n) for n in columns] for name in self.asked]
 
     def above(self, rung: int) -> int | None:
         """The next rung that is written in other types and not smaller."""
@@ -235,7 +225,3 @@ class _Choices:
         """The next lower rung that is smaller."""
         rungs = range(rung - 1, -1, -1)
         return next((i for i in rungs if self.sizes[i] < self.sizes[rung]), None)
-
-
-def _bits(ggml_type: str) -> float:
-    return ggml_types.bits_per_weight(ggml_type)

@@ -9,8 +9,7 @@ from math import inf, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf import ggml_types
-from ewq_gguf.ggml_types import n_dims, tensor_bytes
+from ewq_gguf.ggml_types import bits_per_weight, n_dims, tensor_bytes, written_type
 from ewq_gguf.plan.assemble import header_of
 from ewq_gguf.plan.importance import needs_entry
 from ewq_gguf.plan.knapsack import select
@@ -181,7 +180,7 @@ def _menu(
     fitting = [
         kind
         for kind in (raw if name == "raw" else name for name in policy.types)
-        if ggml_types.written_type(kind, n_columns) == kind
+        if written_type(kind, n_columns) == kind
         and not (needs_entry(kind, n_columns) and tensor.name not in entries)
     ]
     allowed = [
@@ -190,7 +189,7 @@ def _menu(
         if _is_allowed(policy, role(tensor.name), kind, raw)
     ]
     # Bounds that the user set hold, whatever is too small for this file otherwise.
-    low = [kind for kind in allowed if _bits(kind) >= least]
+    low = [kind for kind in allowed if bits_per_weight(kind) >= least]
     return tuple(low or allowed[:1]) or (raw,)
 
 
@@ -200,10 +199,6 @@ def _is_allowed(policy: OptimalPolicy, of: str, kind: str, raw: str) -> bool:
         for named in (policy.floors, policy.ceilings)
         for bound in [named.get(of, named.get("*"))]
     )
-    return (floor is None or _bits(kind) >= _bits(floor)) and (
-        ceiling is None or _bits(kind) <= _bits(ceiling)
+    return (floor is None or bits_per_weight(kind) >= bits_per_weight(floor)) and (
+        ceiling is None or bits_per_weight(kind) <= bits_per_weight(ceiling)
     )
-
-
-def _bits(ggml_type: str) -> float:
-    return ggml_types.bits_per_weight(ggml_type)
