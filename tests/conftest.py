@@ -3,6 +3,11 @@
 from importlib.metadata import version
 
 import pytest
+from hypothesis import settings
+
+# No test fails because the machine is slow today.
+settings.register_profile("ewq", deadline=None)
+settings.load_profile("ewq")
 
 _SHOWN = ("click", "huggingface_hub", "numba", "numpy", "pydantic", "safetensors")
 

@@ -197,7 +197,7 @@ def test_a_ladder_of_the_edge_has_its_own_ends():
     st.floats(0, 1),
     st.sampled_from(["layer", "tensor"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_more_budget_never_means_fewer_bytes_nor_one_over(
     entropies, one, other, granularity
 ):
@@ -311,7 +311,7 @@ def slowly(units, ladder, limit):
 
 
 @given(problems())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_result_is_what_the_repeated_passes_reach(problem):
     units, ladder, n_bytes = problem
     expected = slowly(units, ladder, n_bytes)

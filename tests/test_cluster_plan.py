@@ -288,7 +288,7 @@ def every_placement(tensors, layers, machines):
                     yield n + 1, seconds
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     layers=st.lists(st.integers(1, 40).map(lambda n: 1000 * n), min_size=1, max_size=5),
     kinds=st.lists(

@@ -186,7 +186,7 @@ def test_a_broken_row_is_refused_with_its_line(column, value):
 # Splits.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

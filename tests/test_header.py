@@ -405,7 +405,6 @@ def flipped(draw):
 @pytest.mark.slow
 @settings(
     max_examples=2500,
-    deadline=None,
     database=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -443,7 +443,7 @@ def test_a_revision_is_carried_by_the_file_and_counted():
     assert 64 <= two.file_size_bytes - one.file_size_bytes <= 96
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(0, 40, allow_subnormal=False), min_size=1, max_size=6),
     st.sampled_from([t for t in ggml_types.PLANNABLE if t.startswith(("Q", "T"))]),
@@ -598,7 +598,7 @@ def test_json_round_trip_is_equal_sorted_and_to_the_last_bit(plan, tmp_path):
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 40), min_size=1, max_size=8), st.floats(0, 100))
 def test_any_plan_survives_json(entropies, factor):
     plan = make_plan(make_scan(entropies), EwqPolicy(factor=factor))

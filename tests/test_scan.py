@@ -134,7 +134,7 @@ def test_extreme_weights_agree_with_60_digits(tmp_path, dtype, values, epsilon):
     ),
     n_bins=st.sampled_from([2, 3, 8, 10, 256, 1000]),
 )
-@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@settings(max_examples=300, database=None, derandomize=True)
 def test_the_histogram_is_numpys_bin_by_bin(data, n_bins):
     weights = data.astype(np.float64)
     assume(weights.min() < weights.max() or abs(weights[0]) < 1e6)  # else numpy refuses
@@ -152,7 +152,7 @@ def test_the_histogram_is_numpys_bin_by_bin(data, n_bins):
     n_bins=st.sampled_from([2, 3, 8, 10, 256, 1000]),
     dtype=st.sampled_from(["BF16", "F16"]),
 )
-@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@settings(max_examples=300, database=None, derandomize=True)
 def test_the_histogram_of_any_codes_is_numpys(codes, n_bins, dtype):
     weights = code_values(dtype)[codes]
     finite = weights[np.isfinite(weights)]
