@@ -125,6 +125,17 @@ def test_versions_2_and_3_are_read(read, version):
     assert read(ONE[:4] + struct.pack("<I", version) + ONE[8:]).kv == {"x": 7}
 
 
+def test_a_window_is_no_longer_than_the_models_context(read):
+    name = text("llama")
+    architecture = text("general.architecture") + struct.pack("<I", STRING) + name
+    short = read(file(kv=[architecture, u32("llama.context_length", 64)]))
+    other = read(file(kv=[architecture, u32("bert.context_length", 64)]))
+
+    assert short.window(512) == 64
+    assert short.window(32) == 32
+    assert other.window(512) == 512
+
+
 def test_a_file_without_tensors_is_sound(read):
     assert read(file([u32("x", 1)])).tensors == ()
 

@@ -14,6 +14,7 @@ from ewq_gguf.checkpoint.gguf_file import GgufTensor
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.llamacpp.quant_error import of_matrices
 from ewq_gguf.pipeline.costing import measured_costs
+from ewq_gguf.pipeline.probing import probe_slopes
 from ewq_gguf.plan.latency import Latency, fit_latency, needed_weights
 from ewq_gguf.plan.optimal import (
     Pace,
@@ -23,6 +24,7 @@ from ewq_gguf.plan.optimal import (
     menus_within,
     other_bytes,
     quantizable,
+    with_unseen,
 )
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.plan.sensitivity import (
@@ -288,6 +290,41 @@ def test_types_far_too_small_for_a_size_are_left_out_unless_they_are_needed():
     assert cheapest(subject, costs, least - 1) is None
 
 
+def test_tensors_that_nothing_was_seen_of_keep_the_mean_bits():
+    subject = subject_of(layout())
+    menu = menus(subject, OptimalPolicy())
+    unseen = "blk.3.ffn_down.weight"
+    costs = {
+        name: dict.fromkeys(kinds, 0.0 if name == unseen else 1.0)
+        for name, kinds in menu.items()
+    }
+    n_weights = sum(prod(t.shape) for t in quantizable(subject))
+    limit = other_bytes(subject) + n_weights * 25 // 32  # 6.25 bits
+
+    found = with_unseen(subject, menu, costs, limit)
+
+    assert found[unseen][-1] == "Q6_K"
+    assert {n: k for n, k in found.items() if n != unseen} == {
+        n: k for n, k in menu.items() if n != unseen
+    }
+    # Where all are as small as they can be, so are these.
+    least = least_bytes(subject, menu)
+    assert with_unseen(subject, menu, costs, least) == menu
+
+
+def test_what_is_never_computed_with_does_not_hide_the_noise():
+    errors = dict.fromkeys(("blk.0.attn_q.weight", "blk.0.nextn.eh_proj.weight"), 0.01)
+    true = {
+        "blk.0.attn_q.weight": {"Q4_0": 0.03, "Q8_0": 0.001},
+        "blk.0.nextn.eh_proj.weight": {"Q4_0": 0.0, "Q8_0": 0.0},
+    }
+    prober = KnownCosts(true)
+
+    probe_slopes(cast("Prober", prober), errors, deadline=0.0)
+
+    assert prober.noise_nats == 0.001
+
+
 def test_other_bytes_are_those_that_no_choice_changes():
     subject = subject_of(layout())
     norms = [t for t in subject.tensors if "norm" in t.name]
@@ -329,11 +366,20 @@ def test_a_token_needs_the_head_some_experts_and_no_embedding_but_a_tied_one():
         name="blk.0.ffn_up_exps.weight", shape=(8, 32, 256), ggml_type="BF16"
     )
 
-    needed = needed_weights([*tensors, experts], expert_share=0.25)
+    heads = LayoutTensor(
+        name="blk.0.attn_k_b.weight", shape=(4, 32, 64), ggml_type="BF16"
+    )
+    looked_up = LayoutTensor(
+        name="per_layer_token_embd.weight", shape=(512, 64), ggml_type="BF16"
+    )
+
+    needed = needed_weights([*tensors, experts, heads, looked_up], expert_share=0.25)
 
     assert needed["token_embd.weight"] == 0
     assert needed["output.weight"] == 512 * 256
     assert needed["blk.0.ffn_up_exps.weight"] == 2 * 32 * 256
+    assert needed["blk.0.attn_k_b.weight"] == 4 * 32 * 64  # every head is needed
+    assert needed["per_layer_token_embd.weight"] == 0
     tied = [tensor for tensor in tensors if tensor.name != "output.weight"]
     assert needed_weights(tied)["token_embd.weight"] == 512 * 256
 

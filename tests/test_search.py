@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from ewq_gguf import pipeline
+from ewq_gguf.bench import runner
 from ewq_gguf.bench.studies import kld_mean
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
-from ewq_gguf.pipeline import contest, searching
+from ewq_gguf.errors import VerificationError
+from ewq_gguf.pipeline import contest, searching, throwaway
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.records import Plan, Study, load_record
 from tests.families import write_family
@@ -113,6 +115,17 @@ def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
         return plan
 
     monkeypatch.setattr(contest.Contest, "_propose", propose)
+    # One of the files cannot be measured: the others go on without it.
+    n_measured = 0
+
+    def bench_file(*args):
+        nonlocal n_measured
+        n_measured += 1
+        if n_measured == 3:
+            raise VerificationError("bench", "study.gguf", "its logits are NaN", "")
+        return runner.bench_file(*args)
+
+    monkeypatch.setattr(throwaway, "bench_file", bench_file)
     asked = [
         "plan", str(folder), "--policy", "optimal", "--budget", f"{size}B",
         "--effort", "0", "--threads", "1", "--types", "Q8_0,Q5_K,Q3_K,Q2_K,Q4_0",
@@ -125,10 +138,27 @@ def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
     assert plan.search is not None
     chosen = plan.search.files[0]
     assert chosen.kind != "optimal"
-    own = [one for one in plan.search.files if one.kind == "optimal"]
-    assert min(one.few_nats or 0.0 for one in own) > (chosen.few_nats or 0.0)
+    (left_out,) = [one for one in plan.search.files if one.few_nats is None]
+    assert left_out.many_nats is None
+    own = [one.few_nats for one in plan.search.files if one.kind == "optimal"]
+    assert min(nats for nats in own if nats) > (chosen.few_nats or 0.0)
     # Another matrix, or none, is part of what was chosen.
     assert (plan.imatrix is not None) == chosen.has_imatrix
+
+
+def test_what_cannot_be_is_refused_before_a_text_is_written(
+    folder, toolchain, tmp_path, monkeypatch, capsys
+):
+    empty = tmp_path / "cache"
+    empty.mkdir()
+    monkeypatch.setenv("EWQ_CACHE", str(make_cache(empty, toolchain)))
+    asked = ["plan", str(folder), "--policy", "optimal", "-q"]
+
+    assert main([*asked, "--budget", "1000B"]) == 3
+    assert "these types reach" in capsys.readouterr().err
+    assert main([*asked, "--budget", "80%", "--floor", "atn_q=Q8_0"]) == 2
+    assert "did you mean attn_q?" in capsys.readouterr().err
+    assert not (empty / "texts").exists()
 
 
 def test_a_file_that_has_to_be_fast_is_timed(folder, capsys):

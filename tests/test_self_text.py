@@ -31,7 +31,7 @@ def test_a_document_ends_where_the_model_ends_it_or_at_the_limit():
     assert min(len(text) for text in texts) < 9
 
 
-def test_a_terse_model_writes_more_documents():
+def test_a_terse_model_writes_more_documents_and_at_last_may_not_end_them():
     model = Table()
     model.logits[:] = -20.0
     model.logits[:, BOS] = 0.0  # the first token is drawn, the second ends it
@@ -39,8 +39,14 @@ def test_a_terse_model_writes_more_documents():
     texts = self_text(model, 40, 50, seed=0)
 
     # 40 x 50 / 4 tokens of one each are more than eight times as many documents have.
-    assert len(texts) == 8 * 40
-    assert max(map(len, texts)) == 1  # what stands for a control is left out
+    assert len(texts) == 9 * 40
+    *terse, last = (texts[40 * i :][:40] for i in range(9))
+    # What stands for a control is left out.
+    assert max(len(text) for texts in terse for text in texts) == 1
+    assert min(map(len, last)) > 20
+    assert sum(map(len, texts)) >= 40 * 50 / 4
+    assert all(chr(BOS) not in text for text in texts)
+    assert (model.logits[:, BOS] == 0.0).all()  # the scorer's rows are its own
 
 
 def test_what_is_far_less_likely_than_the_likeliest_is_left_out():

@@ -138,7 +138,12 @@ def _probe(
                 told.n_ctx,
                 lambda i: False,
             )
-            text = text_result("", [part for _, part in scored if part], 0)
+            parts = []
+            for number, (_, part) in enumerate(scored, 1):
+                parts += [part] if part else []
+                done = min(number / len(windows.windows), 1.0)
+                _tell((i + done) / len(asked.probes))
+            text = text_result("", parts, 0)
         keep(
             ProbePart(
                 name=one.name,

@@ -38,7 +38,8 @@ def self_text(
     Args:
         model: any.
         n_documents: how many; more where a model is so terse that they come to less
-            than a quarter of their tokens, up to eight times as many.
+            than a quarter of their tokens, up to eight times as many; if that is too
+            little still, as many again that it may not end.
         n_tokens: of each, at most; one ends where the model ends it.
         seed: of everything random.
         on_progress: told the share done, 0 to 1.
@@ -50,7 +51,7 @@ def self_text(
     n_parallel = min(N_PARALLEL, n_documents)
     room = n_parallel * n_tokens
     with model.scorer(room, n_sequences=n_parallel, is_shared=False) as scorer:
-        n_written, begin, end = 0, 0, n_documents
+        n_written, begin, end, may_end = 0, 0, n_documents, True
         while begin < end:
             numbers = range(begin, min(begin + n_parallel, end))
             random = [np.random.default_rng((seed, number)) for number in numbers]
@@ -64,8 +65,13 @@ def self_text(
                 for i, row in zip(growing, rows, strict=True):
                     temperature = TEMPERATURES[numbers[i] % len(TEMPERATURES)]
                     token = _draw(row, temperature, random[i])
-                    if model.is_end(token):
+                    if model.is_end(token) and may_end:
                         continue
+                    if model.is_end(token):
+                        row = row.copy()
+                    while model.is_end(token):
+                        row[token] = -np.inf
+                        token = _draw(row, temperature, random[i])
                     documents[i].append(token)
                     still.append(i)
                 growing = still
@@ -87,10 +93,12 @@ def self_text(
             n_written += sum(len(model.tokenize(text)) for text in written)
             texts += written
             begin = numbers.stop
-            if n_written < n_documents * n_tokens * _LEAST_SHARE:
+            if may_end and n_written < n_documents * n_tokens * _LEAST_SHARE:
                 end = max(
                     n_documents, min(begin + n_parallel, _MAX_TIMES * n_documents)
                 )
+                if begin == end:
+                    may_end, end = False, end + n_documents
     return texts
 
 

@@ -11,6 +11,7 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import Job, WritingRequest
 from ewq_gguf.bench.runner import OnProgress, Request, run_job
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.records import BenchSetup
@@ -33,7 +34,7 @@ def written_text(
         base: the base GGUF.
         setup: how it is loaded.
         begin: gives who is told how far it is, where it has to be written.
-        n_documents: of 512 tokens at most.
+        n_documents: of 512 tokens, or the model's context, at most.
         seed: another text for each.
 
     Raises:
@@ -43,7 +44,8 @@ def written_text(
         ResourceError: memory ran out.
     """
     check_bindings(STAGE)
-    asked = f"{n_documents} {N_TOKENS} {seed} {LLAMA_CPP_COMMIT}"
+    n_tokens = read_gguf(base).window(N_TOKENS)
+    asked = f"{n_documents} {n_tokens} {seed} {LLAMA_CPP_COMMIT}"
     key = store.sha256_text(f"{identify(base).sha256} {asked}")
     path = store.cache_dir("texts") / f"self-{key[:32]}.txt"
     with store.locked(path, stage=STAGE, wait=True):
@@ -53,7 +55,7 @@ def written_text(
             writing = WritingRequest(
                 out=str(temporary.absolute()),
                 n_documents=n_documents,
-                n_tokens=N_TOKENS,
+                n_tokens=n_tokens,
                 seed=seed,
             )
             job = Job(

@@ -82,6 +82,11 @@ class GgufFile:
         """What the header and every tensor are padded to."""
         return int(self.kv.get("general.alignment", 32))
 
+    def window(self, n_tokens: int) -> int:
+        """So many tokens, or as many as the model was made for if these are fewer."""
+        most = self.kv.get(f"{self.kv.get('general.architecture')}.context_length")
+        return min(n_tokens, most) if isinstance(most, int) and most > 0 else n_tokens
+
 
 def read_gguf(path: Path, *, header_only: bool = False) -> GgufFile:
     """Read and check a GGUF file's header.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ChildError, InputError
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.logs import child_log
@@ -15,7 +16,7 @@ from ewq_gguf.plan.importance import Importance
 from ewq_gguf.process import run
 
 STAGE = "imatrix"
-#: Tokens of a window, llama-imatrix's own.
+#: Tokens of a window, llama-imatrix's own; fewer where the model takes fewer.
 N_CTX = 512
 
 # Fixed relative names inside the work folder: no path can enter the file.
@@ -58,9 +59,10 @@ def calibrate(
         ResourceError: memory or the disk is full.
     """
     tool = toolchain.tool("llama-imatrix")
+    n_ctx = read_gguf(base).window(N_CTX)
     # Asked here too: llama-imatrix may end before its log has said why.
-    if (n_bytes := text.stat().st_size) < N_CTX:
-        problem = f"has {n_bytes} bytes, {2 * N_CTX} tokens are needed"
+    if (n_bytes := text.stat().st_size) < n_ctx:
+        problem = f"has {n_bytes} bytes, {2 * n_ctx} tokens are needed"
         raise InputError(STAGE, text, problem, "give a longer text")
     n_all = 0
 
@@ -74,8 +76,10 @@ def calibrate(
     with store.work_dir(out, stage=STAGE) as inside:
         (inside / _BASE).symlink_to(base.resolve())
         (inside / _TEXT).symlink_to(text.resolve())
-        argv = [str(tool), "-m", _BASE, "-f", _TEXT, "-o", _OUT, "-c", str(N_CTX)]
+        argv = [str(tool), "-m", _BASE, "-f", _TEXT, "-o", _OUT, "-c", str(n_ctx)]
         argv += ["--process-output", "--no-ppl", "-t", str(n_threads)]
+        # It ends itself where a tokenizer adds one to every text.
+        argv += ["--override-kv", "tokenizer.ggml.add_eos_token=bool:false"]
         if n_chunks is not None:
             argv += ["--chunks", str(n_chunks)]
         try:

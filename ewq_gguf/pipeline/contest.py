@@ -16,7 +16,7 @@ import numpy as np
 
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.studies import kld_difference
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.pipeline.throwaway import measure_plans, time_plans, types_sha256
@@ -69,17 +69,17 @@ class Measuring:
     progress: Progress
     seconds: float = 0.0
 
-    def on_few(self, plans: Sequence[Plan]) -> list[TextResult]:
-        """What the files of plans are worth on a few windows."""
+    def on_few(self, plans: Sequence[Plan]) -> list[TextResult | None]:
+        """What the files of plans are worth on a few windows; None: not measurable."""
         return self._measure(plans, self.request, _N_FEW)
 
-    def on_many(self, plans: Sequence[Plan]) -> list[TextResult]:
+    def on_many(self, plans: Sequence[Plan]) -> list[TextResult | None]:
         """The same on many windows of the final text."""
         return self._measure(plans, self.final, _N_MANY)
 
     def _measure(
         self, plans: Sequence[Plan], request: Request, n_windows: int
-    ) -> list[TextResult]:
+    ) -> list[TextResult | None]:
         started = time.monotonic()
         parts = measure_plans(
             plans,
@@ -87,10 +87,12 @@ class Measuring:
             self.toolchain,
             options=self.options,
             progress=self.progress,
+            may_fail=True,
         )
         taken = (time.monotonic() - started) / max(len(plans), 1)
         self.seconds = max(self.seconds, taken * _N_FEW / n_windows)
-        return [parts[types_sha256(plan)].quality for plan in plans]
+        found = [parts.get(types_sha256(plan)) for plan in plans]
+        return [part.quality if part else None for part in found]
 
     def speeds(self, plans: Sequence[Plan]) -> list[float]:
         """Tokens per second that the files of plans generate."""
@@ -180,6 +182,7 @@ class Contest:
 
         Raises:
             InputError: no file keeps the pace.
+            VerificationError: no file can be measured.
         """
         self._find_floor(rivals)
         best = self._round(0)
@@ -200,7 +203,10 @@ class Contest:
         for number in range(_N_ROUNDS, _N_ROUNDS + _N_TIGHTENED):
             if not self._is_too_slow():
                 break
-            self._round(number)
+            try:
+                self._round(number)
+            except InputError:  # no types are so fast: what was timed is all there is
+                break
             self._compare_best()
         self._check_pace()
         order = sorted(self.entrants, key=lambda entrant: entrant.rank)
@@ -231,6 +237,8 @@ class Contest:
         names = [f"{_FLOOR_PRESET} imatrix", _FLOOR_PRESET]
         plan = next(rivals[name] for name in names if name in rivals)
         (result,) = self.measuring.on_few([plan])
+        if result is None:
+            return
         weights = self.predictor.predict(written_types(plan)).kld_nats
         floor = max(_nats(result) - weights, 0.0)
         self.predictor = replace(self.predictor, floor_nats=floor)
@@ -260,6 +268,13 @@ class Contest:
         many = self.measuring.on_many(plans)
         for entrant, result in zip(finalists, many, strict=True):
             entrant.many = result
+        if not any(entrant.many for entrant in self.entrants):
+            raise VerificationError(
+                "plan",
+                "--policy optimal",
+                "no file of this size could be measured",
+                "see the lines above, or choose another policy",
+            )
         if self.pace is None:
             return
         speeds = self.measuring.speeds(plans)
@@ -353,7 +368,8 @@ class Contest:
         for entrant, result in zip(entrants, found, strict=True):
             entrant.few = result
             # The table's errors are those of files with the matrix, if there is one.
-            if bool(entrant.plan.imatrix) == bool(self.subject.importance):
+            has_matrix = bool(entrant.plan.imatrix) == bool(self.subject.importance)
+            if result is not None and has_matrix:
                 types = written_types(entrant.plan)
                 self.predictor = self.predictor.after(types, _nats(result))
         self.entrants += entrants
@@ -365,7 +381,8 @@ class Contest:
 
     def _finalists(self) -> list[Entrant]:
         """The best of those proposed here, the best rival, and all that beat these."""
-        order = sorted(self.entrants, key=lambda entrant: _nats(entrant.few))
+        measured = [entrant for entrant in self.entrants if entrant.few]
+        order = sorted(measured, key=lambda entrant: _nats(entrant.few))
         own = [
             entrant
             for entrant in order

@@ -10,6 +10,7 @@ from typing import Literal
 
 from ewq_gguf.bench.studies import kld_difference, kld_mean
 from ewq_gguf.errors import InputError, ToolError
+from ewq_gguf.llamacpp.layout import IMATRIX_PRESETS, MORE_PRESETS, PRESETS
 from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.planning import plan
 from ewq_gguf.pipeline.presets import preset_plans
@@ -48,9 +49,15 @@ def study_frontier(
     question = replace(question, options=options)
     plans: dict[str, Plan] = {}
     sources: dict[str, tuple[RulePolicy, str | None]] = {}
-    for suffix, matrix in ((_MATRIX, options.imatrix), ("", None)):
+    for suffix, matrix, more in (
+        (_MATRIX, options.imatrix, IMATRIX_PRESETS),
+        ("", None, ()),
+    ):
         found = preset_plans(
-            checkpoint, options=replace(options, imatrix=matrix), progress=progress
+            checkpoint,
+            presets=(*PRESETS, *MORE_PRESETS, *more),
+            options=replace(options, imatrix=matrix),
+            progress=progress,
         )
         plans |= {f"{name}{suffix}": one for name, one in found.items()}
     rules: tuple[RulePolicy, ...] = (policy, EwqPolicy(), FastEwqPolicy())

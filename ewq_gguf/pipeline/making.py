@@ -111,8 +111,6 @@ def make_gguf(
     if out is not None:
         store.check_distinct(out, inputs, "gguf")
     laid_out = layout(checkpoint, toolchain, progress)
-    if isinstance(policy, OptimalPolicy):
-        options = with_imatrix(checkpoint, options, progress)
     plan_path = None
     if isinstance(policy, Plan):
         made_plan = policy
@@ -126,6 +124,8 @@ def make_gguf(
             options=options,
             progress=progress,
         )
+        if isinstance(policy, OptimalPolicy):
+            options = with_imatrix(checkpoint, options, progress)
         plan_path = plan_file(made_plan)
     presets = {**laid_out.preset_bytes, base_type(checkpoint): layout_bytes(laid_out)}
     out = out or Path(

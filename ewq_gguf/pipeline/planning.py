@@ -24,7 +24,7 @@ from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.presets import preset_plan
 from ewq_gguf.pipeline.scanning import layout, scan
-from ewq_gguf.pipeline.searching import search
+from ewq_gguf.pipeline.searching import check_search, search
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.fastewq import layer_features, select_layers
@@ -110,9 +110,11 @@ def _optimal_plan(
             "does not go with policy optimal, which places nothing",
             "give --budget SIZE, or use --policy ewq",
         )
+    scanned, laid_out = measured(source, policy, options=options, progress=progress)
+    subject = Subject.of_scan(scanned, laid_out, raw_type)
+    check_search(subject, policy, budget, options)
     options = with_imatrix(source, options, progress)
     assert options.imatrix is not None
-    scanned, laid_out = measured(source, policy, options=options, progress=progress)
     rivals = {}
     for rule in (EwqPolicy(), EwqPolicy(granularity="tensor"), FastEwqPolicy()):
         try:
@@ -131,10 +133,7 @@ def _optimal_plan(
         rivals[plan_label(made)] = made
     return search(
         source,
-        replace(
-            Subject.of_scan(scanned, laid_out, raw_type),
-            importance=read_imatrix(options.imatrix),
-        ),
+        replace(subject, importance=read_imatrix(options.imatrix)),
         policy,
         budget,
         rivals,

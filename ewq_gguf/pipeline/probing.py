@@ -129,10 +129,12 @@ def probe_slopes(
     if not errors:
         return {}
     leaves = costs(roles_of(errors))
-    cheapest = min(leaves, key=lambda group: leaves[group])
-    nearly_nothing = (cheapest[len(cheapest) // 2],)
-    (noise,) = prober([(nearly_nothing, _FINE_TYPE)]).values()
-    prober.noise_nats = noise
+    # What is never computed with costs nothing at all, and tells nothing.
+    used = [group for group, cost in leaves.items() if cost > 0]
+    if used:
+        cheapest = min(used, key=lambda group: leaves[group])
+        nearly_nothing = (cheapest[len(cheapest) // 2],)
+        (prober.noise_nats,) = prober([(nearly_nothing, _FINE_TYPE)]).values()
     leaves = {group: prober.without_noise(cost) for group, cost in leaves.items()}
     while time.monotonic() < deadline:
         large = next_groups(leaves, _LEAST_SHARE)[:_MAX_HALVED]

@@ -18,11 +18,12 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.writing import written_text
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ToolError, UsageError
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.layout import IMATRIX_PRESETS, MORE_PRESETS, PRESETS
-from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.contest import Contest, Measuring, written_types
 from ewq_gguf.pipeline.costing import Costs, measured_costs
@@ -41,6 +42,7 @@ from ewq_gguf.plan.optimal import (
     menus_within,
     other_bytes,
     quantizable,
+    with_unseen,
 )
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.plan.sizes import padded
@@ -55,6 +57,8 @@ _N_DOCUMENTS = 64
 _SEEDS = 1 << 40
 #: Another one finds other files: what was searched for is searched for again.
 _ALGORITHM = 1
+#: What is said of a size that no file has.
+_REACH, _OTHER = "these types reach", "other --types, --floor or --ceiling"
 #: Of the effort, what probes may take at most.
 _PROBE_SHARE = 0.5
 
@@ -86,17 +90,9 @@ def search(
         EwqError: of the stage that failed, with what to do.
     """
     options = options or Options()
-    toolchain = find_toolchain(options.llama_cpp)
-    if toolchain.lib_dir is None:
-        raise ToolError(
-            "plan",
-            "--policy optimal",
-            "needs the libraries of a llama.cpp that ewq built",
-            "leave --llama-cpp and EWQ_LLAMA_CPP out, or plan with another policy",
-        )
+    toolchain = _built_toolchain(options)
     base = base_file(checkpoint, toolchain, progress=progress)
     limit, menu = _limit(subject, policy, ask)
-    _check_roles(policy, menu)
     # Where there are devices, files are measured on them.
     device = "cpu" if toolchain.backend == "cpu" else "auto"
     setup = CPU_SETUP.model_copy(
@@ -119,6 +115,7 @@ def search(
                 ),
             ),
             setup=setup,
+            n_ctx=read_gguf(base).window(Request.n_ctx),
         )
         for seed in (_SEEDS + 2 * policy.seed, _SEEDS + 2 * policy.seed + 1)
     ]
@@ -149,6 +146,50 @@ def search(
     return known
 
 
+def check_search(
+    subject: Subject, policy: OptimalPolicy, ask: Ask, options: Options
+) -> None:
+    """Refuse early what cannot be searched for: before texts are written.
+
+    Args:
+        subject: what is planned; its matrix may be missing still.
+        policy: with every parameter.
+        ask: what the file may take.
+        options: for the whole run.
+
+    Raises:
+        InputError: the budget cannot be met.
+        ToolError: the llama.cpp has no libraries.
+        UsageError: a bound names a role that the model does not have.
+    """
+    _built_toolchain(options)
+    menu = menus(subject, policy, has_entries=True)
+    _check_roles(policy, menu)
+    most = _most_bytes(subject)
+    limit = ask.limit(most, subject.tensors)
+    limit.check_reached(least_bytes(subject, menu), most, _REACH, _OTHER)
+
+
+def _built_toolchain(options: Options) -> Toolchain:
+    toolchain = find_toolchain(options.llama_cpp)
+    if toolchain.lib_dir is None:
+        raise ToolError(
+            "plan",
+            "--policy optimal",
+            "needs the libraries of a llama.cpp that ewq built",
+            "leave --llama-cpp and EWQ_LLAMA_CPP out, or plan with another policy",
+        )
+    return toolchain
+
+
+def _most_bytes(subject: Subject) -> int:
+    """Of the whole file, nothing quantised."""
+    return other_bytes(subject) + sum(
+        padded(tensor_bytes(subject.raw_type, tensor.shape))
+        for tensor in quantizable(subject)
+    )
+
+
 def _limit(
     subject: Subject, policy: OptimalPolicy, ask: Ask
 ) -> tuple[Limit, dict[str, tuple[str, ...]]]:
@@ -157,10 +198,7 @@ def _limit(
     Raises:
         InputError: the types do not reach so far down, or up.
     """
-    most = other_bytes(subject) + sum(
-        padded(tensor_bytes(subject.raw_type, tensor.shape))
-        for tensor in quantizable(subject)
-    )
+    most = _most_bytes(subject)
     limit = ask.limit(most, subject.tensors)
     n_bytes = min(limit.n_bytes, most)
     # A file that has to be fast may have to be smaller than its limit.
@@ -170,9 +208,7 @@ def _limit(
         else menus_within(subject, policy, n_bytes)
     )
     least = least_bytes(subject, menu)
-    limit.check_reached(
-        least, most, "these types reach", "other --types, --floor or --ceiling"
-    )
+    limit.check_reached(least, most, _REACH, _OTHER)
     return replace(limit, n_bytes=n_bytes), menu
 
 
@@ -271,7 +307,7 @@ def _searched(
     contest = Contest(
         subject=subject,
         limit=limit,
-        menu=menu,
+        menu=with_unseen(subject, menu, costs, limit.n_bytes),
         measuring=measuring,
         predictor=Predictor(costs, 0.0),
         deadline=started + effort,

@@ -16,6 +16,7 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.reference_run import cached_reference
 from ewq_gguf.bench.runner import Request, bench_file
+from ewq_gguf.errors import ChildError, VerificationError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain
@@ -34,6 +35,7 @@ def measure_plans(
     *,
     options: Options,
     progress: Progress,
+    may_fail: bool = False,
 ) -> dict[str, StudyPart]:
     """What the file of every plan is worth.
 
@@ -43,6 +45,8 @@ def measure_plans(
         toolchain: that quantises.
         options: for the whole run; its matrix is that of the plans that have one.
         progress: who is told.
+        may_fail: a file that cannot be made or whose logits are no numbers is left out
+            and told, in place of raising.
 
     Returns:
         By `types_sha256`; what earlier runs measured likewise is among them.
@@ -78,8 +82,14 @@ def measure_plans(
                 def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
                     tell((i + share) / len(todo))
 
-                with _file(made, base, journal, toolchain, options) as file:
-                    result = bench_file(file, request, of_file)
+                try:
+                    with _file(made, base, journal, toolchain, options) as file:
+                        result = bench_file(file, request, of_file)
+                except (ChildError, VerificationError) as error:
+                    if not may_fail:
+                        raise
+                    progress.note(f"a file is left out: {error}")
+                    continue
                 part = StudyPart(
                     name=name, engine=result.engine, quality=result.texts[0]
                 )

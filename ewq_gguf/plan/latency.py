@@ -16,6 +16,7 @@ import numpy as np
 
 from ewq_gguf.ggml_types import bits_per_weight
 from ewq_gguf.records import LayoutTensor
+from ewq_gguf.tensor_names import role
 
 #: Relative standard deviations: of a measured time, of a type's time per weight around
 #: that of its bits, and of the constant as a share of a token's time.
@@ -66,9 +67,10 @@ def needed_weights(
     needed = {}
     for tensor in tensors:
         share = 1.0
-        if tensor.name.startswith("token_embd") and has_head:
+        is_looked_up = tensor.name.startswith("token_embd") and has_head
+        if is_looked_up or tensor.name.startswith("per_layer_token_embd"):
             share = 0.0
-        elif len(tensor.shape) > 2:
+        elif role(tensor.name).endswith("_exps"):
             share = expert_share
         needed[tensor.name] = share * prod(tensor.shape)
     return needed

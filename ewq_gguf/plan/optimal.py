@@ -40,13 +40,42 @@ def menus_within(subject: Subject, policy: OptimalPolicy, limit_bytes: int) -> M
         limit_bytes: of the whole file; where types that are left out are needed to
             keep it, none is.
     """
-    n_weights = sum(prod(tensor.shape) for tensor in quantizable(subject))
-    room = max(limit_bytes - other_bytes(subject), 0)
-    bits = _LEAST_SHARE * 8 * room / max(n_weights, 1)
-    menu = menus(subject, policy, bits)
+    menu = menus(subject, policy, _LEAST_SHARE * _mean_bits(subject, limit_bytes))
     if least_bytes(subject, menu) > limit_bytes:
         return menus(subject, policy)
     return menu
+
+
+def with_unseen(
+    subject: Subject,
+    menu: Mapping[str, tuple[str, ...]],
+    costs: Mapping[str, Mapping[str, float]],
+    limit_bytes: int,
+) -> Menus:
+    """The menus where tensors that cost nothing at all keep the file's mean bits.
+
+    What is not computed with when a text is read, such as a head that predicts further
+    tokens, is in the file for something else.
+
+    Args:
+        subject: what is planned.
+        menu: types by tensor.
+        costs: by tensor and type.
+        limit_bytes: of the whole file; where it could not be kept, the menus stay.
+    """
+    mean = _mean_bits(subject, limit_bytes)
+    found = dict(menu)
+    for name, kinds in menu.items():
+        if not any(costs[name][kind] for kind in kinds):
+            high = [kind for kind in kinds if bits_per_weight(kind) >= mean]
+            found[name] = tuple(high) or kinds[:1]
+    return found if least_bytes(subject, found) <= limit_bytes else dict(menu)
+
+
+def _mean_bits(subject: Subject, limit_bytes: int) -> float:
+    """Per weight that is quantised, of a whole file's bytes."""
+    n_weights = sum(prod(tensor.shape) for tensor in quantizable(subject))
+    return 8 * max(limit_bytes - other_bytes(subject), 0) / max(n_weights, 1)
 
 
 def least_bytes(subject: Subject, menu: Mapping[str, Collection[str]]) -> int:
@@ -57,16 +86,25 @@ def least_bytes(subject: Subject, menu: Mapping[str, Collection[str]]) -> int:
     )
 
 
-def menus(subject: Subject, policy: OptimalPolicy, least_bits: float = 0.0) -> Menus:
+def menus(
+    subject: Subject,
+    policy: OptimalPolicy,
+    least_bits: float = 0.0,
+    *,
+    has_entries: bool = False,
+) -> Menus:
     """What every quantisable tensor may be, large to small; `raw` by its own name.
 
     Args:
         subject: what is planned.
         policy: the types, and bounds of roles.
         least_bits: per weight, of any type.
+        has_entries: an importance matrix with every entry will be there.
     """
     importance = subject.importance
-    entries = importance.n_values.keys() if importance else ()
+    entries = set(importance.n_values) if importance else set()
+    if has_entries:
+        entries = {tensor.name for tensor in subject.tensors}
     return {
         tensor.name: _menu(tensor, subject.raw_type, policy, least_bits, entries)
         for tensor in quantizable(subject)
