@@ -22,9 +22,6 @@ from ewq_gguf.records.comparison import ComparedPair, Comparison
 
 PAGE = Path(__file__).parents[1] / "docs" / "frontier.md"
 PRESETS = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "IQ4_XS")
-#: Minutes of each search: more gain little here.
-EFFORT = "8"
-
 TEXT = """# Size against KL divergence
 
 `make frontier` makes this page: `python -m benchmarks.frontier`. {machine}, {date}; the
@@ -62,12 +59,12 @@ def main() -> None:
     run = Commands(folder)
     shown = run(
         "frontier", MODEL, "--presets", ",".join(PRESETS), "--chunks", str(N_CHUNKS),
-        "--effort", EFFORT, "--picture", "frontier.png", "-o", "frontier.json",
+        "--picture", "frontier.png", "-o", "frontier.json",
     )  # fmt: skip
     study = load_record(Study, folder / "frontier.json", STAGE)
     assert isinstance(study.findings, Frontier)
     best = {one.budget: one for one in study.findings.files if one.source == "optimal"}
-    plans = ",".join(f"optimal:effort{EFFORT}@{_asked(one)}" for one in best.values())
+    plans = ",".join(f"optimal@{_asked(one)}" for one in best.values())
     hub = [] if os.environ.get("EWQ_MMLU_DIR") else ["--mmlu", "hub"]
     run(
         "compare", MODEL, "--plans", plans, "--presets", ",".join(PRESETS), "--tasks",

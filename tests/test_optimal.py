@@ -463,10 +463,29 @@ def test_types_that_are_chosen_are_probed_and_their_role_corrected():
         true, errors, lambda costs: dict.fromkeys(names[1:], "Q5_1")
     )
 
-    assert (tuple(names[1:]), "Q5_1") in prober.asked
+    # The whole role, whichever layers were chosen: so the next size finds it known.
+    assert (tuple(names), "Q5_1") in prober.asked
     for i, name in enumerate(names):
         assert found[name]["Q5_1"] == pytest.approx(0.0025 * (i + 1))
         assert found[name]["Q4_0"] == pytest.approx(0.04 * (i + 1))
+
+
+def test_a_type_is_not_passed_over_for_a_price_that_nobody_measured():
+    name = "blk.0.attn_v.weight"
+    kinds = {"Q4_0": 0.04, "Q5_1": 0.02, "Q5_K": 0.015}
+    errors = {name: {kind: quant_error(e, e) for kind, e in kinds.items()}}
+    true = {name: {"Q4_0": 0.04, "Q5_1": 0.006, "Q5_K": 0.012, "Q8_0": 0.0001}}
+
+    found, prober = settled(
+        true,
+        errors,
+        lambda costs: {name: min(costs[name], key=costs[name].__getitem__)},
+    )
+
+    assert min(found[name], key=found[name].__getitem__) == "Q5_1"
+    assert found[name]["Q5_1"] == pytest.approx(0.006)
+    # What cannot be chosen, however well it does, is not probed.
+    assert not any(kind == "Q4_0" for _, kind in prober.asked[1:])
 
 
 def test_a_doubtful_type_costs_the_worse_until_its_own_probe():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from ewq_gguf.pipeline.probing import PROBE_TYPE, Prober, probe_slopes
 from ewq_gguf.plan.sensitivity import is_doubtful, scaled_error
@@ -17,6 +17,8 @@ Costs = dict[str, dict[str, float]]
 _SLOPES_SHARE = 0.6
 #: A role in a type that costs less of the whole is not probed.
 _LEAST_SHARE = 0.01
+#: What a type was seen to cost at least, of what its error says.
+_HOPE = 0.25
 #: Probes before the clock is looked at again.
 _MAX_PROBES = 24
 
@@ -30,7 +32,7 @@ def measured_costs(
     """Nats that each type costs each tensor.
 
     A probe in one type says what another costs only as far as their errors are alike:
-    in a role, and for doubtful tensors one by one, the types that would be chosen are
+    in a role, and for doubtful tensors one by one, the types that might be chosen are
     probed themselves, until all of it that matters is known.
 
     Args:
@@ -71,43 +73,68 @@ def _settle(
     prober: Prober,
     deadline: float,
 ) -> None:
-    """Probe what is chosen until all that matters of it is known; correct the costs."""
+    """Probe what might be chosen until all that matters of it is known.
+
+    What is not probed yet is taken to cost less than its error says, as it may: so a
+    type is not passed over for a price that nobody measured. Whole roles are probed,
+    whatever layers were chosen: the next size finds them known. Corrects the costs.
+    """
     alone: set[tuple[str, str]] = set()
-    known: set[tuple[str, str]] = set()
+    known = {(role(name), PROBE_TYPE) for name in costs}
     while time.monotonic() < deadline:
-        types = choose(costs)
+        types = choose(_hopeful(costs, known, alone))
         total = sum(costs[name][kind] for name, kind in types.items())
-        cells: dict[tuple[str, str], list[str]] = defaultdict(list)
+        shares: dict[tuple[str, str], float] = defaultdict(float)
         singles = []
         for name, kind in types.items():
+            cost = costs[name][kind]
             if (name, kind) in doubtful - alone:
                 singles.append((name, kind))
-            elif costs[name][kind] and (name, kind) not in alone:
-                cells[role(name), kind].append(name)
-        shares = {
-            cell: sum(costs[name][cell[1]] for name in names)
-            for cell, names in cells.items()
-            if cell not in known
-        }
+            elif cost and (role(name), kind) not in known and (name, kind) not in alone:
+                shares[role(name), kind] += cost
         singles = sorted(singles, key=lambda one: -costs[one[0]][one[1]])[:_MAX_PROBES]
-        groups = sorted(shares, key=lambda cell: -shares[cell])
-        groups = [g for g in groups if shares[g] > _LEAST_SHARE * total]
-        groups = groups[: _MAX_PROBES - len(singles)]
+        cells = sorted(shares, key=lambda cell: -shares[cell])
+        cells = [cell for cell in cells if shares[cell] > _LEAST_SHARE * total]
+        groups = {
+            cell: tuple(
+                name
+                for name, one in costs.items()
+                if role(name) == cell[0]
+                and one.get(cell[1])
+                and (name, cell[1]) not in doubtful
+            )
+            for cell in cells[: _MAX_PROBES - len(singles)]
+        }
         if not singles and not groups:
             return
         found = prober(
             [
                 *(((name,), kind) for name, kind in singles),
-                *((tuple(cells[cell]), cell[1]) for cell in groups),
+                *((group, kind) for (_, kind), group in groups.items()),
             ]
         )
         for name, kind in singles:
             costs[name][kind] = found[(name,), kind]
             alone.add((name, kind))
-        for cell in groups:
-            of, kind = cell
-            factor = found[tuple(cells[cell]), kind] / shares[cell]
+        for cell, group in groups.items():
+            kind = cell[1]
+            factor = found[group, kind] / sum(costs[name][kind] for name in group)
             for name, one in costs.items():
-                if role(name) == of and kind in one and (name, kind) not in alone:
+                if role(name) == cell[0] and kind in one and (name, kind) not in alone:
                     one[kind] *= factor
             known.add(cell)
+
+
+def _hopeful(
+    costs: Costs, known: Collection[tuple[str, str]], alone: Collection[tuple[str, str]]
+) -> Costs:
+    """The costs where what was not probed costs as little as it may."""
+    return {
+        name: {
+            kind: cost
+            if (role(name), kind) in known or (name, kind) in alone
+            else _HOPE * cost
+            for kind, cost in one.items()
+        }
+        for name, one in costs.items()
+    }

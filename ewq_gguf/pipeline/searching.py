@@ -56,7 +56,7 @@ _N_DOCUMENTS = 64
 #: calibrates anything.
 _SEEDS = 1 << 40
 #: Another one finds other files: what was searched for is searched for again.
-_ALGORITHM = 1
+_ALGORITHM = 2
 #: What is said of a size that no file has.
 _REACH, _OTHER = "these types reach", "other --types, --floor or --ceiling"
 #: Of the effort, what probes may take at most.
