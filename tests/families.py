@@ -294,15 +294,15 @@ model.layers.*.self_attn.{q,o}_proj.weight 64 64
 model.layers.*.self_attn.{k,v}_proj.weight 32 64
 model.layers.*.{pre,post}_feedforward_layernorm.weight 64"""
 _GPT_LAYERS = """\
-{P}h.*.{ln_1,ln_2}.{weight,bias} 32
+{P}h.*.{ln_1,ln_2}.{weight,bias} 64
 {P}h.*.attn.c_attn.bias {Q}
-{P}h.*.attn.c_proj.weight 32 32
-{P}h.*.attn.c_proj.bias 32
+{P}h.*.attn.c_proj.weight 64 64
+{P}h.*.attn.c_proj.bias 64
 {P}h.*.mlp.c_fc.bias 256
-{P}h.*.mlp.c_proj.bias 32
-{P}ln_f.{weight,bias} 32
-{P}wte.weight V 32
-{P}wpe.weight 64 32"""
+{P}h.*.mlp.c_proj.bias 64
+{P}ln_f.{weight,bias} 64
+{P}wte.weight V 64
+{P}wpe.weight 64 64"""
 _MAMBA = """\
 backbone.embeddings.weight V 32
 backbone.layers.*.norm.weight 32
@@ -404,7 +404,8 @@ _GRANITE_CONFIG: _Config = {
     "tie_word_embeddings": True,
 }
 _GPT_CONFIG: _Config = {
-    "n_embd": 32,
+    # The converter takes an inner size of four times the embedding's for granted.
+    "n_embd": 64,
     "n_head": 4,
     "n_layer": 2,
     "n_positions": 64,
@@ -821,11 +822,11 @@ model.layers.1.self_attn.{k,v}_proj.weight 16 32""",
         "GPT2LMHeadModel",
         _Config(model_type="gpt2") | _GPT_CONFIG,
         _lines(
-            _gpt_layers("", 96),
+            _gpt_layers("", 192),
             """\
-h.*.attn.c_attn.weight 32 96
-h.*.mlp.c_fc.weight 32 256
-h.*.mlp.c_proj.weight 256 32""",
+h.*.attn.c_attn.weight 64 192
+h.*.mlp.c_fc.weight 64 256
+h.*.mlp.c_proj.weight 256 64""",
         ),
         notes="matrices are transposed",
     ),
@@ -833,12 +834,12 @@ h.*.mlp.c_proj.weight 256 32""",
         "GPT2LMHeadModel",
         _Config(model_type="gpt2") | _GPT_CONFIG,
         _lines(
-            _gpt_layers("", 96),
+            _gpt_layers("", 192),
             """\
 h.*.attn.bias 1 1 64 64
-h.*.attn.c_attn.weight 32 96
-h.*.mlp.c_fc.weight 32 256
-h.*.mlp.c_proj.weight 256 32""",
+h.*.attn.c_attn.weight 64 192
+h.*.mlp.c_fc.weight 64 256
+h.*.mlp.c_proj.weight 256 64""",
         ),
         notes="as OpenAI's own files",
         refused="convert: Can not map tensor 'h.0.attn.bias'",
@@ -847,11 +848,11 @@ h.*.mlp.c_proj.weight 256 32""",
         "GPTBigCodeForCausalLM",
         _Config(model_type="gpt_bigcode", multi_query=True) | _GPT_CONFIG,
         _lines(
-            _gpt_layers("transformer.", 48),
+            _gpt_layers("transformer.", 96),
             """\
-transformer.h.*.attn.c_attn.weight 48 32
-transformer.h.*.mlp.c_fc.weight 256 32
-transformer.h.*.mlp.c_proj.weight 32 256""",
+transformer.h.*.attn.c_attn.weight 96 64
+transformer.h.*.mlp.c_fc.weight 256 64
+transformer.h.*.mlp.c_proj.weight 64 256""",
         ),
         notes="StarCoder, SantaCoder",
     ),
@@ -1062,7 +1063,7 @@ transformer.wte.weight V 32
 transformer.h.*.attn.attention.{q_proj,out_proj}.weight 32 32
 transformer.h.*.attn.attention.{k,v}_proj.weight 16 32
 transformer.h.*.mlp.c_fc_{0,1}.weight 256 32
-transformer.h.*.mlp.c_proj.weight 32 256
+transformer.h.*.mlp.c_proj.weight 64 256
 transformer.h.*.{ln_1,ln_2}.weight 32
 transformer.ln_f.weight 32""",
         refused="quantize: key not found in model: exaone.attention.layer_norm_rms",
