@@ -128,7 +128,7 @@ def test_an_error_is_doubtful_where_one_column_decides_it():
 
 
 def predictor_of(costs, measured=(), floor=0.0):
-    return Predictor(costs, floor, tuple(measured))
+    return Predictor(costs, floor, measured=tuple(measured))
 
 
 COSTS = {
@@ -149,6 +149,23 @@ def test_before_anything_is_measured_a_file_costs_the_sum_and_the_floor():
     assert predictor.predict({}).kld_nats == 0.005
     now = predictor.costs_now()
     assert now == {n: pytest.approx(one) for n, one in COSTS.items()}
+
+
+def test_rounding_is_paid_by_what_is_rounded_and_is_not_learnt_away():
+    rounding = {"blk.0.attn_q.weight": {"Q4_0": 0.01, "Q8_0": 0.01}}
+    predictor = Predictor(COSTS, 0.005, rounding)
+    raw = {**LOW, "blk.0.attn_q.weight": "BF16"}
+
+    assert predictor.predict(LOW).kld_nats == pytest.approx(0.135)
+    assert predictor.predict(raw).kld_nats == pytest.approx(0.105)
+    assert predictor.costs_now()["blk.0.attn_q.weight"] == pytest.approx(
+        {"Q4_0": 0.03, "Q8_0": 0.011}
+    )
+    # A file that is as predicted teaches nothing; a worse one, about the weights.
+    assert predictor.after(LOW, 0.135).costs_now()["blk.0.attn_q.weight"][
+        "Q4_0"
+    ] == pytest.approx(0.03)
+    assert predictor.after(LOW, 0.2).floor(LOW) == predictor.floor(LOW) == 0.015
 
 
 def test_a_measured_file_is_learnt_from_and_others_like_it_too():

@@ -10,7 +10,15 @@ import pytest
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.probing import probe
 from ewq_gguf.bench.reference_run import make_reference
-from ewq_gguf.bench.runner import CPU_SETUP, Request
+from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
+from ewq_gguf.llamacpp.quantize import quantize
+from ewq_gguf.pipeline.options import SILENT, Options
+from ewq_gguf.pipeline.probing import Prober
+from ewq_gguf.pipeline.rounding import measured_rounding
+from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.optimal import quantizable
+from ewq_gguf.plan.subject import Subject
+from ewq_gguf.records import UniformPolicy
 from ewq_gguf.records.probe import Probe, ProbePart
 from tests.gguf_files import Tiny
 
@@ -85,3 +93,36 @@ def test_what_is_known_is_not_measured_again_and_a_probe_leaves_no_trace(
     assert both[second] == alone[second]
     assert max(shares) == 1.0
     assert run(first, second) == (both, [])
+
+
+def test_rounding_is_what_a_file_loses_beyond_its_values(
+    tiny: Tiny, toolchain, request_, tmp_path
+):
+    request_ = replace(request_, tasks=("perplexity", "kld"), base=tiny.base)
+    prober = Prober(tiny.base, request_, toolchain.lib_dir, Options(), SILENT)
+    layout = tiny.layout
+    subject = Subject.of_tensors(
+        tiny.checkpoint.identity, layout.tensors, layout, "auto"
+    )
+    ups = [t.name for t in layout.tensors if "ffn_up" in t.name]
+    tried = {name: ["BF16", "Q8_0", "Q4_0", "Q4_K"] for name in ups}
+
+    assert measured_rounding(prober, toolchain, subject, tried, 0.0) == {}
+    found = measured_rounding(prober, toolchain, subject, tried, 600.0)
+
+    assert found.keys() == set(ups)
+    for one in found.values():
+        assert one.keys() == {"Q8_0", "Q4_0", "Q4_K"}  # 16 bits are not rounded
+        assert one["Q8_0"] == one["Q4_0"]
+    # All of the role: one file of llama-quantize beside one probe.
+    raw = {tensor.name: "BF16" for tensor in quantizable(subject)}
+    types = raw | dict.fromkeys(ups, "Q8_0")
+    plan = assemble(subject, UniformPolicy(ggml_type="Q8_0"), types)
+    quantize(plan, tiny.base, tmp_path / "q8.gguf", toolchain, n_threads=1, load=False)
+    result = bench_file(tmp_path / "q8.gguf", request_, silent)
+    ((_, moved),) = prober.with_noise([(tuple(ups), "Q8_0")]).items()
+    assert result.texts[0].kld is not None
+    beyond = result.texts[0].kld.kld_mean_nats - moved
+    assert sum(one["Q8_0"] for one in found.values()) == pytest.approx(
+        max(beyond, 0.0), rel=0.5
+    )

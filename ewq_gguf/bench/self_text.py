@@ -65,13 +65,11 @@ def self_text(
                 for i, row in zip(growing, rows, strict=True):
                     temperature = TEMPERATURES[numbers[i] % len(TEMPERATURES)]
                     token = _draw(row, temperature, random[i])
-                    if model.is_end(token) and may_end:
-                        continue
-                    if model.is_end(token):
-                        row = row.copy()
-                    while model.is_end(token):
+                    while model.is_end(token) and not may_end:
                         row[token] = -np.inf
                         token = _draw(row, temperature, random[i])
+                    if model.is_end(token):
+                        continue
                     documents[i].append(token)
                     still.append(i)
                 growing = still

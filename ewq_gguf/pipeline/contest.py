@@ -14,20 +14,16 @@ from typing import Literal
 
 import numpy as np
 
-from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.studies import kld_difference
 from ewq_gguf.errors import InputError, VerificationError
-from ewq_gguf.llamacpp.toolchain import Toolchain
-from ewq_gguf.pipeline.options import Options, Progress
-from ewq_gguf.pipeline.throwaway import measure_plans, time_plans, types_sha256
+from ewq_gguf.pipeline.measuring import N_FEW, N_MANY, Measuring
+from ewq_gguf.pipeline.throwaway import types_sha256
 from ewq_gguf.plan.ask import Limit
 from ewq_gguf.plan.optimal import Pace, cheapest
 from ewq_gguf.plan.predictor import Prediction, Predictor
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Plan, PresetPolicy, SearchedFile, TextResult
 
-#: Windows that every file is measured on, and the best ones.
-_N_FEW, _N_MANY = 8, 32
 #: Selections that are proposed at once: the cheapest, and others that may be it as far
 #: as is known.
 _N_PROPOSED = 4
@@ -47,62 +43,6 @@ _STRICTER = 0.98
 _PACE_MARGIN = 0.1
 #: The preset whose weights lose least: what it costs beyond them is the floor.
 _FLOOR_PRESET = "Q8_0"
-
-
-@dataclass
-class Measuring:
-    """Measures files, and knows how long that takes.
-
-    Attributes:
-        request: the text that is searched on, and the base.
-        final: the text that the best are compared on: nothing was chosen on it.
-        toolchain: that quantises.
-        options: for the whole run.
-        progress: who is told.
-        seconds: of a file on few windows, the longest seen.
-    """
-
-    request: Request
-    final: Request
-    toolchain: Toolchain
-    options: Options
-    progress: Progress
-    seconds: float = 0.0
-
-    def on_few(self, plans: Sequence[Plan]) -> list[TextResult | None]:
-        """What the files of plans are worth on a few windows; None: not measurable."""
-        return self._measure(plans, self.request, _N_FEW)
-
-    def on_many(self, plans: Sequence[Plan]) -> list[TextResult | None]:
-        """The same on many windows of the final text."""
-        return self._measure(plans, self.final, _N_MANY)
-
-    def _measure(
-        self, plans: Sequence[Plan], request: Request, n_windows: int
-    ) -> list[TextResult | None]:
-        started = time.monotonic()
-        parts = measure_plans(
-            plans,
-            replace(request, n_chunks=n_windows),
-            self.toolchain,
-            options=self.options,
-            progress=self.progress,
-            may_fail=True,
-        )
-        taken = (time.monotonic() - started) / max(len(plans), 1)
-        self.seconds = max(self.seconds, taken * _N_FEW / n_windows)
-        found = [parts.get(types_sha256(plan)) for plan in plans]
-        return [part.quality if part else None for part in found]
-
-    def speeds(self, plans: Sequence[Plan]) -> list[float]:
-        """Tokens per second that the files of plans generate."""
-        return time_plans(
-            plans,
-            self.request,
-            self.toolchain,
-            options=self.options,
-            progress=self.progress,
-        )
 
 
 @dataclass
@@ -375,7 +315,7 @@ class Contest:
         self.entrants += entrants
 
     def _has_time(self) -> bool:
-        n_files = _N_PROPOSED + (_N_FINALISTS + 1) * (_N_MANY / _N_FEW)
+        n_files = _N_PROPOSED + (_N_FINALISTS + 1) * (N_MANY / N_FEW)
         needed = n_files * self.measuring.seconds
         return time.monotonic() + needed <= self.deadline
 

@@ -10,10 +10,9 @@ from typing import Literal
 
 from ewq_gguf.bench.studies import kld_difference, kld_mean
 from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.llamacpp.layout import IMATRIX_PRESETS, MORE_PRESETS, PRESETS
 from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.planning import plan
-from ewq_gguf.pipeline.presets import preset_plans
+from ewq_gguf.pipeline.presets import all_preset_plans
 from ewq_gguf.pipeline.studying import Question, run_study
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.records import (
@@ -27,8 +26,6 @@ from ewq_gguf.records import (
     Study,
     StudyFile,
 )
-
-_MATRIX = " imatrix"
 
 
 def study_frontier(
@@ -47,19 +44,8 @@ def study_frontier(
     checkpoint, progress = question.checkpoint, question.progress
     options = with_imatrix(checkpoint, question.options, progress)
     question = replace(question, options=options)
-    plans: dict[str, Plan] = {}
+    plans = all_preset_plans(checkpoint, options=options, progress=progress)
     sources: dict[str, tuple[RulePolicy, str | None]] = {}
-    for suffix, matrix, more in (
-        (_MATRIX, options.imatrix, IMATRIX_PRESETS),
-        ("", None, ()),
-    ):
-        found = preset_plans(
-            checkpoint,
-            presets=(*PRESETS, *MORE_PRESETS, *more),
-            options=replace(options, imatrix=matrix),
-            progress=progress,
-        )
-        plans |= {f"{name}{suffix}": one for name, one in found.items()}
     rules: tuple[RulePolicy, ...] = (policy, EwqPolicy(), FastEwqPolicy())
     for name, ask in budgets.items():
         for rule in rules:

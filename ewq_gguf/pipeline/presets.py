@@ -11,7 +11,12 @@ from dataclasses import replace
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.imatrix import read_imatrix
-from ewq_gguf.llamacpp.layout import PRESETS, preset_types
+from ewq_gguf.llamacpp.layout import (
+    IMATRIX_PRESETS,
+    MORE_PRESETS,
+    PRESETS,
+    preset_types,
+)
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.scanning import layout
@@ -94,4 +99,34 @@ def preset_plans(
         except InputError:
             if name in PRESETS:
                 raise
+    return plans
+
+
+def all_preset_plans(
+    checkpoint: Checkpoint,
+    *,
+    raw_type: str = "auto",
+    options: Options,
+    progress: Progress = SILENT,
+) -> dict[str, Plan]:
+    """Every preset there is, by name: with the importance matrix, and without.
+
+    Raises:
+        EwqError: as of `preset_plans`.
+    """
+    plans: dict[str, Plan] = {}
+    for suffix, imatrix, more in (
+        (" imatrix", options.imatrix, IMATRIX_PRESETS),
+        ("", None, ()),
+    ):
+        if suffix and imatrix is None:
+            continue
+        found = preset_plans(
+            checkpoint,
+            raw_type=raw_type,
+            presets=(*PRESETS, *MORE_PRESETS, *more),
+            options=replace(options, imatrix=imatrix),
+            progress=progress,
+        )
+        plans |= {f"{name}{suffix}": plan for name, plan in found.items()}
     return plans

@@ -80,6 +80,13 @@ class Prober:
         Raises:
             EwqError: as of `bench.probing.probe`.
         """
+        found = self.with_noise(wanted)
+        return {key: self.without_noise(cost) for key, cost in found.items()}
+
+    def with_noise(
+        self, wanted: Iterable[tuple[Group, str]]
+    ) -> dict[tuple[Group, str], float]:
+        """The same with what any move costs."""
         probes = {
             (group, kind): Probe(
                 name=f"{kind} {' '.join(group)}", tensors=group, ggml_type=kind
@@ -98,10 +105,7 @@ class Prober:
                 imatrix=self.options.imatrix,
                 on_progress=tell,
             )
-        return {
-            key: self.without_noise(found[one.name].kld_mean_nats)
-            for key, one in probes.items()
-        }
+        return {key: found[one.name].kld_mean_nats for key, one in probes.items()}
 
     def without_noise(self, cost_nats: float) -> float:
         """A probe's own cost; never nothing, so that no type is ever free."""

@@ -1,6 +1,6 @@
 """Policy `optimal`: what is known of a model, and the contest that it leads to.
 
-    error table x probed sensitivities -> predictor -> contest -> the best file's plan
+    error table x probed sensitivities + rounding -> predictor -> contest -> the plan
 
 The text that files are measured on was written by the model, from other beginnings than
 the text it is calibrated on.
@@ -22,16 +22,17 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ToolError, UsageError
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
-from ewq_gguf.llamacpp.layout import IMATRIX_PRESETS, MORE_PRESETS, PRESETS
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.pipeline.bases import base_file
-from ewq_gguf.pipeline.contest import Contest, Measuring, written_types
+from ewq_gguf.pipeline.contest import Contest, written_types
 from ewq_gguf.pipeline.costing import Costs, measured_costs
 from ewq_gguf.pipeline.error_table import error_table
+from ewq_gguf.pipeline.measuring import Measuring
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.pacing import measured_pace
-from ewq_gguf.pipeline.presets import preset_plans
+from ewq_gguf.pipeline.presets import all_preset_plans
 from ewq_gguf.pipeline.probing import PROBE_TYPE, Prober
+from ewq_gguf.pipeline.rounding import measured_rounding
 from ewq_gguf.pipeline.throwaway import types_sha256
 from ewq_gguf.plan.ask import Ask, Limit
 from ewq_gguf.plan.assemble import assemble
@@ -56,11 +57,12 @@ _N_DOCUMENTS = 64
 #: calibrates anything.
 _SEEDS = 1 << 40
 #: Another one finds other files: what was searched for is searched for again.
-_ALGORITHM = 2
+_ALGORITHM = 3
 #: What is said of a size that no file has.
 _REACH, _OTHER = "these types reach", "other --types, --floor or --ceiling"
-#: Of the effort, what probes may take at most.
-_PROBE_SHARE = 0.5
+#: Of the effort, what probes may take at most, and before them the files that show what
+#: rounding activations costs.
+_PROBE_SHARE, _ROUNDING_SHARE = 0.5, 0.2
 
 
 def search(
@@ -92,34 +94,37 @@ def search(
     options = options or Options()
     toolchain = _built_toolchain(options)
     base = base_file(checkpoint, toolchain, progress=progress)
-    limit, menu = _limit(subject, policy, ask)
+    menu = menus(subject, policy)
+    limit = _limit(subject, ask, menu)
+    if not policy.min_tps:  # what has to be fast may have to be far smaller
+        menu = menus_within(subject, policy, limit.n_bytes)
     # Where there are devices, files are measured on them.
     device = "cpu" if toolchain.backend == "cpu" else "auto"
     setup = CPU_SETUP.model_copy(
         update={"n_threads": options.n_threads, "device": device}
     )
-    requests = [
-        Request(
+
+    def request(seed: int) -> Request:
+        text = written_text(
+            base,
+            setup,
+            lambda: progress.measure(f"text by {checkpoint.identity.name}"),
+            n_documents=_N_DOCUMENTS,
+            seed=_SEEDS + seed,
+        )
+        return Request(
             tasks=("perplexity", "kld"),
             base=base,
-            texts=(
-                (
-                    "own",
-                    written_text(
-                        base,
-                        setup,
-                        lambda: progress.measure(f"text by {checkpoint.identity.name}"),
-                        n_documents=_N_DOCUMENTS,
-                        seed=seed,
-                    ),
-                ),
-            ),
+            texts=(("own", text),),
             setup=setup,
             n_ctx=read_gguf(base).window(Request.n_ctx),
         )
-        for seed in (_SEEDS + 2 * policy.seed, _SEEDS + 2 * policy.seed + 1)
-    ]
-    all_rivals = {**_presets(checkpoint, subject, options, progress), **rivals}
+
+    few, many = request(2 * policy.seed), request(2 * policy.seed + 1)
+    presets = all_preset_plans(
+        checkpoint, raw_type=subject.raw_type, options=options, progress=progress
+    )
+    all_rivals = {**presets, **rivals}
     # What was searched for once is known: the same command makes the same file.
     depends_on = (
         _ALGORITHM,
@@ -138,9 +143,7 @@ def search(
     with store.locked(path, stage="plan", wait=True):
         known = load_cached(Plan, path, "plan")
         if known is None:
-            measuring = Measuring(
-                requests[0], requests[1], toolchain, options, progress
-            )
+            measuring = Measuring(few, many, toolchain, options, progress)
             known = _searched(subject, policy, limit, menu, all_rivals, measuring)
             store.write_text(path, known.to_json(), stage="plan", force=True)
     return known
@@ -165,9 +168,7 @@ def check_search(
     _built_toolchain(options)
     menu = menus(subject, policy, has_entries=True)
     _check_roles(policy, menu)
-    most = _most_bytes(subject)
-    limit = ask.limit(most, subject.tensors)
-    limit.check_reached(least_bytes(subject, menu), most, _REACH, _OTHER)
+    _limit(subject, ask, menu)
 
 
 def _built_toolchain(options: Options) -> Toolchain:
@@ -190,26 +191,16 @@ def _most_bytes(subject: Subject) -> int:
     )
 
 
-def _limit(
-    subject: Subject, policy: OptimalPolicy, ask: Ask
-) -> tuple[Limit, dict[str, tuple[str, ...]]]:
-    """The bytes that may be used, and what each tensor may be in a file of that size.
+def _limit(subject: Subject, ask: Ask, menu: Mapping[str, tuple[str, ...]]) -> Limit:
+    """The bytes that may be used: no more than nothing quantised takes.
 
     Raises:
         InputError: the types do not reach so far down, or up.
     """
     most = _most_bytes(subject)
     limit = ask.limit(most, subject.tensors)
-    n_bytes = min(limit.n_bytes, most)
-    # A file that has to be fast may have to be smaller than its limit.
-    menu = (
-        menus(subject, policy)
-        if policy.min_tps
-        else menus_within(subject, policy, n_bytes)
-    )
-    least = least_bytes(subject, menu)
-    limit.check_reached(least, most, _REACH, _OTHER)
-    return replace(limit, n_bytes=n_bytes), menu
+    limit.check_reached(least_bytes(subject, menu), most, _REACH, _OTHER)
+    return replace(limit, n_bytes=min(limit.n_bytes, most))
 
 
 def _check_roles(policy: OptimalPolicy, menu: Mapping[str, object]) -> None:
@@ -227,29 +218,6 @@ def _check_roles(policy: OptimalPolicy, menu: Mapping[str, object]) -> None:
                 f"there is no role {unknown!r} that is quantised",
                 f"did you mean {nearest_name(unknown, roles)}?",
             )
-
-
-def _presets(
-    checkpoint: Checkpoint, subject: Subject, options: Options, progress: Progress
-) -> dict[str, Plan]:
-    """Every preset, with the importance matrix and without."""
-    without = preset_plans(
-        checkpoint,
-        raw_type=subject.raw_type,
-        presets=(*PRESETS, *MORE_PRESETS),
-        options=replace(options, imatrix=None),
-        progress=progress,
-    )
-    if subject.importance is None:
-        return without
-    weighed = preset_plans(
-        checkpoint,
-        raw_type=subject.raw_type,
-        presets=(*PRESETS, *MORE_PRESETS, *IMATRIX_PRESETS),
-        options=options,
-        progress=progress,
-    )
-    return {f"{name} imatrix": plan for name, plan in weighed.items()} | without
 
 
 def _searched(
@@ -293,23 +261,28 @@ def _searched(
         else None
     )
 
-    def choose(costs: Costs) -> Mapping[str, str]:
-        allowed = {n: {k: costs[n][k] for k in kinds} for n, kinds in menu.items()}
-        return cheapest(subject, allowed, limit.n_bytes, pace) or {}
-
     prober = Prober.of(
         measuring.request,
         lib_dir,
         options=measuring.options,
         progress=measuring.progress,
     )
+    rounding = measured_rounding(
+        prober, measuring.toolchain, subject, tried, _ROUNDING_SHARE * effort
+    )
+
+    def choose(costs: Costs) -> Mapping[str, str]:
+        now = Predictor(costs, rounding=rounding).costs_now()
+        allowed = {n: {k: now[n][k] for k in kinds} for n, kinds in menu.items()}
+        return cheapest(subject, allowed, limit.n_bytes, pace) or {}
+
     costs = measured_costs(prober, errors, choose, _PROBE_SHARE * effort)
     contest = Contest(
         subject=subject,
         limit=limit,
         menu=with_unseen(subject, menu, costs, limit.n_bytes),
         measuring=measuring,
-        predictor=Predictor(costs, 0.0),
+        predictor=Predictor(costs, rounding=rounding),
         deadline=started + effort,
         make=lambda types: _plan(subject, policy, limit, types),
         min_tps=policy.min_tps or 0.0,
@@ -322,7 +295,7 @@ def _searched(
         n_many=contest.n_many,
         probe_type=PROBE_TYPE,
         n_probes=prober.n_probes,
-        floor_nats=contest.predictor.floor_nats,
+        floor_nats=contest.predictor.floor(written_types(chosen)),
         prediction_error=contest.prediction_error,
         n_left_out=contest.n_left_out,
         files=files,

@@ -1,18 +1,19 @@
 """A file's KL divergence before it is made, and what measured files teach about it.
 
-    KLD(types) = floor + sum over (role, type) of m x sum of a_t e_t(type)
+    KLD(types) = floor + sum r_t(type) + sum over (role, type) of m x sum a_t e_t(type)
 
-a_t: probed sensitivities; e_t: the error table; floor: what rounding activations costs
-any quantised file. The multipliers m are 1 where probes and errors tell the truth. They
-have a normal prior around 1, shared in part by a role, by a type and by all, so that
-one measured file teaches about others; the posterior of a linear model with known noise
-follows in closed form (Rasmussen and Williams 2006, section 2.1).
+a_t: probed sensitivities; e_t: the error table; r_t: what rounding a tensor's input
+costs, as far as it was measured; floor: the rest of that, of any quantised file. The
+multipliers m are 1 where probes and errors tell the truth. They have a normal prior
+around 1, shared in part by a role, by a type and by all, so that one measured file
+teaches about others; the posterior of a linear model with known noise follows in closed
+form (Rasmussen and Williams 2006, section 2.1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import sqrt
 
@@ -47,12 +48,14 @@ class Predictor:
     Attributes:
         costs: nats by tensor and type, as probes and errors have it; 0 for what the
             base has.
-        floor_nats: of activation rounding.
+        floor_nats: of activation rounding, beyond `rounding`.
+        rounding: of a tensor's input, nats by tensor and type.
         measured: files' types by tensor, and their divergences.
     """
 
     costs: Mapping[str, Mapping[str, float]]
-    floor_nats: float
+    floor_nats: float = 0.0
+    rounding: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     measured: tuple[tuple[Mapping[str, str], float], ...] = ()
     _cells: tuple[tuple[str, str], ...] = field(init=False, repr=False)
 
@@ -63,14 +66,19 @@ class Predictor:
 
     def after(self, types: Mapping[str, str], kld_nats: float) -> Predictor:
         """The same with one more file measured."""
-        known = (*self.measured, (types, kld_nats))
-        return Predictor(self.costs, self.floor_nats, known)
+        return replace(self, measured=(*self.measured, (types, kld_nats)))
+
+    def floor(self, types: Mapping[str, str]) -> float:
+        """What rounding activations costs a file with these types, nats."""
+        return self.floor_nats + sum(
+            self.rounding.get(name, {}).get(kind, 0.0) for name, kind in types.items()
+        )
 
     def predict(self, types: Mapping[str, str]) -> Prediction:
         """Of a file with these types; tensors that are not named are as in the base."""
         mean, covariance = self._posterior
         features = self._features(types)
-        value = self.floor_nats + float(features @ mean)
+        value = self.floor(types) + float(features @ mean)
         spread = float(features @ covariance @ features)
         return Prediction(value, sqrt(max(spread, 0.0) + (_NOISE * value) ** 2))
 
@@ -87,7 +95,11 @@ class Predictor:
             mean = rng.multivariate_normal(mean, covariance, method="eigh")
         known = dict(zip(self._cells, np.maximum(mean, _LEAST).tolist(), strict=True))
         return {
-            name: {kind: known[role(name), kind] * cost for kind, cost in one.items()}
+            name: {
+                kind: known[role(name), kind] * cost
+                + self.rounding.get(name, {}).get(kind, 0.0)
+                for kind, cost in one.items()
+            }
             for name, one in self.costs.items()
         }
 
@@ -107,13 +119,14 @@ class Predictor:
             return mean, covariance
         features = np.stack([self._features(types) for types, _ in self.measured])
         klds = np.array([kld for _, kld in self.measured])
+        floors = np.array([self.floor(types) for types, _ in self.measured])
         noise = np.diag((_NOISE * klds) ** 2 + 1e-18)
         gain = (
             covariance
             @ features.T
             @ np.linalg.inv(features @ covariance @ features.T + noise)
         )
-        mean = mean + gain @ (klds - self.floor_nats - features @ mean)
+        mean = mean + gain @ (klds - floors - features @ mean)
         return mean, covariance - gain @ features @ covariance
 
     def _prior(self) -> Floats:

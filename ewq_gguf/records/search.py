@@ -49,7 +49,7 @@ class Search(Part):
         n_many: windows that the best were.
         probe_type: that groups of tensors were moved to first, to see what they cost.
         n_probes: of them.
-        floor_nats: what the rounding of activations costs, whatever the types.
+        floor_nats: what the rounding of activations costs the chosen file.
         prediction_error: median of |measured / predicted - 1| over the files that were
             measured; None where there was none.
         n_left_out: files no larger that the prediction ruled out, at three standard

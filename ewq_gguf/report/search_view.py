@@ -98,7 +98,7 @@ def _foot(search: Search) -> str:
     )
     return (
         f"{search.n_probes} probes, at {search.probe_type} first, told what tensors "
-        f"cost; rounding activations costs {search.floor_nats:.4f} nats "
-        f"whatever the types.{error}{left} Measured on text that the model wrote, "
+        f"cost; rounding activations costs the best {search.floor_nats:.4f} nats."
+        f"{error}{left} Measured on text that the model wrote, "
         "which calibrated nothing; intervals are 95 %."
     )
