@@ -22,6 +22,7 @@ from ewq_gguf.records.comparison import ComparedPair, Comparison
 
 PAGE = Path(__file__).parents[1] / "docs" / "frontier.md"
 PRESETS = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "IQ4_XS")
+
 TEXT = """# Size against KL divergence
 
 `make frontier` makes this page: `python -m benchmarks.frontier`. {machine}, {date}; the

@@ -11,7 +11,9 @@ from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.probing import probe
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
+from ewq_gguf.errors import ResourceError
 from ewq_gguf.llamacpp.quantize import quantize
+from ewq_gguf.pipeline import rounding
 from ewq_gguf.pipeline.options import SILENT, Options
 from ewq_gguf.pipeline.probing import Prober
 from ewq_gguf.pipeline.rounding import measured_rounding
@@ -126,3 +128,20 @@ def test_rounding_is_what_a_file_loses_beyond_its_values(
     assert sum(one["Q8_0"] for one in found.values()) == pytest.approx(
         max(beyond, 0.0), rel=0.5
     )
+
+
+def test_without_room_for_its_files_rounding_is_not_measured(
+    tiny: Tiny, toolchain, request_, monkeypatch
+):
+    def full(*_args, **_options):
+        raise ResourceError("quantize", "study.gguf", "needs 1 GB, 0 are free", "")
+
+    monkeypatch.setattr(rounding, "measure_plans", full)
+    prober = Prober(tiny.base, request_, toolchain.lib_dir, Options(), SILENT)
+    layout = tiny.layout
+    subject = Subject.of_tensors(
+        tiny.checkpoint.identity, layout.tensors, layout, "auto"
+    )
+    tried = {t.name: ["Q8_0"] for t in layout.tensors if "ffn_up" in t.name}
+
+    assert measured_rounding(prober, toolchain, subject, tried, 600.0) == {}

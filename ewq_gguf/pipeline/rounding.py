@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from ewq_gguf.errors import ResourceError
 from ewq_gguf.ggml_types import block_size
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.probing import Prober
@@ -52,7 +53,7 @@ def measured_rounding(
         seconds: that may be taken.
 
     Returns:
-        By tensor and type; nothing where there was no time.
+        By tensor and type; nothing where there was no time, or no room for a file.
 
     Raises:
         EwqError: of the stage that failed, with what to do.
@@ -65,7 +66,11 @@ def measured_rounding(
     started = time.monotonic()
     if not roles or seconds <= 0:
         return {}
-    leaves = _costs(prober, toolchain, subject, roles[:1])
+    try:
+        leaves = _costs(prober, toolchain, subject, roles[:1])
+    except ResourceError as error:  # such a file is nearly as large as the base
+        prober.progress.note(f"what rounding costs is not measured: {error}")
+        return {}
     # Were some roles known and others not, it would be held against the known.
     if (time.monotonic() - started) * len(roles) > seconds:
         return {}
