@@ -54,9 +54,6 @@ below took {minutes} minutes together.
 One model of 135M weights, one text, English: nothing here says what entropy is worth on
 another model. `ewq compare` and `ewq study` tell it of yours.
 
-What policy `optimal` makes of each size, beside every preset, is [a page of its
-own](frontier.md).
-
 ## Files of one model
 
 ± is half of a 95 % interval, of speeds the standard deviation. KLD is in nats against

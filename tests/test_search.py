@@ -13,7 +13,7 @@ from ewq_gguf.bench.studies import kld_mean
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import VerificationError
-from ewq_gguf.pipeline import contest, searching, throwaway
+from ewq_gguf.pipeline import contest, measuring, searching, throwaway
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.records import Plan, Study, load_record
 from tests.families import write_family
@@ -34,8 +34,8 @@ def few_windows(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(searching, "_N_DOCUMENTS", 5)
     monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 8)
-    monkeypatch.setattr(contest, "_N_FEW", 1)
-    monkeypatch.setattr(contest, "_N_MANY", 2)
+    monkeypatch.setattr(measuring, "_N_FEW", 1)
+    monkeypatch.setattr(measuring, "_N_MANY", 2)
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +233,12 @@ def test_a_frontier_has_every_preset_and_the_best_beside_its_rival(folder, capsy
     assert {"Q4_K_M", "Q4_K_M imatrix", "Q8_0", "optimal Q4_K_M"} <= labels
     (best,) = [one for one in found.files if one.source == "optimal"]
     rival = next(one for one in found.files if one.file.label == best.rival)
-    assert rival.file.size_bytes <= best.file.size_bytes
+    presets = [one.file for one in found.files if one.source == "preset"]
+    fitting = [one for one in presets if one.size_bytes <= (best.limit_bytes or 0)]
+    assert rival.file == min(fitting, key=kld_mean)
     assert found.ratio == pytest.approx(kld_mean(best.file) / kld_mean(rival.file))
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
     told = capsys.readouterr().out
     assert "less KLD than the best preset" in told.replace("\n", " ")
+    assert "optimal Q4_K_M " in told  # whole, in 80 columns
     json.loads(Path("frontier.json").read_text())

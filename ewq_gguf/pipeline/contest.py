@@ -16,7 +16,7 @@ import numpy as np
 
 from ewq_gguf.bench.studies import kld_difference
 from ewq_gguf.errors import InputError, VerificationError
-from ewq_gguf.pipeline.measuring import N_FEW, N_MANY, Measuring
+from ewq_gguf.pipeline.measuring import Measuring
 from ewq_gguf.pipeline.throwaway import types_sha256
 from ewq_gguf.plan.ask import Limit
 from ewq_gguf.plan.optimal import Pace, cheapest
@@ -315,8 +315,7 @@ class Contest:
         self.entrants += entrants
 
     def _has_time(self) -> bool:
-        n_files = _N_PROPOSED + (_N_FINALISTS + 1) * (N_MANY / N_FEW)
-        needed = n_files * self.measuring.seconds
+        needed = self.measuring.seconds_of(_N_PROPOSED, _N_FINALISTS + 1)
         return time.monotonic() + needed <= self.deadline
 
     def _finalists(self) -> list[Entrant]:

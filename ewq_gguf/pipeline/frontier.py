@@ -89,7 +89,9 @@ def frontier_of(
             has_imatrix=plans[label].imatrix is not None,
             file=file,
         )
-        smaller = [p for p in presets.values() if p.size_bytes <= file.size_bytes]
+        # What had been there for as many bytes, whether or not the file needs them all.
+        most = max(limit.limit_bytes if limit else 0, file.size_bytes)
+        smaller = [p for p in presets.values() if p.size_bytes <= most]
         if isinstance(rule, OptimalPolicy) and smaller:
             rival = min(smaller, key=kld_mean)
             difference = kld_difference(file.quality, rival.quality)

@@ -13,7 +13,7 @@ from ewq_gguf.pipeline.throwaway import measure_plans, time_plans, types_sha256
 from ewq_gguf.records import Plan, TextResult
 
 #: Windows that every file is measured on, and the best ones.
-N_FEW, N_MANY = 8, 32
+_N_FEW, _N_MANY = 8, 32
 
 
 @dataclass
@@ -38,11 +38,11 @@ class Measuring:
 
     def on_few(self, plans: Sequence[Plan]) -> list[TextResult | None]:
         """What the files of plans are worth on a few windows; None: not measurable."""
-        return self._measure(plans, self.request, N_FEW)
+        return self._measure(plans, self.request, _N_FEW)
 
     def on_many(self, plans: Sequence[Plan]) -> list[TextResult | None]:
         """The same on many windows of the final text."""
-        return self._measure(plans, self.final, N_MANY)
+        return self._measure(plans, self.final, _N_MANY)
 
     def _measure(
         self, plans: Sequence[Plan], request: Request, n_windows: int
@@ -57,9 +57,13 @@ class Measuring:
             may_fail=True,
         )
         taken = (time.monotonic() - started) / max(len(plans), 1)
-        self.seconds = max(self.seconds, taken * N_FEW / n_windows)
+        self.seconds = max(self.seconds, taken * _N_FEW / n_windows)
         found = [parts.get(types_sha256(plan)) for plan in plans]
         return [part.quality if part else None for part in found]
+
+    def seconds_of(self, n_few: int, n_many: int) -> float:
+        """What so many files take, some on few windows and some on many."""
+        return self.seconds * (n_few + n_many * _N_MANY / _N_FEW)
 
     def speeds(self, plans: Sequence[Plan]) -> list[float]:
         """Tokens per second that the files of plans generate."""

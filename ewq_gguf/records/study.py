@@ -171,7 +171,7 @@ class FrontierFile(Part):
         limit_bytes: of that size.
         has_imatrix: whether it was made with the importance matrix.
         file: measured.
-        rival: label of the best preset that is no larger; of optimal files only.
+        rival: label of the best preset that its limit allows; of optimal files only.
         difference: its mean divergence minus the rival's, over the same windows.
     """
 

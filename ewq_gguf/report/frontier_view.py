@@ -27,7 +27,7 @@ def frontier_parts(found: Frontier) -> list[RenderableType]:
     """The table, and what it says."""
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("file", no_wrap=True)
-    for name in ("size", "bpw", "KLD ±", "beside the best preset no larger"):
+    for name in ("size", "bpw", "KLD ±", "beside the best preset"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in found.files:
         table.add_row(
