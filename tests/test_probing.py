@@ -22,7 +22,7 @@ from ewq_gguf.plan.optimal import quantizable
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import UniformPolicy
 from ewq_gguf.records.probe import Probe, ProbePart
-from tests.gguf_files import Tiny
+from tests.gguf_files import Tiny, make_cache
 
 pytest_plugins = ["tests.toolchain_fixtures"]
 pytestmark = [pytest.mark.llamacpp, pytest.mark.usefixtures("own_cache")]
@@ -98,8 +98,11 @@ def test_what_is_known_is_not_measured_again_and_a_probe_leaves_no_trace(
 
 
 def test_rounding_is_what_a_file_loses_beyond_its_values(
-    tiny: Tiny, toolchain, request_, tmp_path
+    tiny: Tiny, toolchain, request_, tmp_path, monkeypatch
 ):
+    own = tmp_path / "cache"  # other tests count the journals of theirs
+    own.mkdir()
+    monkeypatch.setenv("EWQ_CACHE", str(make_cache(own, toolchain)))
     request_ = replace(request_, tasks=("perplexity", "kld"), base=tiny.base)
     prober = Prober(tiny.base, request_, toolchain.lib_dir, Options(), SILENT)
     layout = tiny.layout
