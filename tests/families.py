@@ -1063,7 +1063,7 @@ transformer.wte.weight V 32
 transformer.h.*.attn.attention.{q_proj,out_proj}.weight 32 32
 transformer.h.*.attn.attention.{k,v}_proj.weight 16 32
 transformer.h.*.mlp.c_fc_{0,1}.weight 256 32
-transformer.h.*.mlp.c_proj.weight 64 256
+transformer.h.*.mlp.c_proj.weight 32 256
 transformer.h.*.{ln_1,ln_2}.weight 32
 transformer.ln_f.weight 32""",
         refused="quantize: key not found in model: exaone.attention.layer_norm_rms",

@@ -97,6 +97,11 @@ def test_what_is_known_is_not_measured_again_and_a_probe_leaves_no_trace(
     assert run(first, second) == (both, [])
 
 
+def subject_of(tiny: Tiny) -> Subject:
+    layout = tiny.layout
+    return Subject.of_tensors(tiny.checkpoint.identity, layout.tensors, layout, "auto")
+
+
 def test_rounding_is_what_a_file_loses_beyond_its_values(
     tiny: Tiny, toolchain, request_, tmp_path, monkeypatch
 ):
@@ -105,11 +110,8 @@ def test_rounding_is_what_a_file_loses_beyond_its_values(
     monkeypatch.setenv("EWQ_CACHE", str(make_cache(own, toolchain)))
     request_ = replace(request_, tasks=("perplexity", "kld"), base=tiny.base)
     prober = Prober(tiny.base, request_, toolchain.lib_dir, Options(), SILENT)
-    layout = tiny.layout
-    subject = Subject.of_tensors(
-        tiny.checkpoint.identity, layout.tensors, layout, "auto"
-    )
-    ups = [t.name for t in layout.tensors if "ffn_up" in t.name]
+    subject = subject_of(tiny)
+    ups = [t.name for t in tiny.layout.tensors if "ffn_up" in t.name]
     tried = {name: ["BF16", "Q8_0", "Q4_0", "Q4_K"] for name in ups}
 
     assert measured_rounding(prober, toolchain, subject, tried, 0.0) == {}
@@ -141,10 +143,7 @@ def test_without_room_for_its_files_rounding_is_not_measured(
 
     monkeypatch.setattr(rounding, "measure_plans", full)
     prober = Prober(tiny.base, request_, toolchain.lib_dir, Options(), SILENT)
-    layout = tiny.layout
-    subject = Subject.of_tensors(
-        tiny.checkpoint.identity, layout.tensors, layout, "auto"
-    )
-    tried = {t.name: ["Q8_0"] for t in layout.tensors if "ffn_up" in t.name}
+    subject = subject_of(tiny)
+    tried = {t.name: ["Q8_0"] for t in tiny.layout.tensors if "ffn_up" in t.name}
 
     assert measured_rounding(prober, toolchain, subject, tried, 600.0) == {}
