@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import VerificationError
 from ewq_gguf.pipeline import contest, measuring, searching, throwaway
+from ewq_gguf.pipeline.options import Options
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.records import Plan, Study, load_record
 from tests.families import write_family
@@ -159,6 +161,21 @@ def test_what_cannot_be_is_refused_before_a_text_is_written(
     assert main([*asked, "--budget", "80%", "--floor", "atn_q=Q8_0"]) == 2
     assert "did you mean attn_q?" in capsys.readouterr().err
     assert not (empty / "texts").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "free", "device"),
+    [("cpu", 2000, "cpu"), ("cuda", 2000, "auto"), ("cuda", 1100, "cpu")],
+)
+def test_files_are_measured_where_the_base_fits(
+    toolchain, tmp_path, monkeypatch, backend, free, device
+):
+    base = tmp_path / "base.gguf"
+    base.write_bytes(bytes(1000))
+    monkeypatch.setattr(measuring, "free_memory", lambda *_: (free, ("CUDA0",)))
+    built = replace(toolchain, backend=backend)
+
+    assert measuring.device_for(base, built, Options()) == device
 
 
 def test_a_file_that_has_to_be_fast_is_timed(folder, capsys):

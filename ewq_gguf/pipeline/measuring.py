@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ewq_gguf.bench.runner import Request
+from ewq_gguf.llamacpp.devices import free_memory
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.pipeline.throwaway import measure_plans, time_plans, types_sha256
@@ -14,6 +16,8 @@ from ewq_gguf.records import Plan, TextResult
 
 #: Windows that every file is measured on, and the best ones.
 _N_FEW, _N_MANY = 8, 32
+#: Memory that a model takes while it is measured, of its file: buffers, a short cache.
+_ROOM = 1.2
 
 
 @dataclass
@@ -74,3 +78,22 @@ class Measuring:
             options=self.options,
             progress=self.progress,
         )
+
+
+def device_for(base: Path, toolchain: Toolchain, options: Options) -> str:
+    """Where files are measured: on the devices there are, if the base fits them too.
+
+    Each file is measured beside the base, and one device does not round as another.
+
+    Args:
+        base: the base GGUF.
+        toolchain: whose devices are meant.
+        options: for the whole run.
+
+    Raises:
+        ToolError, ChildError: as of `list_devices`.
+    """
+    if toolchain.backend == "cpu":
+        return "cpu"
+    free, _ = free_memory("auto", options.llama_cpp)
+    return "auto" if _ROOM * base.stat().st_size <= free else "cpu"

@@ -27,7 +27,7 @@ from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.contest import Contest, written_types
 from ewq_gguf.pipeline.costing import Costs, measured_costs
 from ewq_gguf.pipeline.error_table import error_table
-from ewq_gguf.pipeline.measuring import Measuring
+from ewq_gguf.pipeline.measuring import Measuring, device_for
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.pacing import measured_pace
 from ewq_gguf.pipeline.presets import all_preset_plans
@@ -98,10 +98,11 @@ def search(
     limit = _limit(subject, ask, menu)
     if not policy.min_tps:  # what has to be fast may have to be far smaller
         menu = menus_within(subject, policy, limit.n_bytes)
-    # Where there are devices, files are measured on them.
-    device = "cpu" if toolchain.backend == "cpu" else "auto"
     setup = CPU_SETUP.model_copy(
-        update={"n_threads": options.n_threads, "device": device}
+        update={
+            "n_threads": options.n_threads,
+            "device": device_for(base, toolchain, options),
+        }
     )
 
     def request(seed: int) -> Request:

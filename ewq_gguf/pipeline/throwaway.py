@@ -108,7 +108,8 @@ def time_plans(
 ) -> list[float]:
     """How many tokens per second the file of every plan generates, now.
 
-    Nothing is remembered: speeds differ from machine to machine and day to day.
+    On the devices there are, wherever quality is measured: the base may be too large
+    for them. Nothing is remembered: speeds differ from day to day.
 
     Args:
         plans: of the base's model.
@@ -128,6 +129,7 @@ def time_plans(
         texts=(),
         n_prompt=_N_PROMPT,
         n_generated=_N_GENERATED,
+        setup=request.setup.model_copy(update={"device": "auto"}),
     )
     place = store.cache_dir("studies") / "speed"
     speeds = []

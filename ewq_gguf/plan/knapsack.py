@@ -19,6 +19,8 @@ Integers = NDArray[np.int64]
 _N_HALVINGS = 64
 #: Exchanges at most; each lowers the cost, the last ones hardly.
 _MAX_EXCHANGES = 400
+#: Pairs of moves whose bound promises most; the first is nearly always the best.
+_MAX_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,3 @@ def _best_pair(
         if total < best:
             best, found = total, (int(ups[i]), partner)
     return found
-
-
-#: Pairs whose bound promises most; the first is nearly always the best.
-_MAX_TRIED = 16
