@@ -79,7 +79,12 @@ def check_distinct(path: Path, inputs: Iterable[Path], stage: str) -> None:
             )
 
 
-def check_free(folder: Path, needed_bytes: int, stage: str) -> None:
+def check_free(
+    folder: Path,
+    needed_bytes: int,
+    stage: str,
+    remedy: str = "choose another folder with -o",
+) -> None:
     """Refuse early where a disk has no room.
 
     Raises:
@@ -91,7 +96,7 @@ def check_free(folder: Path, needed_bytes: int, stage: str) -> None:
             stage,
             folder,
             f"{needed_bytes:,} bytes are needed and {free:,} are free",
-            "free some space or choose another folder with -o",
+            f"free some space or {remedy}",
         )
 
 

@@ -19,6 +19,7 @@ from ewq_gguf.plan.latency import Latency, fit_latency, needed_weights
 from ewq_gguf.plan.optimal import (
     Pace,
     cheapest,
+    keeps_bounds,
     least_bytes,
     menus,
     menus_within,
@@ -284,6 +285,37 @@ def test_menus_keep_to_blocks_bounds_and_what_needs_a_matrix():
     # Without a matrix there is no IQ2_XXS.
     assert wide["blk.0.attn_q.weight"] == ("BF16", "Q4_K")
     assert menus(subject, policy, least_bits=8.0)["output.weight"] == ("BF16", "Q8_0")
+
+
+def test_of_types_in_any_order_the_largest_allowed_one_is_first():
+    subject = subject_of(layout())
+    policy = OptimalPolicy(
+        types=("IQ4_XS", "Q2_K", "Q4_K", "Q8_0"), ceilings={"ffn_down": "Q2_K"}
+    )
+    low = OptimalPolicy(types=("Q2_K", "Q3_K"), ceilings={"ffn_down": "Q3_K"})
+
+    assert menus(subject, policy)["blk.0.attn_q.weight"] == (
+        "BF16", "Q8_0", "Q4_K", "IQ4_XS", "Q2_K",
+    )  # fmt: skip
+    assert menus(subject, low, least_bits=4.0)["blk.0.ffn_down.weight"] == ("Q3_K",)
+
+
+def test_a_file_of_others_keeps_the_users_bounds_or_is_none():
+    types = {"blk.0.attn_v.weight": "Q6_K", "blk.0.ffn_up.weight": "Q4_1"}
+
+    def keeps(**bounds) -> bool:
+        return keeps_bounds(OptimalPolicy(**bounds), types, "BF16")
+
+    assert keeps()  # Q4_1 is on no menu, and nobody excluded it
+    assert keeps(floors={"attn_v": "Q6_K"})
+    assert not keeps(floors={"attn_v": "Q8_0"})
+    assert not keeps(floors={"attn_v": "raw"})
+    assert not keeps(ceilings={"*": "Q5_0"})
+    assert not keeps(types=("Q8_0", "Q6_K"))
+    assert keeps(types=("Q6_K", "Q4_1"))
+    assert keeps_bounds(
+        OptimalPolicy(types=("Q8_0",)), {"output.weight": "BF16"}, "BF16"
+    )
 
 
 def test_types_far_too_small_for_a_size_are_left_out_unless_they_are_needed():

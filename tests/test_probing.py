@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.probing import probe
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ResourceError
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.pipeline import rounding
@@ -21,7 +25,7 @@ from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.optimal import quantizable
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import UniformPolicy
-from ewq_gguf.records.probe import Probe, ProbePart
+from ewq_gguf.records.probe import BROKEN_NATS, Probe, ProbePart
 from tests.gguf_files import Tiny, make_cache
 
 pytest_plugins = ["tests.toolchain_fixtures"]
@@ -97,22 +101,54 @@ def test_what_is_known_is_not_measured_again_and_a_probe_leaves_no_trace(
     assert run(first, second) == (both, [])
 
 
+def test_a_probe_that_breaks_the_model_is_told_and_the_others_go_on(
+    tiny: Tiny, toolchain, request_, tmp_path
+):
+    # Q4_0's scales are F16: weights of millions become infinities and NaN.
+    base = tmp_path / "large.gguf"
+    shutil.copyfile(tiny.base, base)
+    name = "blk.0.ffn_up.weight"
+    (up,) = [tensor for tensor in read_gguf(base).tensors if tensor.name == name]
+    values = np.memmap(base, "<u2", "r+", up.offset, shape=up.shape)
+    large = (values.astype(np.uint32) << 16).view(np.float32) * 2.0**26
+    values[:] = large.view(np.uint32) >> 16
+    values.flush()
+    probes = [
+        Probe(name=one, tensors=(one,), ggml_type="Q4_0")
+        for one in (name, "blk.1.attn_q.weight")
+    ]
+
+    found = probe(
+        base,
+        probes,
+        replace(request_, reference=None),
+        lib_dir=toolchain.lib_dir,
+        imatrix=None,
+        on_progress=silent,
+    )
+
+    assert found[name].n_tokens == ()
+    assert found[name].kld_mean_nats == BROKEN_NATS
+    assert 0 <= found["blk.1.attn_q.weight"].kld_mean_nats < BROKEN_NATS
+
+
 def subject_of(tiny: Tiny) -> Subject:
     layout = tiny.layout
     return Subject.of_tensors(tiny.checkpoint.identity, layout.tensors, layout, "auto")
 
 
+@pytest.mark.parametrize("raw_type", ["BF16", "F16"])
 def test_rounding_is_what_a_file_loses_beyond_its_values(
-    tiny: Tiny, toolchain, request_, tmp_path, monkeypatch
+    tiny: Tiny, toolchain, request_, tmp_path, monkeypatch, raw_type
 ):
     own = tmp_path / "cache"  # other tests count the journals of theirs
     own.mkdir()
     monkeypatch.setenv("EWQ_CACHE", str(make_cache(own, toolchain)))
     request_ = replace(request_, tasks=("perplexity", "kld"), base=tiny.base)
     prober = Prober(tiny.base, request_, toolchain.lib_dir, Options(), SILENT)
-    subject = subject_of(tiny)
+    subject = replace(subject_of(tiny), raw_type=raw_type)
     ups = [t.name for t in tiny.layout.tensors if "ffn_up" in t.name]
-    tried = {name: ["BF16", "Q8_0", "Q4_0", "Q4_K"] for name in ups}
+    tried = {name: [raw_type, "Q8_0", "Q4_0", "Q4_K"] for name in ups}
 
     assert measured_rounding(prober, toolchain, subject, tried, 0.0) == {}
     found = measured_rounding(prober, toolchain, subject, tried, 600.0)
@@ -121,18 +157,48 @@ def test_rounding_is_what_a_file_loses_beyond_its_values(
     for one in found.values():
         assert one.keys() == {"Q8_0", "Q4_0", "Q4_K"}  # 16 bits are not rounded
         assert one["Q8_0"] == one["Q4_0"]
-    # All of the role: one file of llama-quantize beside one probe.
-    raw = {tensor.name: "BF16" for tensor in quantizable(subject)}
-    types = raw | dict.fromkeys(ups, "Q8_0")
-    plan = assemble(subject, UniformPolicy(ggml_type="Q8_0"), types)
-    quantize(plan, tiny.base, tmp_path / "q8.gguf", toolchain, n_threads=1, load=False)
-    result = bench_file(tmp_path / "q8.gguf", request_, silent)
+    # All of the role: one file of llama-quantize beside one probe. What other 16 bits
+    # than the base's cost all the other tensors is no role's.
+    raw = {tensor.name: raw_type for tensor in quantizable(subject)}
+
+    def loss(types: dict[str, str]) -> float:
+        plan = assemble(subject, UniformPolicy(ggml_type="Q8_0"), types)
+        out = tmp_path / f"{len([*tmp_path.glob('*.gguf')])}.gguf"
+        quantize(plan, tiny.base, out, toolchain, n_threads=1, load=False)
+        kld = bench_file(out, request_, silent).texts[0].kld
+        assert kld is not None
+        return kld.kld_mean_nats
+
     ((_, moved),) = prober.with_noise([(tuple(ups), "Q8_0")]).items()
-    assert result.texts[0].kld is not None
-    beyond = result.texts[0].kld.kld_mean_nats - moved
+    beyond = loss(raw | dict.fromkeys(ups, "Q8_0")) - moved - loss(raw)
     assert sum(one["Q8_0"] for one in found.values()) == pytest.approx(
         max(beyond, 0.0), rel=0.5
     )
+
+
+def test_rounding_that_turns_out_slow_is_given_up(
+    tiny: Tiny, toolchain, request_, monkeypatch
+):
+    prober = Prober(tiny.base, request_, toolchain.lib_dir, Options(), SILENT)
+    subject = subject_of(tiny)
+    tried = {tensor.name: ["Q8_0"] for tensor in quantizable(subject)}
+    now = 0.0
+    asked: list[object] = []
+
+    def costs(_prober, _toolchain, _subject, cells):
+        nonlocal now
+        now += 100.0 * len(cells) if asked else 0.0  # the first is in the cache
+        asked.extend(cells)
+        return dict.fromkeys(cells, 0.01)
+
+    monkeypatch.setattr(rounding, "_costs", costs)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    assert measured_rounding(prober, toolchain, subject, tried, 200.0) == {}
+    assert len(asked) == 2
+    asked.clear()
+    found = measured_rounding(prober, toolchain, subject, tried, 1e4)
+    assert found.keys() == set(tried)
 
 
 def test_without_room_for_its_files_rounding_is_not_measured(

@@ -13,7 +13,7 @@ from ewq_gguf.bench import runner
 from ewq_gguf.bench.studies import kld_mean
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
-from ewq_gguf.errors import VerificationError
+from ewq_gguf.errors import ResourceError, VerificationError
 from ewq_gguf.pipeline import contest, measuring, searching, throwaway
 from ewq_gguf.pipeline.options import Options
 from ewq_gguf.plan.predictor import Predictor
@@ -130,7 +130,8 @@ def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
     monkeypatch.setattr(throwaway, "bench_file", bench_file)
     asked = [
         "plan", str(folder), "--policy", "optimal", "--budget", f"{size}B",
-        "--effort", "0", "--threads", "1", "--types", "Q8_0,Q5_K,Q3_K,Q2_K,Q4_0",
+        "--effort", "0", "--threads", "1",
+        "--types", "Q8_0,Q6_K,Q5_K,Q4_K,Q3_K,Q2_K,Q4_0",
         "-o", "plan.json", "-q",
     ]  # fmt: skip
 
@@ -164,21 +165,36 @@ def test_what_cannot_be_is_refused_before_a_text_is_written(
 
 
 @pytest.mark.parametrize(
-    ("backend", "free", "device"),
-    [("cpu", 2000, "cpu"), ("cuda", 2000, "auto"), ("cuda", 1100, "cpu")],
+    ("backend", "free", "where", "device"),
+    [
+        ("cpu", 2000, "CUDA0", "cpu"),
+        ("cuda", 2000, "CUDA0", "auto"),
+        ("cuda", 1100, "CUDA0", "cpu"),
+        ("cuda", 2000, "RAM", "cpu"),  # a build for GPUs where there is none
+    ],
 )
 def test_files_are_measured_where_the_base_fits(
-    toolchain, tmp_path, monkeypatch, backend, free, device
+    toolchain, tmp_path, monkeypatch, backend, free, where, device
 ):
     base = tmp_path / "base.gguf"
     base.write_bytes(bytes(1000))
-    monkeypatch.setattr(measuring, "free_memory", lambda *_: (free, ("CUDA0",)))
+    monkeypatch.setattr(measuring, "free_memory", lambda *_: (free, (where,)))
     built = replace(toolchain, backend=backend)
 
     assert measuring.device_for(base, built, Options()) == device
 
 
-def test_a_file_that_has_to_be_fast_is_timed(folder, capsys):
+def test_a_file_that_has_to_be_fast_is_timed(folder, capsys, monkeypatch):
+    n_timed = 0
+
+    def bench_file(file, request, *args):
+        nonlocal n_timed
+        n_timed += request.tasks == ("speed",)
+        if n_timed == 1:  # nothing quantised: the largest is the first
+            raise ResourceError("bench", file, "has no room on the device", "")
+        return runner.bench_file(file, request, *args)
+
+    monkeypatch.setattr(throwaway, "bench_file", bench_file)
     size = preset_size(folder, "Q5_K_M") + 2000
     asked = [
         "plan", str(folder), "--policy", "optimal", "--budget", f"{size}B",
@@ -191,6 +207,9 @@ def test_a_file_that_has_to_be_fast_is_timed(folder, capsys):
     assert plan.search is not None
     timed = [one.tps for one in plan.search.files if one.many_nats is not None]
     assert all(tps is not None and tps > 1 for tps in timed)
+    # Most presets have types that were excluded: none of them is in question.
+    others = {one.name for one in plan.search.files if one.kind != "optimal"}
+    assert {name.removesuffix(" imatrix") for name in others} <= {"Q8_0", "Q4_0"}
     # Nothing is as fast as this: what was reached is said.
     assert main([*asked, "--min-tps", "1e9", "-o", "fast.json"]) != 0
     assert "--min-tps" in capsys.readouterr().err

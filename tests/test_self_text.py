@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from contextlib import nullcontext
 
+import numpy as np
+import pytest
+
+from ewq_gguf.bench.runner import CPU_SETUP
 from ewq_gguf.bench.self_text import MIN_P, TEMPERATURES, self_text
+from ewq_gguf.bench.writing import written_text
+from ewq_gguf.errors import InputError
 from tests.bench_models import BOS, Table
+from tests.gguf_files import write_gguf
 
 
 def test_the_same_seed_writes_the_same_and_another_one_another_text():
@@ -47,6 +54,14 @@ def test_a_terse_model_writes_more_documents_and_at_last_may_not_end_them():
     assert sum(map(len, texts)) >= 40 * 50 / 4
     assert all(chr(BOS) not in text for text in texts)
     assert (model.logits[:, BOS] == 0.0).all()  # the scorer's rows are its own
+
+
+def test_what_writes_no_text_is_refused(tmp_path):
+    layers = {"enc.blk.0.attn_q.weight": (256, 256), "token_embd.weight": (8, 256)}
+    base = write_gguf(tmp_path / "base.gguf", layers)
+
+    with pytest.raises(InputError, match="does not write one token after another"):
+        written_text(base, CPU_SETUP, lambda: nullcontext(print), n_documents=1, seed=0)
 
 
 def test_what_is_far_less_likely_than_the_likeliest_is_left_out():

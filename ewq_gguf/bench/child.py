@@ -45,7 +45,7 @@ from ewq_gguf.bench.self_text import self_text
 from ewq_gguf.bench.speed import measure
 from ewq_gguf.bench.summary import text_result
 from ewq_gguf.bench.texts import Windows, chunks_of, lines_of
-from ewq_gguf.errors import EwqError
+from ewq_gguf.errors import EwqError, VerificationError, printable
 from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.imatrix import importance_values
 from ewq_gguf.llamacpp.perturb import Perturbed
@@ -139,10 +139,16 @@ def _probe(
                 lambda i: False,
             )
             parts = []
-            for number, (_, part) in enumerate(scored, 1):
-                parts += [part] if part else []
-                done = min(number / len(windows.windows), 1.0)
-                _tell((i + done) / len(asked.probes))
+            try:
+                for number, (_, part) in enumerate(scored, 1):
+                    parts += [part] if part else []
+                    done = min(number / len(windows.windows), 1.0)
+                    _tell((i + done) / len(asked.probes))
+            except VerificationError as error:
+                if error.subject != printable(path):
+                    raise  # the base itself
+                keep(ProbePart(name=one.name, n_tokens=(), kld_nats=()))
+                continue
             text = text_result("", parts, 0)
         keep(
             ProbePart(

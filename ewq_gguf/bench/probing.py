@@ -21,6 +21,17 @@ from ewq_gguf.records import read_journal
 from ewq_gguf.records.probe import Probe, ProbePart
 
 
+def check_room(base: Path) -> None:
+    """Refuse early where the cache has no room for the copy that is moved.
+
+    Raises:
+        ResourceError: with the bytes.
+    """
+    folder = store.cache_dir("probes")
+    size = base.stat().st_size
+    store.check_free(folder, size, STAGE, "let EWQ_CACHE name a folder that has more")
+
+
 def probe(
     base: Path,
     probes: Sequence[Probe],
@@ -60,7 +71,7 @@ def probe(
         known = read_journal(journal, ProbePart)
         todo = tuple(one for one in probes if one.name not in known)
         if todo:
-            store.check_free(journal.parent, base.stat().st_size, STAGE)
+            check_room(base)
             with store.work_dir(journal, stage=STAGE) as folder:
                 job = Job(
                     part="probing",

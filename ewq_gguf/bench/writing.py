@@ -11,7 +11,8 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import Job, WritingRequest
 from ewq_gguf.bench.runner import OnProgress, Request, run_job
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
+from ewq_gguf.errors import InputError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.records import BenchSetup
@@ -38,13 +39,16 @@ def written_text(
         seed: another text for each.
 
     Raises:
+        InputError: the model is of those that write nothing.
         ToolError: llama-cpp-python is missing, or the device asked for is.
         VerificationError: the base is no sound GGUF.
         ChildError: the child crashed.
         ResourceError: memory ran out.
     """
     check_bindings(STAGE)
-    n_tokens = read_gguf(base).window(N_TOKENS)
+    header = read_gguf(base)
+    _check_writes(base, header)
+    n_tokens = header.window(N_TOKENS)
     asked = f"{n_documents} {n_tokens} {seed} {LLAMA_CPP_COMMIT}"
     key = store.sha256_text(f"{identify(base).sha256} {asked}")
     path = store.cache_dir("texts") / f"self-{key[:32]}.txt"
@@ -69,3 +73,20 @@ def written_text(
             )
             run_job(job, on_progress)
     return path
+
+
+def _check_writes(base: Path, header: GgufFile) -> None:
+    """Refuse encoders, with decoders or without: they do not go on with a text.
+
+    Raises:
+        InputError: naming the architecture.
+    """
+    architecture = header.kv.get("general.architecture")
+    is_causal = header.kv.get(f"{architecture}.attention.causal", True)
+    if not is_causal or any(t.name.startswith("enc.") for t in header.tensors):
+        raise InputError(
+            STAGE,
+            base,
+            f"{architecture} does not write one token after another",
+            "give ewq imatrix a --calibration FILE; policy optimal is not for it",
+        )

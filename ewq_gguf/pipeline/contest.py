@@ -96,6 +96,7 @@ class Contest:
         predictor: with the costs of all types of all entrants.
         deadline: of `time.monotonic`; no round begins that would not end by then.
         make: the plan of types.
+        allows: whether a file of types, by tensor, is one that the user may get.
         min_tps: tokens per second that are asked for; 0 for any.
         pace: that files are proposed to keep; None for any.
         entrants: that were looked at so far.
@@ -109,6 +110,7 @@ class Contest:
     predictor: Predictor
     deadline: float
     make: Callable[[Mapping[str, str]], Plan]
+    allows: Callable[[Mapping[str, str]], bool]
     min_tps: float = 0.0
     pace: Pace | None = None
     entrants: list[Entrant] = field(default_factory=list)
@@ -118,7 +120,8 @@ class Contest:
         """The best file's plan, and all that were looked at, best first.
 
         Args:
-            rivals: that are not proposed here, by name; larger ones only teach.
+            rivals: that are not proposed here, by name; Q8_0 teaches, whatever its
+                size.
 
         Raises:
             InputError: no file keeps the pace.
@@ -131,6 +134,7 @@ class Contest:
                 name: plan
                 for name, plan in rivals.items()
                 if plan.totals.file_size_bytes <= self.limit.n_bytes
+                and self.allows(written_types(plan))
             }
         )
         for number in range(1, _N_ROUNDS):
@@ -226,9 +230,11 @@ class Contest:
         own = [
             e.tps for e in self.entrants if e.kind == "optimal" and e.tps is not None
         ]
-        if self.pace is None or max(own) >= self.min_tps:
+        fastest = max(own, default=0.0)
+        # Where none could be made or run, none tells how strict to be.
+        if self.pace is None or not 0 < fastest < self.min_tps:
             return False
-        most = self.pace.most_seconds * max(own) / self.min_tps * _STRICTER
+        most = self.pace.most_seconds * fastest / self.min_tps * _STRICTER
         self.pace = replace(self.pace, most_seconds=most)
         return True
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ewq_gguf.bench.runner import Request
-from ewq_gguf.llamacpp.devices import free_memory
+from ewq_gguf.llamacpp.devices import RAM, free_memory
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.pipeline.throwaway import measure_plans, time_plans, types_sha256
@@ -95,5 +95,6 @@ def device_for(base: Path, toolchain: Toolchain, options: Options) -> str:
     """
     if toolchain.backend == "cpu":
         return "cpu"
-    free, _ = free_memory("auto", options.llama_cpp)
-    return "auto" if _ROOM * base.stat().st_size <= free else "cpu"
+    free, names = free_memory("auto", options.llama_cpp)
+    has_room = names != (RAM,) and _ROOM * base.stat().st_size <= free
+    return "auto" if has_room else "cpu"

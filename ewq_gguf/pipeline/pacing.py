@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from ewq_gguf import ggml_types
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.errors import ResourceError
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.pipeline.throwaway import time_plans
@@ -40,6 +41,7 @@ def measured_pace(
         progress: who is told.
 
     Raises:
+        ResourceError: no file can be made and run.
         EwqError: of the stage that failed, with what to do.
     """
     weights = needed_weights(quantizable(subject), _expert_share(request))
@@ -51,11 +53,20 @@ def measured_pace(
     speeds = time_plans(plans, request, toolchain, options=options, progress=progress)
     files = []
     for plan, tps in zip(plans, speeds, strict=True):
+        if not tps:
+            continue  # it has no room: a type is taken by its bits
         needed: dict[str, float] = defaultdict(float)
         for tensor in plan.tensors:
             if tensor.is_quantizable:
                 needed[tensor.written_type] += weights[tensor.name]
         files.append((needed, 1 / tps))
+    if not files:
+        raise ResourceError(
+            "plan",
+            "--min-tps",
+            "no file of any type could be timed",
+            "see the lines above, or leave --min-tps out",
+        )
     return Pace(fit_latency(files), weights, 1 / min_tps)
 
 

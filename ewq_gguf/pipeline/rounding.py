@@ -66,15 +66,21 @@ def measured_rounding(
     started = time.monotonic()
     if not roles or seconds <= 0:
         return {}
-    try:
-        leaves = _costs(prober, toolchain, subject, roles[:1])
-    except ResourceError as error:  # such a file is nearly as large as the base
-        prober.progress.note(f"what rounding costs is not measured: {error}")
-        return {}
-    # Were some roles known and others not, it would be held against the known.
-    if (time.monotonic() - started) * len(roles) > seconds:
-        return {}
-    leaves |= _costs(prober, toolchain, subject, roles[1:])
+    leaves: dict[tuple[Group, str], float] = {}
+    slowest = 0.0
+    # Were some roles known and others not, it would be held against the known. The
+    # first may be in the cache: what one takes is looked at more than once.
+    while todo := roles[len(leaves) : max(2 * len(leaves), 1)]:
+        before = time.monotonic()
+        try:
+            leaves |= _costs(prober, toolchain, subject, todo)
+        except ResourceError as error:  # such a file is nearly as large as the base
+            prober.progress.note(f"what rounding costs is not measured: {error}")
+            return {}
+        now = time.monotonic()
+        slowest = max(slowest, (now - before) / len(todo))
+        if now - started + slowest * (len(roles) - len(leaves)) > seconds:
+            return {}
     while time.monotonic() < started + seconds:
         large = [
             (group, kind)
@@ -110,24 +116,34 @@ def _costs(
     cells: Sequence[tuple[Group, str]],
 ) -> dict[tuple[Group, str], float]:
     """Of groups, each in a type: its file's loss beyond that of the same values."""
-    names = [tensor.name for tensor in quantizable(subject)]
-    plans: dict[tuple[Group, str], Plan] = {}
-    for group, kind in cells:
-        types = dict.fromkeys(names, subject.raw_type) | dict.fromkeys(group, kind)
-        plans[group, kind] = assemble(subject, UniformPolicy(ggml_type=kind), types)
+    raw = {tensor.name: subject.raw_type for tensor in quantizable(subject)}
+    plans = {
+        (group, kind): assemble(
+            subject, UniformPolicy(ggml_type=kind), raw | dict.fromkeys(group, kind)
+        )
+        for group, kind in cells
+    }
+    in_base = {tensor.name: tensor.ggml_type for tensor in subject.tensors}
+    is_rounded = any(in_base[name] != kind for name, kind in raw.items())
+    nothing = assemble(subject, UniformPolicy(ggml_type=subject.raw_type), raw)
     parts = measure_plans(
-        list(plans.values()),
+        [*plans.values(), *([nothing] if is_rounded else [])],
         replace(prober.request, reference=None),
         toolchain,
         options=prober.options,
         progress=prober.progress,
         may_fail=True,
     )
-    weights = prober.with_noise(cells)
-    costs = {}
-    for cell, plan in plans.items():
+
+    def loss(plan: Plan) -> float:
         part = parts.get(types_sha256(plan))
         # What cannot be measured is taken to cost nothing.
-        loss = part.quality.kld.kld_mean_nats if part and part.quality.kld else 0.0
-        costs[cell] = max(loss - weights[cell], 0.0)
-    return costs
+        return part.quality.kld.kld_mean_nats if part and part.quality.kld else 0.0
+
+    weights = prober.with_noise(cells)
+    # From 32 bits to 16, all the other tensors are rounded too: that is no role's.
+    others = loss(nothing) if is_rounded else 0.0
+    return {
+        cell: max(loss(plan) - weights[cell] - others, 0.0)
+        for cell, plan in plans.items()
+    }

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.probing import check_room
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.writing import written_text
 from ewq_gguf.checkpoint.folder import Checkpoint
@@ -38,6 +39,7 @@ from ewq_gguf.plan.ask import Ask, Limit
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.optimal import (
     cheapest,
+    keeps_bounds,
     least_bytes,
     menus,
     menus_within,
@@ -82,8 +84,9 @@ def search(
         subject: what is planned, with the importance matrix.
         policy: with every parameter.
         ask: what the file may take.
-        rivals: plans that it has to beat, by name; every preset that is no larger, with
-            the matrix and without, is one too.
+        rivals: plans that it has to beat, by name; every preset, with the matrix and
+            without, is one too. None that is larger, or has types that the policy
+            excludes, can win.
         options: for the whole run; with the same matrix.
         progress: who is told.
 
@@ -96,6 +99,7 @@ def search(
     base = base_file(checkpoint, toolchain, progress=progress)
     menu = menus(subject, policy)
     limit = _limit(subject, ask, menu)
+    check_room(base)
     if not policy.min_tps:  # what has to be fast may have to be far smaller
         menu = menus_within(subject, policy, limit.n_bytes)
     setup = CPU_SETUP.model_copy(
@@ -286,6 +290,7 @@ def _searched(
         predictor=Predictor(costs, rounding=rounding),
         deadline=started + effort,
         make=lambda types: _plan(subject, policy, limit, types),
+        allows=lambda types: keeps_bounds(policy, types, subject.raw_type),
         min_tps=policy.min_tps or 0.0,
         pace=pace,
     )

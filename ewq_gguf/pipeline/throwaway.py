@@ -16,7 +16,7 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.reference_run import cached_reference
 from ewq_gguf.bench.runner import Request, bench_file
-from ewq_gguf.errors import ChildError, VerificationError
+from ewq_gguf.errors import ChildError, ResourceError, VerificationError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain
@@ -118,6 +118,10 @@ def time_plans(
         options: as of `measure_plans`.
         progress: who is told.
 
+    Returns:
+        Of each plan; 0 where a file cannot be made or has no room on the devices, which
+        is told.
+
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
@@ -142,8 +146,13 @@ def time_plans(
             def of_file(share: float, _use: MemoryUse, i: int = i) -> None:
                 tell((i + share) / len(plans))
 
-            with _file(made, base, place, toolchain, options) as file:
-                speed = bench_file(file, request, of_file).speed
+            try:
+                with _file(made, base, place, toolchain, options) as file:
+                    speed = bench_file(file, request, of_file).speed
+            except (ChildError, ResourceError, VerificationError) as error:
+                progress.note(f"a file is not timed: {error}")
+                speeds.append(0.0)
+                continue
             assert speed is not None
             speeds.append(speed.generation_tps)
     return speeds

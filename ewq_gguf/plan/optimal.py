@@ -111,6 +111,25 @@ def menus(
     }
 
 
+def keeps_bounds(
+    policy: OptimalPolicy, types: Mapping[str, str], raw_type: str
+) -> bool:
+    """Whether somebody else's file has no type that the user excluded.
+
+    Args:
+        policy: the types, and bounds of roles. What is left out of all types by
+            default is nobody's wish.
+        types: by quantisable tensor.
+        raw_type: what `raw` means.
+    """
+    is_narrow = policy.types != OptimalPolicy().types
+    return all(
+        (not is_narrow or kind == raw_type or kind in policy.types)
+        and _is_allowed(policy, role(name), kind, raw_type)
+        for name, kind in types.items()
+    )
+
+
 def quantizable(subject: Subject) -> list[LayoutTensor]:
     """The tensors that llama-quantize quantises."""
     return [t for t in subject.tensors if is_quantizable(t.name, n_dims(t.shape))]
@@ -226,6 +245,8 @@ def _menu(
         for kind in dict.fromkeys((raw, *fitting))
         if _is_allowed(policy, role(tensor.name), kind, raw)
     ]
+    # The user's order is any.
+    allowed.sort(key=bits_per_weight, reverse=True)
     # Bounds that the user set hold, whatever is too small for this file otherwise.
     low = [kind for kind in allowed if bits_per_weight(kind) >= least]
     return tuple(low or allowed[:1]) or (raw,)

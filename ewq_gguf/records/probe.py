@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from ewq_gguf.records.base import Part
 
+#: What a probe costs whose logits are no numbers: as much as no model that computes.
+BROKEN_NATS = 20.0
+
 
 class Probe(Part):
     """Tensors moved to where a type would put them, all others as the base has them.
@@ -24,7 +27,7 @@ class ProbePart(Part):
 
     Attributes:
         name: of the probe.
-        n_tokens: scored, of each window.
+        n_tokens: scored, of each window; none where the logits are no numbers.
         kld_nats: of the base's distributions from the moved ones, summed, of each
             window.
     """
@@ -36,4 +39,6 @@ class ProbePart(Part):
     @property
     def kld_mean_nats(self) -> float:
         """Over all tokens."""
+        if not self.n_tokens:
+            return BROKEN_NATS
         return sum(self.kld_nats) / sum(self.n_tokens)
