@@ -99,7 +99,6 @@ def search(
     base = base_file(checkpoint, toolchain, progress=progress)
     menu = menus(subject, policy)
     limit = _limit(subject, ask, menu)
-    check_room(base)
     if not policy.min_tps:  # what has to be fast may have to be far smaller
         menu = menus_within(subject, policy, limit.n_bytes)
     setup = CPU_SETUP.model_copy(
@@ -125,7 +124,6 @@ def search(
             n_ctx=read_gguf(base).window(Request.n_ctx),
         )
 
-    few, many = request(2 * policy.seed), request(2 * policy.seed + 1)
     presets = all_preset_plans(
         checkpoint, raw_type=subject.raw_type, options=options, progress=progress
     )
@@ -148,6 +146,8 @@ def search(
     with store.locked(path, stage="plan", wait=True):
         known = load_cached(Plan, path, "plan")
         if known is None:
+            check_room(base)
+            few, many = request(2 * policy.seed), request(2 * policy.seed + 1)
             measuring = Measuring(few, many, toolchain, options, progress)
             known = _searched(subject, policy, limit, menu, all_rivals, measuring)
             store.write_text(path, known.to_json(), stage="plan", force=True)
