@@ -242,15 +242,19 @@ def test_turns_of_speed_become_a_mean_and_a_deviation():
 @pytest.mark.parametrize(
     ("size", "names"),
     [
-        (50, ("Q4",)),
-        (100, ("Q4", "Q5")),
-        (110, ("Q4", "Q5")),
-        (150, ("Q5", "base")),
-        (900, ("base",)),
+        (50_000, ("Q4",)),
+        (100_000, ("Q4",)),  # of the same size
+        (99_950, ("Q4",)),
+        (100_050, ("Q4",)),
+        (100_200, ("Q4", "Q5")),
+        (110_000, ("Q4", "Q5")),
+        (150_000, ("Q5",)),
+        (200_000, ("Q5", "base")),
+        (900_000, ("base",)),
     ],
 )
 def test_the_nearest_below_and_above_bracket_a_file(size, names):
-    sizes = {"base": 300, "Q5": 150, "other Q5": 150, "Q4": 100}
+    sizes = {"base": 300_000, "Q5": 150_000, "other Q5": 150_000, "Q4": 100_000}
     assert bracketing(size, sizes) == names
 
 

@@ -63,16 +63,25 @@ class Version:
     brackets: tuple[str, ...] = ()
 
 
+#: Of a file's size: another one that differs by less has the same.
+_SAME = 0.001
+
+
 def bracketing(size_bytes: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The nearest file that is no larger, and the nearest that is larger.
+
+    Or the one of the same size, within a thousandth: it needs no other beside it.
 
     Args:
         size_bytes: of the file between them.
         sizes: of the others, by name; where two are equal the first counts.
 
     Returns:
-        One name where there is none on the other side.
+        One name where there is none on the other side, or none is needed.
     """
+    nearest = min(sizes, key=lambda name: abs(sizes[name] - size_bytes))
+    if abs(sizes[nearest] - size_bytes) <= _SAME * size_bytes:
+        return (nearest,)
     below = {name: size for name, size in sizes.items() if size <= size_bytes}
     above = {name: size for name, size in sizes.items() if size > size_bytes}
     return (
@@ -91,7 +100,7 @@ def choose_versions(
     """The base first, then all others by falling size.
 
     Beside each plan there are always the two presets, or the preset and the base,
-    between which its size lies.
+    between which its size lies, or the one of its size.
 
     Raises:
         UsageError: two versions have one name, or there is no such preset.
