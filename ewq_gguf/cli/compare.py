@@ -52,8 +52,8 @@ def compare() -> None:
     "--presets",
     multiple=True,
     metavar="LIST",
-    help="Such as Q4_K_M,Q8_0. The presets between which a plan's size lies, and the "
-    "base, are always there.",
+    help="Such as Q4_K_M,Q8_0. The presets between which a plan's size lies, or the "
+    "one of its size, and the base are always there.",
 )
 @imatrix_option
 @out_option("files, plans, results and comparison.json.  [default: compare/NAME]")
