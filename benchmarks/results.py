@@ -52,8 +52,8 @@ INTRODUCTION = """# Results on the built-in model
 below took {minutes} minutes together.
 
 One model of 135M weights, one text, English: nothing here says what entropy is worth on
-another model. `ewq compare` and `ewq study` tell it of yours. What policy `optimal` makes
-of each size, beside every preset, is [a page of its own](frontier.md).
+another model. `ewq compare` and `ewq study` tell it of yours. What policy `optimal`
+makes of each size, beside every preset, is [a page of its own](frontier.md).
 
 ## Files of one model
 
