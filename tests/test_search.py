@@ -14,8 +14,8 @@ from ewq_gguf.bench.studies import kld_mean
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ResourceError, VerificationError
+from ewq_gguf.llamacpp.devices import Device
 from ewq_gguf.pipeline import contest, measuring, searching, throwaway
-from ewq_gguf.pipeline.options import Options
 from ewq_gguf.plan.predictor import Predictor
 from ewq_gguf.records import Plan, Study, load_record
 from tests.families import write_family
@@ -165,23 +165,24 @@ def test_what_cannot_be_is_refused_before_a_text_is_written(
 
 
 @pytest.mark.parametrize(
-    ("backend", "free", "where", "device"),
+    ("backend", "free", "device"),
     [
-        ("cpu", 2000, "CUDA0", "cpu"),
-        ("cuda", 2000, "CUDA0", "auto"),
-        ("cuda", 1100, "CUDA0", "cpu"),
-        ("cuda", 2000, "RAM", "cpu"),  # a build for GPUs where there is none
+        ("cpu", [2000], "cpu"),
+        ("cuda", [2000], "auto"),
+        ("cuda", [1100], "cpu"),
+        ("cuda", [], "cpu"),  # a build for GPUs where there is none
     ],
 )
 def test_files_are_measured_where_the_base_fits(
-    toolchain, tmp_path, monkeypatch, backend, free, where, device
+    toolchain, tmp_path, monkeypatch, backend, free, device
 ):
     base = tmp_path / "base.gguf"
     base.write_bytes(bytes(1000))
-    monkeypatch.setattr(measuring, "free_memory", lambda *_: (free, (where,)))
+    devices = [Device(f"CUDA{i}", "", 4000, room) for i, room in enumerate(free)]
+    monkeypatch.setattr(measuring, "list_devices", lambda _: devices)
     built = replace(toolchain, backend=backend)
 
-    assert measuring.device_for(base, built, Options()) == device
+    assert measuring.device_for(base, built) == device
 
 
 def test_a_file_that_has_to_be_fast_is_timed(folder, capsys, monkeypatch):

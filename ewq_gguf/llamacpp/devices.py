@@ -13,8 +13,6 @@ from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.process import available_memory, run
 
 STAGE = "plan"
-#: What the memory of a machine without devices is called.
-RAM = "RAM"
 _PROBE_SECONDS = 60.0
 _DEVICE = re.compile(r"^  ([^:\s]+): (.*) \((\d+) MiB, (\d+) MiB free\)$", re.MULTILINE)
 
@@ -76,7 +74,7 @@ def free_memory(
         UsageError: there is no device of that name, or one is named twice.
     """
     if device == "cpu":
-        return available_memory(), (RAM,)
+        return available_memory(), ("RAM",)
     try:
         devices = list_devices(find_toolchain(llama_cpp))
     except ToolError:
@@ -85,7 +83,7 @@ def free_memory(
         devices = ()
     if not devices:
         if device == "auto":
-            return available_memory(), (RAM,)
+            return available_memory(), ("RAM",)
         raise ToolError(
             STAGE,
             "--device",

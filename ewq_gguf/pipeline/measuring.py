@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ewq_gguf.bench.runner import Request
-from ewq_gguf.llamacpp.devices import RAM, free_memory
+from ewq_gguf.llamacpp.devices import list_devices
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.pipeline.throwaway import measure_plans, time_plans, types_sha256
@@ -80,7 +80,7 @@ class Measuring:
         )
 
 
-def device_for(base: Path, toolchain: Toolchain, options: Options) -> str:
+def device_for(base: Path, toolchain: Toolchain) -> str:
     """Where files are measured: on the devices there are, if the base fits them too.
 
     Each file is measured beside the base, and one device does not round as another.
@@ -88,13 +88,11 @@ def device_for(base: Path, toolchain: Toolchain, options: Options) -> str:
     Args:
         base: the base GGUF.
         toolchain: whose devices are meant.
-        options: for the whole run.
 
     Raises:
         ToolError, ChildError: as of `list_devices`.
     """
     if toolchain.backend == "cpu":
         return "cpu"
-    free, names = free_memory("auto", options.llama_cpp)
-    has_room = names != (RAM,) and _ROOM * base.stat().st_size <= free
-    return "auto" if has_room else "cpu"
+    free = sum(device.free_bytes for device in list_devices(toolchain))
+    return "auto" if _ROOM * base.stat().st_size <= free else "cpu"

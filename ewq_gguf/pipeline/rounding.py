@@ -116,18 +116,20 @@ def _costs(
     cells: Sequence[tuple[Group, str]],
 ) -> dict[tuple[Group, str], float]:
     """Of groups, each in a type: its file's loss beyond that of the same values."""
-    raw = {tensor.name: subject.raw_type for tensor in quantizable(subject)}
+    tensors = quantizable(subject)
+    raw = {tensor.name: subject.raw_type for tensor in tensors}
     plans = {
         (group, kind): assemble(
             subject, UniformPolicy(ggml_type=kind), raw | dict.fromkeys(group, kind)
         )
         for group, kind in cells
     }
-    in_base = {tensor.name: tensor.ggml_type for tensor in subject.tensors}
-    is_rounded = any(in_base[name] != kind for name, kind in raw.items())
-    nothing = assemble(subject, UniformPolicy(ggml_type=subject.raw_type), raw)
+    # From 32 bits to 16, all the other tensors are rounded too: that is no role's.
+    others = []
+    if any(tensor.ggml_type != subject.raw_type for tensor in tensors):
+        others = [assemble(subject, UniformPolicy(ggml_type=subject.raw_type), raw)]
     parts = measure_plans(
-        [*plans.values(), *([nothing] if is_rounded else [])],
+        [*plans.values(), *others],
         replace(prober.request, reference=None),
         toolchain,
         options=prober.options,
@@ -141,9 +143,8 @@ def _costs(
         return part.quality.kld.kld_mean_nats if part and part.quality.kld else 0.0
 
     weights = prober.with_noise(cells)
-    # From 32 bits to 16, all the other tensors are rounded too: that is no role's.
-    others = loss(nothing) if is_rounded else 0.0
+    beside = sum(map(loss, others))
     return {
-        cell: max(loss(plan) - weights[cell] - others, 0.0)
+        cell: max(loss(plan) - weights[cell] - beside, 0.0)
         for cell, plan in plans.items()
     }

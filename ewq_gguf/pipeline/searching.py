@@ -104,7 +104,7 @@ def search(
     setup = CPU_SETUP.model_copy(
         update={
             "n_threads": options.n_threads,
-            "device": device_for(base, toolchain, options),
+            "device": device_for(base, toolchain),
         }
     )
 
