@@ -38,6 +38,7 @@ from ewq_gguf.plan.sensitivity import (
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
+from ewq_gguf.records.plan import TYPES
 from ewq_gguf.records.quant_error import QuantError
 from tests.scans import MODEL
 
@@ -306,7 +307,7 @@ def test_a_file_of_others_keeps_the_users_bounds_or_is_none():
     def keeps(**bounds) -> bool:
         return keeps_bounds(OptimalPolicy(**bounds), types, "BF16")
 
-    assert keeps()  # Q4_1 is on no menu, and nobody excluded it
+    assert keeps()
     assert keeps(floors={"attn_v": "Q6_K"})
     assert not keeps(floors={"attn_v": "Q8_0"})
     assert not keeps(floors={"attn_v": "raw"})
@@ -316,6 +317,11 @@ def test_a_file_of_others_keeps_the_users_bounds_or_is_none():
     assert keeps_bounds(
         OptimalPolicy(types=("Q8_0",)), {"output.weight": "BF16"}, "BF16"
     )
+    # What odd shapes fall back to is on no menu; all types in any order exclude nothing.
+    odd = {"output.weight": "F16"}
+    assert keeps_bounds(OptimalPolicy(), odd, "BF16")
+    assert keeps_bounds(OptimalPolicy(types=TYPES[::-1]), odd, "BF16")
+    assert not keeps_bounds(OptimalPolicy(types=TYPES[1:]), odd, "BF16")
 
 
 def test_types_far_too_small_for_a_size_are_left_out_unless_they_are_needed():

@@ -34,7 +34,8 @@ FAMILY = "Mixtral"
 def few_windows(monkeypatch, tmp_path):
     """Texts and measurements as small as they can be; the folder is the current one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(searching, "_N_DOCUMENTS", 5)
+    monkeypatch.setattr(searching, "_N_FEW_DOCUMENTS", 3)
+    monkeypatch.setattr(searching, "_N_MANY_DOCUMENTS", 5)
     monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 8)
     monkeypatch.setattr(measuring, "_N_FEW", 1)
     monkeypatch.setattr(measuring, "_N_MANY", 2)

@@ -36,8 +36,8 @@ PRESETS = (
     "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K",
 )  # fmt: skip
 
-#: Others, which few take.
-MORE_PRESETS = ("Q5_1", "Q4_1")
+#: Others, which few take; ternary ones are for weights that were trained to be so.
+MORE_PRESETS = ("Q5_1", "Q4_1", "MXFP4_MOE", "TQ2_0", "TQ1_0")
 #: Presets that a matrix with every entry makes possible.
 IMATRIX_PRESETS = (
     "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
@@ -96,8 +96,9 @@ def preset_types(
 ) -> dict[str, dict[str, str]]:
     """Each tensor's type in each preset, by the preset's name.
 
-    Cached like a layout. With an importance matrix some mixtures are others; one that
-    needs an entry that the matrix lacks is left out.
+    Cached like a layout. With an importance matrix some mixtures are others. One that
+    needs an entry that the matrix lacks, and of the less common ones what llama-quantize
+    refuses, is left out.
 
     Raises:
         ToolError, InputError, ChildError: as of `layout_of`.
@@ -115,7 +116,7 @@ def preset_types(
                     base.path, base.gguf, preset, toolchain, imatrix
                 )
             except ChildError:
-                if preset not in IMATRIX_PRESETS:
+                if preset in PRESETS:
                     raise
         found = PresetTypes(types=types)
     store.write_text(path, found.to_json(), stage="plan", force=True)

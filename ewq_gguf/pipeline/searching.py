@@ -53,8 +53,8 @@ from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Budget, OptimalPolicy, Plan, Search, load_cached
 from ewq_gguf.tensor_names import nearest_name, role
 
-#: Documents that the model writes to be measured on.
-_N_DOCUMENTS = 64
+#: Documents that the model writes to be measured on: few windows, and many.
+_N_FEW_DOCUMENTS, _N_MANY_DOCUMENTS = 32, 64
 #: Of texts that files are chosen on: no other text has these, so that none of them
 #: calibrates anything.
 _SEEDS = 1 << 40
@@ -108,12 +108,12 @@ def search(
         }
     )
 
-    def request(seed: int) -> Request:
+    def request(seed: int, n_documents: int) -> Request:
         text = written_text(
             base,
             setup,
             lambda: progress.measure(f"text by {checkpoint.identity.name}"),
-            n_documents=_N_DOCUMENTS,
+            n_documents=n_documents,
             seed=_SEEDS + seed,
         )
         return Request(
@@ -147,7 +147,8 @@ def search(
         known = load_cached(Plan, path, "plan")
         if known is None:
             check_room(base)
-            few, many = request(2 * policy.seed), request(2 * policy.seed + 1)
+            few = request(2 * policy.seed, _N_FEW_DOCUMENTS)
+            many = request(2 * policy.seed + 1, _N_MANY_DOCUMENTS)
             measuring = Measuring(few, many, toolchain, options, progress)
             known = _searched(subject, policy, limit, menu, all_rivals, measuring)
             store.write_text(path, known.to_json(), stage="plan", force=True)

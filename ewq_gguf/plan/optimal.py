@@ -122,7 +122,7 @@ def keeps_bounds(
         types: by quantisable tensor.
         raw_type: what `raw` means.
     """
-    is_narrow = policy.types != OptimalPolicy().types
+    is_narrow = not set(policy.types) >= set(OptimalPolicy().types)
     return all(
         (not is_narrow or kind == raw_type or kind in policy.types)
         and _is_allowed(policy, role(name), kind, raw_type)
