@@ -27,7 +27,7 @@ from ewq_gguf.plan.optimal import (
     quantizable,
     with_unseen,
 )
-from ewq_gguf.plan.predictor import Predictor
+from ewq_gguf.plan.predictor import Prediction, Predictor
 from ewq_gguf.plan.sensitivity import (
     halves,
     is_doubtful,
@@ -151,6 +151,12 @@ def test_before_anything_is_measured_a_file_costs_the_sum_and_the_floor():
     assert predictor.predict({}).kld_nats == 0.005
     now = predictor.costs_now()
     assert now == {n: pytest.approx(one) for n, one in COSTS.items()}
+
+
+def test_a_prediction_that_says_little_still_says_what_cannot_be():
+    assert Prediction(0.1, 0.02).at_least(3) == pytest.approx(0.04)
+    # Known to a third only: it may be a tenth, but not nothing.
+    assert Prediction(2.4, 0.9).at_least(3) == pytest.approx(0.24)
 
 
 def test_rounding_is_paid_by_what_is_rounded_and_is_not_learnt_away():

@@ -287,7 +287,7 @@ class Contest:
             found = self.predictor.predict(written_types(entrant.plan))
             entrant.prediction = found
             best = min(_nats(one.few) for one in self.entrants)
-            is_hopeless = found.kld_nats - _N_STD * found.std_nats > best
+            is_hopeless = found.at_least(_N_STD) > best
             if self._is_far_too_slow(entrant) or (is_hopeless and i >= _N_ALWAYS):
                 self.n_left_out += 1
             else:

@@ -40,6 +40,14 @@ class Prediction:
     kld_nats: float
     std_nats: float
 
+    def at_least(self, n_std: float) -> float:
+        """What it may be if the prediction is so many standard deviations too high.
+
+        A prediction that is known to a third tells still that a hundred times the best
+        is not the best: no multiplier is taken as smaller than a tenth.
+        """
+        return max(self.kld_nats - n_std * self.std_nats, _LEAST * self.kld_nats)
+
 
 @dataclass(frozen=True)
 class Predictor:
