@@ -56,7 +56,7 @@ gguf: setup
 	  $(if $(OUT),-o "$(OUT)")
 
 test: setup
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: setup
 	@$(VENV)/bin/ruff check .

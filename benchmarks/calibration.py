@@ -20,6 +20,7 @@ from ewq_gguf import pipeline, store
 from ewq_gguf.bench.mmlu_files import LETTERS, find_subjects
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.studies import kld_difference
+from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.options import SILENT, Options
 from ewq_gguf.pipeline.throwaway import measure_plans, types_sha256
@@ -92,7 +93,7 @@ def _questions(folder: Path, split: str, to: Path) -> Path:
 
 
 def _measured(
-    checkpoint: pipeline.Checkpoint, matrix: Path | None, judge: str, text: Path
+    checkpoint: Checkpoint, matrix: Path | None, judge: str, text: Path
 ) -> dict[str, TextResult]:
     toolchain = find_toolchain()
     options = Options(imatrix=matrix)

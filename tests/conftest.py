@@ -1,9 +1,13 @@
 """What holds for every test."""
 
+import os
 from importlib.metadata import version
 
 import pytest
 from hypothesis import settings
+
+# Tests run side by side: threads that spin while they wait would hold each other up.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # No test fails because the machine is slow today.
 settings.register_profile("ewq", deadline=None)

@@ -323,7 +323,7 @@ def test_a_file_of_others_keeps_the_users_bounds_or_is_none():
     assert keeps_bounds(
         OptimalPolicy(types=("Q8_0",)), {"output.weight": "BF16"}, "BF16"
     )
-    # What odd shapes fall back to is on no menu; all types in any order exclude nothing.
+    # What odd shapes fall back to is on no menu; all types in any order exclude none.
     odd = {"output.weight": "F16"}
     assert keeps_bounds(OptimalPolicy(), odd, "BF16")
     assert keeps_bounds(OptimalPolicy(types=TYPES[::-1]), odd, "BF16")

@@ -18,11 +18,14 @@ from ewq_gguf.records import (
     Engine,
     FactorFile,
     FactorSweep,
+    Frontier,
+    FrontierFile,
     LayerProbe,
     RoleProbe,
     Sensitivity,
     Study,
 )
+from ewq_gguf.report.frontier_view import named
 from ewq_gguf.report.study_view import (
     controls_sentences,
     sensitivity_sentences,
@@ -217,3 +220,30 @@ def test_factors_that_plan_the_same_share_a_line():
     assert lines[-2].startswith("0.5 - 0.6")
     assert lines[-1].split()[0] == "1"
     assert lines[-1].endswith("2 BF16 · 1 Q4_K")
+
+
+def test_a_picture_names_what_no_smaller_preset_beats_and_every_best_file():
+    def file(label, size, kld, source="preset"):
+        return FrontierFile(
+            source=source,
+            budget="Q5_K_M" if source == "optimal" else None,
+            limit_bytes=None,
+            has_imatrix=True,
+            file=study_file(label, [kld], size=size),
+        )
+
+    found = Frontier(
+        files=(
+            file("Q6_K", 300, 0.01),
+            file("optimal Q5_K_M", 210, 0.02, "optimal"),
+            file("ewq Q5_K_M", 205, 0.001, "ewq"),
+            file("Q5_K_M", 200, 0.03),
+            file("Q5_0", 200, 0.05),
+            file("Q4_1", 190, 0.04),
+        ),
+        ratio=None,
+    )
+
+    names = [one.file.label for one in named(found)]
+
+    assert names == ["Q4_1", "Q5_K_M", "optimal Q5_K_M", "Q6_K"]

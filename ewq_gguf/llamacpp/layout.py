@@ -97,8 +97,8 @@ def preset_types(
     """Each tensor's type in each preset, by the preset's name.
 
     Cached like a layout. With an importance matrix some mixtures are others. One that
-    needs an entry that the matrix lacks, and of the less common ones what llama-quantize
-    refuses, is left out.
+    needs an entry that the matrix lacks is left out, and so is what llama-quantize
+    refuses of the less common ones.
 
     Raises:
         ToolError, InputError, ChildError: as of `layout_of`.

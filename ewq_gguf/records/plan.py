@@ -11,8 +11,8 @@ from ewq_gguf.records.model import ModelIdentity
 from ewq_gguf.records.placement import Placement
 from ewq_gguf.records.search import Search
 
-#: What policy `optimal` may give; of the ternary types only weights that were trained to
-#: be ternary lose little.
+#: What policy `optimal` may give; in ternary types only weights that were trained to be
+#: ternary lose little.
 TYPES = (
     "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
     "MXFP4", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -68,6 +69,8 @@ def frontier_sentences(found: Frontier) -> list[str]:
 def draw_frontier(study: Study, path: Path) -> None:
     """Draw size against divergence; the suffix says how, such as .png or .svg.
 
+    Filled are files with an importance matrix.
+
     Raises:
         ToolError: matplotlib is missing, or does not know the suffix.
     """
@@ -84,21 +87,33 @@ def draw_frontier(study: Study, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for source, (colour, marker) in _STYLES.items():
-        files = [one for one in study.findings.files if one.source == source]
-        axes.errorbar(
-            [one.file.size_bytes / 1e6 for one in files],
-            [kld_mean(one.file) for one in files],
-            yerr=[_Z95 * _stderr(one) for one in files],
-            color=colour,
-            marker=marker,
-            linestyle="-" if source == "optimal" else "none",
-            label=source,
+        of_source = [one for one in study.findings.files if one.source == source]
+        for has_imatrix in (True, False):
+            files = [one for one in of_source if one.has_imatrix == has_imatrix]
+            if not files:
+                continue
+            axes.errorbar(
+                [one.file.size_bytes / 1e6 for one in files],
+                [kld_mean(one.file) for one in files],
+                yerr=[_Z95 * _stderr(one) for one in files],
+                color=colour,
+                marker=marker,
+                markerfacecolor=colour if has_imatrix else "white",
+                linestyle="-" if source == "optimal" else "none",
+                label=source if has_imatrix else f"{source}, no matrix",
+            )
+    for one in named(study.findings):
+        axes.annotate(
+            one.budget or one.file.label.split()[0],
+            (one.file.size_bytes / 1e6, kld_mean(one.file)),
+            xytext=(-3, -4),
+            textcoords="offset points",
+            fontsize=6,
+            rotation=30,
+            ha="right",
+            va="top",
+            color=_STYLES[one.source][0],
         )
-        for one in files if source == "preset" else []:
-            if one.has_imatrix:
-                at = (one.file.size_bytes / 1e6, kld_mean(one.file))
-                name = one.file.label.split()[0]
-                axes.annotate(name, at, fontsize=6, color=colour)
     axes.set_yscale("log")
     axes.set_xlabel("size, MB")
     axes.set_ylabel("mean KL divergence from the base, nats")
@@ -110,6 +125,24 @@ def draw_frontier(study: Study, path: Path) -> None:
     except ValueError as error:
         known = "use .png, .svg or .pdf"
         raise ToolError("frontier", path, "is of no known format", known) from error
+
+
+def named(found: Frontier) -> list[FrontierFile]:
+    """Files that a picture has room to name, small to large.
+
+    The optimal ones and presets, as long as none of their kind of as many bytes is
+    better: below and left of these is nothing of that kind.
+    """
+    names: list[FrontierFile] = []
+    best: dict[str, float] = {}
+    for one in sorted(
+        found.files, key=lambda one: (one.file.size_bytes, kld_mean(one.file))
+    ):
+        value = kld_mean(one.file)
+        if one.source in ("preset", "optimal") and value < best.get(one.source, inf):
+            best[one.source] = value
+            names.append(one)
+    return names
 
 
 def _beside(one: FrontierFile, found: Frontier) -> str:
