@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.results import MODEL, N_CHUNKS, Commands, machine
 from ewq_gguf import store
+from ewq_gguf.bench.comparison import compare_pair
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.records import Frontier, FrontierFile, Study, load_record
@@ -44,9 +45,10 @@ everywhere.
 
 ## MMLU
 
-Each optimal file beside the preset of its size, both made with the importance matrix:
-the difference of the mean -ln p of the right letter, 570 questions with 5 examples. The
-model answers at chance.
+Each optimal file, and the unquantised base, beside the preset of that size; both files
+were made with the importance matrix. The difference of the mean -ln p of the right
+letter, 570 questions with 5 examples. The model answers at chance; where the base is
+above the preset, so is what comes nearer to the base.
 
 {mmlu}
 """
@@ -92,18 +94,31 @@ def _asked(one: FrontierFile) -> str:
 
 
 def mmlu_table(comparison: Comparison, best: dict[str | None, FrontierFile]) -> str:
-    """Every optimal file beside the preset whose size it has."""
-    lines = ["| size of | difference, nats | 95 % |", "|---|---:|---:|"]
+    """Every optimal file, and the base, beside the preset whose size it has."""
+    rows = {row.name: row for row in comparison.rows}
+    lines = [
+        "| size of | optimal | 95 % | the base | 95 % |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for preset, one in best.items():
         pair = next(
             (p for p in comparison.pairs if _is_pair(p, preset, _asked(one))), None
         )
-        if pair is None or pair.mmlu_nats is None:
+        if pair is None:
             continue
-        test = pair.mmlu_nats
-        interval = f"{test.difference_low:+.4f} to {test.difference_high:+.4f}"
-        lines.append(f"| {preset} | {test.difference:+.4f} | {interval} |")
+        base = compare_pair(rows["base"], rows[pair.second])
+        lines.append(f"| {preset} | {_letters(pair)} | {_letters(base)} |")
     return "\n".join(lines)
+
+
+def _letters(pair: ComparedPair) -> str:
+    """The difference of two files' right letters, and its interval."""
+    test = pair.mmlu_nats
+    assert test is not None
+    return (
+        f"{test.difference:+.4f} | {test.difference_low:+.4f} to "
+        f"{test.difference_high:+.4f}"
+    )
 
 
 def _is_pair(pair: ComparedPair, preset: str | None, asked: str) -> bool:
