@@ -74,6 +74,7 @@ bench: setup
 	@$(VENV)/bin/python -m benchmarks.optimal
 	@$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.bench 8)
 	@$(if $(EWQ_MMLU_DIR),$(VENV)/bin/python -m benchmarks.mmlu marketing 50 BF16)
+	@$(if $(EWQ_MMLU_DIR),$(if $(EWQ_TEXT_DIR),$(VENV)/bin/python -m benchmarks.calibration))
 	@$(if $(EWQ_MMLU_DIR),$(VENV)/bin/python -m benchmarks.lm_eval)
 
 frontier: setup
