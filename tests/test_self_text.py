@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ewq_gguf.bench.runner import CPU_SETUP
-from ewq_gguf.bench.self_text import MIN_P, TEMPERATURES, self_text
+from ewq_gguf.bench.self_text import MIN_P, TEMPERATURES, _draw, self_text
 from ewq_gguf.bench.writing import written_text
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, VerificationError
 from tests.bench_models import BOS, Table
 from tests.gguf_files import write_gguf
 
@@ -74,3 +74,24 @@ def test_what_is_far_less_likely_than_the_likeliest_is_left_out():
 
     careful = texts[:: len(TEMPERATURES)]
     assert not any("b" in text[1:] for text in careful)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_a_token_is_drawn_as_from_the_whole_vocabulary(temperature):
+    rows = np.random.default_rng(0).normal(0, 5, (200, 5000)).astype(np.float32)
+
+    for i, row in enumerate(rows):
+        weights = np.exp((row.astype(np.float64) - row.max()) / temperature)
+        weights[weights < MIN_P] = 0
+        below = np.cumsum(weights) / weights.sum()
+        wanted = np.count_nonzero(below <= np.random.default_rng(i).random())
+        assert _draw(row, temperature, np.random.default_rng(i)) == wanted
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(broken):
+    model = Table()
+    model.logits[:, ord("a")] = broken
+
+    with pytest.raises(VerificationError, match="not finite"):
+        self_text(model, 2, 4, seed=0)

@@ -8,17 +8,21 @@ is seeded; the same file on the same build writes the same text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite, log
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.bench.scorer import Batch, FloatArray, IntArray, Model
+from ewq_gguf.bench.scorer import STAGE, Batch, FloatArray, IntArray, Model
+from ewq_gguf.errors import VerificationError
 
 #: Sampled in turn: careful, the model's own distribution, and a little wild.
 TEMPERATURES = (0.7, 1.0, 1.3)
 #: Tokens less likely than this share of the likeliest one are left out: a single
 #: nonsense token leads a document astray.
 MIN_P = 0.02
+#: Nats beyond that share, for what float32 cannot tell.
+_MARGIN = 0.01
 N_PARALLEL = 32
 #: No text has them, but a model may write them.
 _CONTROLS = dict.fromkeys(set(range(32)) - {ord("\n"), ord("\t")})
@@ -46,6 +50,7 @@ def self_text(
 
     Raises:
         ResourceError: memory ran out.
+        VerificationError: the model's logits are not finite.
     """
     texts: list[str] = []
     n_parallel = min(N_PARALLEL, n_documents)
@@ -110,13 +115,23 @@ def _start(model: Model, n_vocab: int, random: np.random.Generator) -> list[int]
 
 
 def _draw(row: FloatArray, temperature: float, random: np.random.Generator) -> int:
-    """A token by its probability; (n_vocab,) logits."""
-    scaled: NDArray[np.float64] = row.astype(np.float64) / temperature
-    scaled -= scaled.max()
-    weights = np.exp(scaled)
+    """A token by its probability; (n_vocab,) logits.
+
+    Raises:
+        VerificationError: the logits are not finite.
+    """
+    most = float(row.max())
+    if not isfinite(most):
+        problem = "the model's logits are not finite"
+        raise VerificationError(STAGE, "text", problem, "check the model's weights")
+    # A large vocabulary is looked at twice, not raised to powers.
+    near = np.flatnonzero(row > most + temperature * log(MIN_P) - _MARGIN)
+    scaled: NDArray[np.float64] = row[near].astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
     weights[weights < MIN_P] = 0
     cumulated = np.cumsum(weights)
-    return int(np.searchsorted(cumulated, random.random() * cumulated[-1], "right"))
+    drawn = np.searchsorted(cumulated, random.random() * cumulated[-1], "right")
+    return int(near[drawn])
 
 
 def _array(tokens: list[int]) -> IntArray:
