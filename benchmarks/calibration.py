@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from ewq_gguf import pipeline, store
-from ewq_gguf.bench.mmlu_files import LETTERS, find_subjects
+from ewq_gguf.bench.mmlu_data import Question
+from ewq_gguf.bench.mmlu_files import find_subjects
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.studies import kld_difference
 from ewq_gguf.checkpoint.folder import Checkpoint
@@ -25,6 +26,7 @@ from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.options import SILENT, Options
 from ewq_gguf.pipeline.throwaway import measure_plans, types_sha256
 from ewq_gguf.records import TextResult
+from ewq_gguf.records.scores import Letter
 
 PRESETS = ("Q5_K_M", "Q4_K_M", "IQ4_XS")
 N_CALIBRATION, N_JUDGED = 40, 40
@@ -77,15 +79,10 @@ def _questions(folder: Path, split: str, to: Path) -> Path:
     """
     subjects = [rows.read() for rows in find_subjects(folder, split).values()]
     parts = [
-        "\n".join(
-            (
-                row[0].strip(),
-                *(f"{x}. {y}" for x, y in zip(LETTERS, row[1:5], strict=True)),
-                f"Answer: {row[5]}\n\n",
-            )
-        )
+        f"{Question('', i, row[0], tuple(row[1:5]), answer).block} {answer}\n\n"
         for i in range(max(map(len, subjects)))
         for row in (rows[i] for rows in subjects if i < len(rows))
+        for answer in [cast("Letter", row[5])]
     ]
     path = to / f"questions-{split}.txt"
     store.write_text(path, "".join(parts), stage="bench", force=True)
@@ -103,10 +100,11 @@ def _measured(
         base=pipeline.base_file(checkpoint, toolchain),
         texts=((judge, text),),
         setup=CPU_SETUP,
+        n_chunks=N_JUDGED,
     )
     parts = measure_plans(
         list(plans.values()),
-        replace(request, n_chunks=N_JUDGED),
+        request,
         toolchain,
         options=options,
         progress=SILENT,

@@ -47,8 +47,8 @@ everywhere.
 
 Each optimal file, and the unquantised base, beside the preset of that size; both files
 were made with the importance matrix. The difference of the mean -ln p of the right
-letter, 570 questions with 5 examples. The model answers at chance; where the base is
-above the preset, so is what comes nearer to the base.
+letter, 570 questions with 5 examples. The model answers at chance: this says how
+letters shift, which nearness to the base does not tell.
 
 {mmlu}
 """

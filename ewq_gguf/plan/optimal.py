@@ -17,6 +17,7 @@ from ewq_gguf.plan.latency import Latency
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
+from ewq_gguf.records.plan import TYPES
 from ewq_gguf.tensor_names import is_quantizable, role
 
 #: Of the bits that a limit leaves per weight: fewer would be given to a tensor by
@@ -122,7 +123,7 @@ def keeps_bounds(
         types: by quantisable tensor.
         raw_type: what `raw` means.
     """
-    is_narrow = not set(policy.types) >= set(OptimalPolicy().types)
+    is_narrow = bool(set(TYPES) - set(policy.types))
     return all(
         (not is_narrow or kind == raw_type or kind in policy.types)
         and _is_allowed(policy, role(name), kind, raw_type)

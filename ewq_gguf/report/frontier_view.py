@@ -87,20 +87,26 @@ def draw_frontier(study: Study, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for source, (colour, marker) in _STYLES.items():
-        of_source = [one for one in study.findings.files if one.source == source]
-        for has_imatrix in (True, False):
-            files = [one for one in of_source if one.has_imatrix == has_imatrix]
-            if not files:
-                continue
-            axes.errorbar(
-                [one.file.size_bytes / 1e6 for one in files],
-                [kld_mean(one.file) for one in files],
-                yerr=[_Z95 * _stderr(one) for one in files],
+        files = [one for one in study.findings.files if one.source == source]
+        axes.errorbar(
+            [one.file.size_bytes / 1e6 for one in files],
+            [kld_mean(one.file) for one in files],
+            yerr=[_Z95 * _stderr(one) for one in files],
+            color=colour,
+            marker=marker,
+            linestyle="-" if source == "optimal" else "none",
+            label=source,
+        )
+        if hollow := [one for one in files if not one.has_imatrix]:
+            axes.plot(
+                [one.file.size_bytes / 1e6 for one in hollow],
+                [kld_mean(one.file) for one in hollow],
                 color=colour,
                 marker=marker,
-                markerfacecolor=colour if has_imatrix else "white",
-                linestyle="-" if source == "optimal" else "none",
-                label=source if has_imatrix else f"{source}, no matrix",
+                markerfacecolor="white",
+                linestyle="none",
+                zorder=3,
+                label=f"{source}, no matrix",
             )
     for one in named(study.findings):
         axes.annotate(
