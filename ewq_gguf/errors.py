@@ -81,6 +81,7 @@ class ChildError(EwqError):
         argv: its command line.
         return_code: negative for a signal.
         log_tail: its last lines, at most 20.
+        output: all that it printed.
         log_path: the whole log, or None where it was not kept.
     """
 
@@ -88,6 +89,7 @@ class ChildError(EwqError):
     argv: tuple[str, ...] = ()
     return_code: int = 0
     log_tail: tuple[str, ...] = ()
+    output: str = ""
     log_path: Path | None = None
 
 

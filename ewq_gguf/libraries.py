@@ -63,17 +63,27 @@ def machine_key() -> str:
     Builds use every instruction of the CPU they are made on. On a cache that machines
     share, another CPU therefore has a pointer and a build of its own.
     """
-    return f"{os.uname().machine}-{zlib.crc32(_cpu_features().encode()):08x}"
+    return f"{os.uname().machine}-{zlib.crc32(cpu_features().encode()):08x}"
 
 
-def _cpu_features() -> str:
+def cpu_features() -> str:
     """The first CPU's feature list, sorted; empty where the system has no such file."""
+    return " ".join(sorted(_cpu_info({"flags", "Features"}).split()))
+
+
+def cpu_name() -> str:
+    """The first CPU's product name; empty where the system has no such file."""
+    return _cpu_info({"model name", "CPU part"})
+
+
+def _cpu_info(names: set[str]) -> str:
+    """The first entry of /proc/cpuinfo that has one of these names."""
     try:
         with _CPU_INFO.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 name, _, value = line.partition(":")
-                if name.strip() in {"flags", "Features"}:
-                    return " ".join(sorted(value.split()))
+                if name.strip() in names:
+                    return value.strip()
     except OSError:
         pass
     return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too l
 _CGROUP = Path("/sys/fs/cgroup")
 _STOP_SECONDS = 5.0
 _POLL_SECONDS = 0.05
+_CRASH = "Fatal Python error: "
 
 
 def run(
@@ -80,7 +82,7 @@ def run(
                 stage,
                 command[0],
                 f"cannot be started ({error.strerror})",
-                "run `ewq toolchain build`, or name another with --llama-cpp",
+                "run `ewq setup`, or name another with --llama-cpp",
             ) from error
     timed_out = False
     try:
@@ -99,6 +101,7 @@ def run(
     finally:
         _stop_group(child)
     text = log_path.read_text(encoding="utf-8", errors="replace")
+    _close_log(log_path, command, child.returncode, is_stopped=timed_out)
     if timed_out:
         problem = f"took longer than {timeout_seconds:.0f} s and was stopped"
         raise _child_error(command, -9, text, log_path, stage, problem)
@@ -124,8 +127,12 @@ def available_memory() -> int:
 
 
 def python_argv(module: str, *args: str | Path) -> list[str]:
-    """The command line that runs one of our modules in a child."""
-    return [sys.executable, "-m", module, *(str(arg) for arg in args)]
+    """The command line that runs one of our modules in a child.
+
+    A crash leaves Python's stack in the log: the call that was being made.
+    """
+    command = [sys.executable, "-X", "faulthandler", "-m", module]
+    return [*command, *(str(arg) for arg in args)]
 
 
 def _hand_lines(data: bytes, on_line: Callable[[str], None] | None) -> bytes:
@@ -171,11 +178,26 @@ def _raise_for(
             "the disk is full, or a quota is",
             f"free some space and run again; its log is {log_path}",
         )
+    raise _child_error(command, code, text, log_path, stage, _ending(code))
+
+
+def _ending(code: int) -> str:
+    """How a child ended: its signal's name, or its exit code."""
     try:
-        problem = f"ended by {signal.Signals(-code).name}"
+        return f"ended by {signal.Signals(-code).name}"
     except ValueError:  # a real-time signal, or no signal at all
-        problem = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    raise _child_error(command, code, text, log_path, stage, problem)
+        return f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _close_log(
+    log_path: Path, command: Sequence[str], code: int, *, is_stopped: bool
+) -> None:
+    """End a failed child's log with how it ended and the command to repeat it."""
+    if code == 0 and not is_stopped:
+        return
+    ending = "stopped after its time was up" if is_stopped else _ending(code)
+    with suppress(OSError), log_path.open("a", encoding="utf-8") as log:
+        log.write(f"\newq: {ending}; to repeat it: {shlex.join(command)}\n")
 
 
 def _tail(text: str) -> str:
@@ -190,13 +212,17 @@ def _child_error(
     stage: str,
     problem: str,
 ) -> ChildError:
-    tail = [printable(line) for line in text.splitlines() if line.strip()]
-    tail = tail[-LOG_TAIL_LINES:]
+    lines = [line for line in text.splitlines() if line.strip()]
+    # What Python tells of a crash stays in the log: it ends with a list of modules.
+    crash = (i for i, line in enumerate(lines) if line.startswith(_CRASH))
+    lines = lines[: next(crash, len(lines))] or lines
+    tail = [printable(line) for line in lines[-LOG_TAIL_LINES:]]
     if tail:
         problem += f"; its last line: {tail[-1]}"
     error = ChildError(stage, Path(command[0]).name, problem, f"its log is {log_path}")
     error.argv = tuple(command)
     error.return_code = code
     error.log_tail = tuple(tail)
+    error.output = text
     error.log_path = log_path
     return error

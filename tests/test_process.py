@@ -197,6 +197,25 @@ def test_a_signal_is_named(sh, name):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="no real-time signals")
+def test_the_log_of_a_failure_is_never_empty_and_tells_how_to_repeat_it(sh, log):
+    with pytest.raises(ChildError):
+        sh("kill -SEGV $$")
+    assert log.read_text().startswith("\newq: ended by SIGSEGV; to repeat it: ")
+    assert "kill -SEGV" in log.read_text()
+
+
+def test_pythons_own_words_on_a_crash_are_no_last_line(log, tmp_path):
+    (tmp_path / "crashing.py").write_text(
+        "import ctypes, numpy\nprint('before', flush=True)\nctypes.string_at(0)\n"
+    )
+    argv = python_argv("crashing")
+    with pytest.raises(ChildError) as caught:
+        run(argv, stage="test", log_path=log, cwd=tmp_path)
+    assert caught.value.problem == "ended by SIGSEGV; its last line: before"
+    assert caught.value.log_tail == ("before",)
+    assert "Fatal Python error: Segmentation fault" in log.read_text()
+
+
 def test_a_signal_without_a_name_is_told_too(sh):
     with pytest.raises(ChildError, match=f"ended by .*{signal.SIGRTMIN + 3}"):
         sh(f"kill -{signal.SIGRTMIN + 3} $$")

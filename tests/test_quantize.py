@@ -370,7 +370,9 @@ def test_a_file_that_cannot_be_loaded_is_found(mixed, made, tmp_path):
         made.read_bytes().replace(b"tokenizer.ggml.model", b"tokenizer.ggml.modem")
     )
 
-    with pytest.raises(VerificationError, match="does not load") as caught:
+    with pytest.raises(
+        ChildError, match="is what its plan says, and does not"
+    ) as caught:
         verify_file(mixed, path)
     assert "log is " in caught.value.remedy
 

@@ -8,7 +8,9 @@ import os
 import shutil
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +19,8 @@ from ewq_gguf import libraries, store
 from ewq_gguf.cli.toolchain import BuildProgress, toolchain
 from ewq_gguf.errors import ChildError, EwqError, LockedError, NetworkError, ToolError
 from ewq_gguf.llamacpp import build, source
+from ewq_gguf.llamacpp import toolchain as toolchains
+from ewq_gguf.llamacpp.self_test import SelfTest, hardware_key
 from ewq_gguf.llamacpp.toolchain import (
     LLAMA_CPP_BUILD,
     LLAMA_CPP_COMMIT,
@@ -31,12 +35,14 @@ OTHER_COMMIT = "1" * 40
 
 FAKE_CMAKE = """\
 cmake_minimum_required(VERSION 3.14)
-project(fake C)
+project(fake C CXX)
 set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 set(CMAKE_LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 add_library(llama SHARED main.c)
+add_subdirectory(ggml)
+target_link_libraries(llama PRIVATE ggml-cpu)
 foreach(tool llama-quantize llama-imatrix llama-perplexity llama-bench
-        llama-gguf-split ggml-rpc-server)
+        llama-gguf-split llama-mtmd-cli ggml-rpc-server)
     add_executable(${tool} main.c)
     add_dependencies(${tool} llama)
     target_compile_definitions(${tool} PRIVATE
@@ -51,9 +57,17 @@ FAKE_MAIN = """\
 #endif
 int main(void) { puts("version: 0 (build " BUILD ", commit " COMMIT ")"); return 0; }
 """
+FAKE_GGML = """\
+add_library(ggml-cpu STATIC ggml-cpu/quants.c ggml-cpu/amx/mmq.cpp)
+set_target_properties(ggml-cpu PROPERTIES POSITION_INDEPENDENT_CODE ON)
+"""
 HELP = (
     "--imatrix f\n--tensor-type t\n--tensor-type-file f\n--override-kv k\n--dry-run\n"
 )
+
+
+PASSED = SelfTest(True, None, hardware_key("cpu"), devices=("CPU",), n_evaluations=2)
+FAILED = replace(PASSED, is_ok=False, problem="ended by SIGILL", failed_device="CPU")
 
 
 @pytest.fixture
@@ -90,9 +104,10 @@ def git(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_source(tmp_path, monkeypatch, cache):
-    """A small CMake project in llama.cpp's place."""
+    """A small CMake project in llama.cpp's place, whose builds pass every test."""
     tree = write_tree(tmp_path / "tree")
     use_source(monkeypatch, tree)
+    monkeypatch.setattr(toolchains, "run_self_test", lambda lib_dir, backend: PASSED)
     return tree
 
 
@@ -111,6 +126,10 @@ def write_tree(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "CMakeLists.txt").write_text(FAKE_CMAKE)
     (folder / "main.c").write_text(FAKE_MAIN)
+    (folder / "ggml/ggml-cpu/amx").mkdir(parents=True)
+    (folder / "ggml/CMakeLists.txt").write_text(FAKE_GGML)
+    (folder / "ggml/ggml-cpu/quants.c").write_text("int quants;\n")
+    (folder / "ggml/ggml-cpu/amx/mmq.cpp").write_text("int mmq;\n")
     (folder / source.CONVERTER_NAME).write_text("")
     (folder / "gguf-py").mkdir()
     return folder
@@ -304,7 +323,7 @@ def test_interrupted_build_is_no_build_and_the_next_run_completes_it(fake_source
 
     with pytest.raises(KeyboardInterrupt):
         build_toolchain(on_line=interrupt)
-    with pytest.raises(ToolError, match="is not built; run `ewq toolchain build`"):
+    with pytest.raises(ToolError, match="is not built; run `ewq setup`"):
         find_toolchain()
     assert build_toolchain() == find_toolchain()
 
@@ -324,7 +343,7 @@ def test_broken_cmake_cache_is_wiped_and_built_afresh(fake_source):
 def test_binaries_that_vanished_are_named_and_come_back(fake_source):
     built = build_toolchain()
     built.tool("llama-imatrix").unlink()
-    with pytest.raises(ToolError, match="llama-imatrix vanished .*; run `ewq toolch"):
+    with pytest.raises(ToolError, match="llama-imatrix vanished .*; run `ewq setup"):
         find_toolchain()
     build_toolchain()
     assert find_toolchain().tool("llama-imatrix").is_file()
@@ -414,6 +433,183 @@ def test_builds_differ_by_flags_and_by_machine(cache, monkeypatch):
     assert cpu.folder != here
 
 
+# --- Builds that do not compute ------------------------------------------------------
+
+CPU_FEATURES = "sse2 avx2 avx512f amx_tile amx_int8"
+
+
+def flags_of(folder: Path, source_name: str) -> str:
+    """The compiler's flags for a source, as Ninja has them."""
+    text = (folder / "build.ninja").read_text()
+    _, _, rest = text.partition(f"{source_name}.o:")
+    return next(line for line in rest.splitlines() if "FLAGS = " in line)
+
+
+@pytest.fixture
+def needs(fake_source, monkeypatch):
+    """A function: builds compute only with this flag in the CPU backend's objects."""
+    monkeypatch.setattr(build, "cpu_features", lambda: CPU_FEATURES)
+    monkeypatch.setattr(build, "has_short_tile_read", lambda compiler, ask: False)
+
+    def set_needed(
+        flag: str, source_name: str = "quants.c", failure: SelfTest = FAILED
+    ) -> None:
+        def run_self_test(lib_dir: Path, backend: str) -> SelfTest:
+            if flag in flags_of(lib_dir.parent, source_name):
+                return PASSED
+            return failure
+
+        monkeypatch.setattr(toolchains, "run_self_test", run_self_test)
+
+    return set_needed
+
+
+@pytest.mark.parametrize(
+    ("flag", "source_name", "repair", "said"),
+    [
+        ("-fno-tree-dse", "mmq.cpp", "amx-tile-configuration", "GCC drops stores"),
+        ("-mno-amx-int8", "quants.c", "no-amx", "without AMX; what it costs: prompts"),
+        ("-mno-avx512f", "mmq.cpp", "no-avx512", "without AVX-512 and AMX; what it"),
+    ],
+)
+def test_a_build_that_fails_is_built_again_with_the_least_taken_away(
+    needs, flag, source_name, repair, said
+):
+    needs(flag, source_name)
+    lines: list[str] = []
+    built = build_toolchain(on_line=lines.append)
+    assert built.repair == repair
+    assert built.self_test == PASSED
+    ours = [line for line in lines if line.startswith("toolchain: ")]
+    assert ours[1] == "toolchain: self-test failed: ended by SIGILL"
+    assert said in ours[-1]
+    assert find_toolchain() == built
+
+
+def test_only_objects_that_a_repair_touches_are_compiled_again(needs):
+    needs("-fno-tree-dse", "mmq.cpp")
+    lines: list[str] = []
+    folder = build_toolchain(on_line=lines.append).bin_dir.parent
+    again = lines[lines.index("toolchain: self-test failed: ended by SIGILL") :]
+    compiled = [line for line in again if "Building C" in line]
+    assert len(compiled) == 1
+    assert "mmq.cpp.o" in compiled[0]
+    assert "-fno-tree-dse" not in flags_of(folder, "quants.c")
+
+
+def test_a_known_cause_is_taken_away_before_the_first_build(needs, monkeypatch):
+    monkeypatch.setattr(build, "has_short_tile_read", lambda compiler, ask: True)
+    needs("-fno-dse", "mmq.cpp")
+    lines: list[str] = []
+    assert build_toolchain(on_line=lines.append).repair == "amx-tile-configuration"
+    assert sum("self-test" in line for line in lines) == 1
+
+
+def test_a_machine_where_no_build_computes_is_told_and_tried_again(needs):
+    needs("-no-such-flag")
+    with pytest.raises(
+        ToolError, match="no build of it passes .*ended by SIG"
+    ) as caught:
+        build_toolchain()
+    assert caught.value.exit_code == 4
+    record = read_only_record(build.recipe_for("cpu").folder)
+    assert record["repair"] == "portable"
+    assert "-DGGML_AVX2=OFF" in build.repairs_here()[-1].flags
+    # Nobody else uses it; after an update of the compiler, the usual one may do.
+    needs("FLAGS = ")
+    assert build_toolchain().repair == "none"
+
+
+def read_only_record(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "build.json").read_text())
+    return cast("dict[str, Any]", record)
+
+
+def test_a_build_whose_gpu_fails_is_not_built_again(needs):
+    failure = replace(FAILED, failed_device="CUDA0")
+    needs("-no-such-flag", failure=failure)
+    lines: list[str] = []
+    with pytest.raises(ToolError, match="CUDA0: ended by SIGILL") as caught:
+        build_toolchain(on_line=lines.append)
+    assert "run `ewq setup --backend cpu`" in caught.value.remedy
+    assert sum("building llama.cpp" in line for line in lines) == 1
+
+
+def test_a_wrong_flag_of_the_users_is_reported_with_the_compilers_words(
+    fake_source, monkeypatch
+):
+    monkeypatch.setenv("CFLAGS", "-mno-such-thing")
+    with pytest.raises(ChildError) as caught:
+        build_toolchain()
+    assert any("mno-such-thing" in line for line in caught.value.log_tail)
+
+
+def test_the_users_flags_make_a_build_of_their_own(cache, monkeypatch):
+    usual = build.recipe_for("cpu").folder
+    for variable in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"):
+        monkeypatch.setenv(variable, "-O1")
+        assert build.recipe_for("cpu").folder != usual
+        monkeypatch.delenv(variable)
+    assert build.recipe_for("cpu").folder == usual
+
+
+def test_on_other_hardware_the_build_is_tested_once_more(fake_source, monkeypatch):
+    folder = build_toolchain().bin_dir.parent
+    record = read_only_record(folder)
+    record["self_test"]["hardware"] = "another GPU; another driver"
+    (folder / "build.json").write_text(json.dumps(record))
+    tested = []
+
+    def run_self_test(lib_dir: Path, backend: str) -> SelfTest:
+        tested.append(backend)
+        return FAILED
+
+    monkeypatch.setattr(toolchains, "run_self_test", run_self_test)
+    for _ in range(2):
+        with pytest.raises(ToolError, match="fails its self-test on this machine"):
+            find_toolchain()
+    assert tested == ["cpu"]  # The verdict is kept.
+    monkeypatch.setattr(toolchains, "run_self_test", lambda lib_dir, backend: PASSED)
+    assert build_toolchain().self_test == PASSED
+
+
+@pytest.mark.llamacpp
+@pytest.mark.slow
+def test_repairs_reach_the_real_trees_cpu_backend_and_nothing_else(real, tmp_path):
+    from ewq_gguf.llamacpp.repairs import CMAKE_HOOK, repairs_for
+
+    repairs = {r.name: r for r in repairs_for(CPU_FEATURES, lambda: False)}
+    (tmp_path / "repair.cmake").write_text(CMAKE_HOOK)
+    seen = {}
+    for name in ("none", "amx-tile-configuration", "no-avx512", "portable"):
+        argv = [
+            build.wheel_program("cmake"),
+            "-S",
+            real.source_dir,
+            "-B",
+            tmp_path / "b",
+        ]
+        argv += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={build.wheel_program('ninja')}"]
+        argv += [*real.flags, *repairs[name].cmake_flags()]
+        argv += [f"-DCMAKE_PROJECT_TOP_LEVEL_INCLUDES={tmp_path / 'repair.cmake'}"]
+        run(argv, stage="test", log_path=tmp_path / "cmake.log")
+        seen[name] = {
+            source_name: flags_of(tmp_path / "b", source_name)
+            for source_name in ("amx/mmq.cpp", "ggml-cpu/quants.c", "llama-vocab.cpp")
+        }
+    usual = seen["none"]
+    assert seen["amx-tile-configuration"]["amx/mmq.cpp"] != usual["amx/mmq.cpp"]
+    assert "-fno-dse" in seen["amx-tile-configuration"]["amx/mmq.cpp"]
+    assert (
+        seen["amx-tile-configuration"]["ggml-cpu/quants.c"]
+        == usual["ggml-cpu/quants.c"]
+    )
+    assert "-mno-avx512f" in seen["no-avx512"]["ggml-cpu/quants.c"]
+    assert "-march=native" not in seen["portable"]["ggml-cpu/quants.c"]
+    assert "-mavx" not in seen["portable"]["ggml-cpu/quants.c"]
+    assert len({flags["llama-vocab.cpp"] for flags in seen.values()}) == 1
+
+
 # --- The pointer and the bindings ----------------------------------------------------
 
 
@@ -424,7 +620,9 @@ def write_finished_build() -> Path:
         path = recipe.folder / "bin" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    record = {"commit": LLAMA_CPP_COMMIT, "flags": recipe.flags, "backend": "cpu"}
+    record: dict[str, object] = {"commit": LLAMA_CPP_COMMIT, "backend": "cpu"}
+    record["flags"] = recipe.flags
+    record["self_test"] = PASSED.to_record()
     (recipe.folder / "build.json").write_text(json.dumps(record))
     pointer = libraries.pointer_path()
     pointer.write_text(json.dumps({"build": recipe.folder.name}))
@@ -560,14 +758,15 @@ def test_own_binaries_without_converter_use_ours(fake_source, tmp_path):
 
 def test_missing_converter_is_an_error_with_a_remedy(tmp_path):
     ours = Toolchain("c", tmp_path, tmp_path, tmp_path, "cpu", ())
-    with pytest.raises(ToolError, match="run `ewq toolchain build`"):
+    with pytest.raises(ToolError, match="run `ewq setup`"):
         _ = ours.converter
 
 
 # --- The command ---------------------------------------------------------------------
 
 
-INFO_KEYS = ["backend", "bin_dir", "commit", "flags", "lib_dir", "source_dir"]
+INFO_KEYS = ["backend", "bin_dir", "commit", "flags", "lib_dir"]
+INFO_KEYS += ["repair", "self_test", "source_dir"]
 
 
 def test_info_prints_json_with_its_documented_keys(fake_source):
@@ -584,15 +783,15 @@ def test_info_prints_an_aligned_table(fake_source, tmp_path):
     result = CliRunner().invoke(toolchain, ["info", "--llama-cpp", str(own)])
     rows = [line.split() for line in result.stdout.splitlines()]
     assert rows[1] == ["backend", "user"]
-    assert rows[4:] == [["lib_dir", "none"], ["flags", "none"]]
+    assert rows[4:6] == [["lib_dir", "none"], ["flags", "none"]]
+    assert rows[6:] == [["repair", "none"], ["self_test", "not", "run"]]
 
 
 def test_info_without_a_build_is_our_error(cache):
     result = CliRunner().invoke(toolchain, ["info"])
     assert isinstance(result.exception, EwqError)
     assert str(result.exception) == (
-        "toolchain: llama.cpp: is not built; "
-        "run `ewq toolchain build` (or `make setup`)"
+        "toolchain: llama.cpp: is not built; run `ewq setup` (or `make setup`)"
     )
 
 

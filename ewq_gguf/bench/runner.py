@@ -37,6 +37,7 @@ from ewq_gguf.errors import (
     printable,
 )
 from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.process import N_CPUS, python_argv, run
 from ewq_gguf.records import (
@@ -352,7 +353,7 @@ def run_job(job: Job, on_progress: OnProgress) -> None:
             if failure.exists():
                 said = Failure.model_validate_json(failure.read_bytes())
                 failure.unlink()
-                raise said.error() from error
+                raise explain_failure(said.error()) from error
             if is_out_of_memory("\n".join(error.log_tail)):
                 raise too_large(model, "ran out of memory") from error
             error.subject = printable(model)
@@ -364,7 +365,7 @@ def run_job(job: Job, on_progress: OnProgress) -> None:
                 error.problem += f"; its RPC workers: {workers}"
             if job.reference is None:
                 error.remedy += "; what it finished is kept: run again to go on"
-            raise
+            raise explain_failure(error) from error
         except ResourceError as error:
             needed = identify(model).size_bytes / 1e9
             error.subject = printable(model)

@@ -20,7 +20,12 @@ from rich.progress import (
 )
 
 from ewq_gguf.llamacpp.build import BACKENDS, STAGE
-from ewq_gguf.llamacpp.toolchain import Toolchain, build_toolchain, find_toolchain
+from ewq_gguf.llamacpp.toolchain import (
+    Toolchain,
+    build_toolchain,
+    find_toolchain,
+    test_toolchain,
+)
 
 _NINJA_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 _PERCENT_BETWEEN_LINES = 10
@@ -46,13 +51,23 @@ def toolchain() -> None:
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 def build(backend: str, jobs: int | None, quiet: bool) -> None:
-    """Build it once; a build that is there already is used at once.
+    """Build llama.cpp once, and test it: a build counts when it computes.
 
-    Prints the build's folder.
+    A build that is there and has passed is used at once. Prints its folder.
     """
     with BuildProgress(quiet=quiet) as progress:
         built = build_toolchain(backend, jobs=jobs, on_line=progress.take)
     click.echo(built.bin_dir.parent)
+
+
+@toolchain.command()
+def test() -> None:
+    """Test the build again: tiny models, on every device, against numpy.
+
+    Exit code 0 means that all numbers are right, 4 that some are not or that it
+    crashed.
+    """
+    click.echo(f"self-test {test_toolchain()}")
 
 
 @toolchain.command()
@@ -65,10 +80,12 @@ def build(backend: str, jobs: int | None, quiet: bool) -> None:
 )
 def info(as_json: bool, llama_cpp: Path | None) -> None:
     """Say which llama.cpp is used."""
-    facts = _facts(find_toolchain(llama_cpp))
+    found = find_toolchain(llama_cpp)
+    facts = _facts(found)
     if as_json:
         click.echo(json.dumps(facts, indent=2, sort_keys=True))
         return
+    facts["self_test"] = str(found.self_test or "not run")
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         lines = value if isinstance(value, list) else [value]
@@ -77,7 +94,8 @@ def info(as_json: bool, llama_cpp: Path | None) -> None:
             name = ""
 
 
-def _facts(found: Toolchain) -> dict[str, str | list[str] | None]:
+def _facts(found: Toolchain) -> dict[str, object]:
+    tested = found.self_test
     return {
         "commit": found.commit,
         "backend": found.backend,
@@ -85,6 +103,8 @@ def _facts(found: Toolchain) -> dict[str, str | list[str] | None]:
         "bin_dir": str(found.bin_dir),
         "lib_dir": None if found.lib_dir is None else str(found.lib_dir),
         "flags": list(found.flags),
+        "repair": found.repair,
+        "self_test": None if tested is None else tested.to_record(),
     }
 
 

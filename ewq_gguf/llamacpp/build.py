@@ -1,7 +1,7 @@
 """Building llama.cpp with CMake and Ninja, in a folder of the cache.
 
-A build is complete when its record, written last, is there. Everything else in the
-folder may be half done: Ninja goes on from it.
+A build is complete when its record is there, which is written last, with the verdict
+of its self-test. Everything else in the folder may be half done: Ninja goes on from it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,23 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ewq_gguf import store
 from ewq_gguf.errors import ChildError, ToolError
-from ewq_gguf.libraries import LLAMA_CPP_COMMIT, RECORD_NAME, machine_key
+from ewq_gguf.libraries import (
+    LLAMA_CPP_COMMIT,
+    RECORD_NAME,
+    cpu_features,
+    machine_key,
+)
+from ewq_gguf.llamacpp.repairs import (
+    CMAKE_HOOK,
+    Repair,
+    has_short_tile_read,
+    repairs_for,
+    user_flags,
+)
 from ewq_gguf.process import run
 
 STAGE = "toolchain"
@@ -31,6 +44,7 @@ TOOLS = (
     "llama-perplexity",
     "llama-bench",
     "llama-gguf-split",
+    "llama-mtmd-cli",
     "ggml-rpc-server",
 )
 
@@ -44,15 +58,22 @@ OnLine = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a build: the same recipe on the same machine is built once."""
+    """What decides a build: the same recipe on the same machine is built once.
+
+    Attributes:
+        backend: cpu, cuda, metal or vulkan.
+        flags: that CMake is given.
+        environment: the user's CC, CXX, CFLAGS, CXXFLAGS and LDFLAGS, as NAME=VALUE.
+    """
 
     backend: str
     flags: tuple[str, ...]
+    environment: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
         """Where the build lives in the cache."""
-        text = "\n".join([*self.flags, machine_key()])
+        text = "\n".join([*self.flags, *self.environment, machine_key()])
         key = f"{zlib.crc32(text.encode()):08x}"
         name = f"{_SHORT_COMMIT}-{self.backend}-{key}"
         return store.cache_dir("toolchain") / name
@@ -88,11 +109,28 @@ def recipe_for(backend: str) -> Recipe:
         flags.append(f"-DGGML_{backend.upper()}=ON")
     if sys.platform == "darwin":
         flags.append(f"-DGGML_METAL={'ON' if backend == 'metal' else 'OFF'}")
-    return Recipe(backend=backend, flags=tuple(flags))
+    return Recipe(backend=backend, flags=tuple(flags), environment=user_flags())
 
 
-def is_complete(recipe: Recipe) -> bool:
-    """Whether a finished build of this recipe is there, with all of its files."""
+def repairs_here() -> tuple[Repair, ...]:
+    """The ways to build on this machine, the usual one first."""
+
+    def ask(command: list[str]) -> str:
+        with TemporaryDirectory() as folder:
+            log_path = Path(folder) / "compiler.log"
+            return run(
+                command,
+                stage=STAGE,
+                log_path=log_path,
+                timeout_seconds=_VERSION_SECONDS,
+            )
+
+    compiler = _find_program("CXX", ("c++", "g++", "clang++"))
+    return repairs_for(cpu_features(), lambda: has_short_tile_read(compiler, ask))
+
+
+def is_built(recipe: Recipe) -> bool:
+    """Whether all files of this recipe are there; whether they compute is not asked."""
     folder = recipe.folder
     record = read_record(folder)
     return (
@@ -160,8 +198,8 @@ def cuda_compiler() -> str | None:
 
 
 def build_tree(
-    source: Path, recipe: Recipe, *, jobs: int | None, on_line: OnLine
-) -> Path:
+    source: Path, recipe: Recipe, repair: Repair, *, jobs: int | None, on_line: OnLine
+) -> dict[str, object]:
     """Build a source tree, going on from an interrupted build.
 
     A folder left by an earlier run may hold a broken CMake cache or objects of a
@@ -170,11 +208,12 @@ def build_tree(
     Args:
         source: a folder with CMakeLists.txt.
         recipe: the flags.
+        repair: how this build differs from the usual one.
         jobs: compilers at once; None for one per CPU.
         on_line: called with each line that CMake and Ninja print.
 
     Returns:
-        The build folder, complete.
+        The record of the build, to be completed by its self-test and written last.
 
     Raises:
         ToolError: a compiler, CMake or Ninja is missing, or the tree is not the
@@ -189,32 +228,38 @@ def build_tree(
     (folder / RECORD_NAME).unlink(missing_ok=True)
     resumed = folder.is_dir()
     try:
-        _configure_and_build(source, folder, recipe, jobs, on_line)
+        _configure_and_build(source, folder, recipe, repair, jobs, on_line)
     except (ChildError, ToolError):
         if not resumed:
             raise
         on_line("toolchain: the earlier build is broken; starting afresh")
         shutil.rmtree(folder)
-        _configure_and_build(source, folder, recipe, jobs, on_line)
-    record = {
+        _configure_and_build(source, folder, recipe, repair, jobs, on_line)
+    return {
         "backend": recipe.backend,
         "build": LLAMA_CPP_BUILD,
         "commit": LLAMA_CPP_COMMIT,
         "compiler": _compiler_of(folder),
+        "environment": list(recipe.environment),
         "flags": list(recipe.flags),
         "machine": machine_key(),
+        "repair": repair.name,
         "source_dir": str(source),
     }
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    store.write_text(folder / RECORD_NAME, text, stage=STAGE, force=True)
-    return folder
 
 
 def _configure_and_build(
-    source: Path, folder: Path, recipe: Recipe, jobs: int | None, on_line: OnLine
+    source: Path,
+    folder: Path,
+    recipe: Recipe,
+    repair: Repair,
+    jobs: int | None,
+    on_line: OnLine,
 ) -> None:
     cmake, ninja = wheel_program("cmake"), wheel_program("ninja")
     store.ensure_dir(folder, STAGE)
+    hook = folder / "repair.cmake"
+    store.write_text(hook, CMAKE_HOOK, stage=STAGE, force=True)
     env = {"NINJA_STATUS": "[%f/%t] "}
     if recipe.backend == "cuda" and (nvcc := cuda_compiler()):
         env["CUDACXX"] = nvcc
@@ -222,7 +267,12 @@ def _configure_and_build(
     targets = [part for name in TOOLS for part in ("--target", name)]
     parallel = str(jobs or os.cpu_count() or 1)
     steps: dict[str, list[str | Path]] = {
-        "configure": ["-S", source, "-B", folder, "-G", "Ninja", make, *recipe.flags],
+        "configure": [
+            *(str(part) for part in ("-S", source, "-B", folder, "-G", "Ninja", make)),
+            *recipe.flags,
+            f"-DCMAKE_PROJECT_TOP_LEVEL_INCLUDES={hook}",
+            *repair.cmake_flags(),
+        ],
         "build": ["--build", folder, "--parallel", parallel, *targets],
     }
     for name, arguments in steps.items():

@@ -11,6 +11,7 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ChildError, InputError
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.plan.importance import Importance
 from ewq_gguf.process import run
@@ -89,7 +90,7 @@ def calibrate(
             if match := _TOO_SHORT.search("\n".join(error.log_tail)):
                 problem = f"has {match[2]} tokens, {match[1]} are needed"
                 raise InputError(STAGE, text, problem, "give a longer text") from error
-            raise
+            raise (explain_failure(error) if toolchain.lib_dir else error) from error
         found = read_imatrix(inside / _OUT)
         store.publish(inside / _OUT, out)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,23 @@ from ewq_gguf.llamacpp import source as source_tree
 from ewq_gguf.llamacpp.build import (
     LLAMA_CPP_BUILD,
     STAGE,
+    Recipe,
     build_tree,
     check_build_tools,
-    is_complete,
+    is_built,
     missing_files,
     read_record,
     recipe_for,
+    repairs_here,
+)
+from ewq_gguf.llamacpp.repairs import Repair
+from ewq_gguf.llamacpp.self_test import (
+    SelfTest,
+    can_test,
+    failed,
+    keep_self_test,
+    read_self_test,
+    run_self_test,
 )
 from ewq_gguf.llamacpp.source import CONVERTER_NAME
 from ewq_gguf.process import run
@@ -34,7 +45,7 @@ __all__ = [
     "find_toolchain",
 ]
 
-_BUILD_REMEDY = "run `ewq toolchain build` (or `make setup`)"
+_BUILD_REMEDY = "run `ewq setup` (or `make setup`)"
 _NEEDED_OPTIONS = ("--tensor-type-file", "--dry-run", "--override-kv", "--imatrix")
 _PROBE_SECONDS = 30.0
 
@@ -51,6 +62,9 @@ class Toolchain:
             pinned commit only.
         backend: cpu, cuda, metal, vulkan, or user.
         flags: what CMake was given; empty for a user's own.
+        repair: how the build had to differ from the usual one to pass its self-test;
+            `none` mostly.
+        self_test: of ours on this hardware; None where it has not run.
     """
 
     commit: str
@@ -59,6 +73,8 @@ class Toolchain:
     lib_dir: Path | None
     backend: str
     flags: tuple[str, ...]
+    repair: str = "none"
+    self_test: SelfTest | None = None
 
     def tool(self, name: str) -> Path:
         """The path of a tool, such as `llama-quantize`.
@@ -109,14 +125,17 @@ class Toolchain:
 
 
 def find_toolchain(llama_cpp: Path | None = None) -> Toolchain:
-    """The llama.cpp to use; reads a few files, and runs nothing if it is ours.
+    """The llama.cpp to use.
+
+    Of ours a few files are read. Where it was never tested on this hardware, or the
+    CPU, the GPU or the driver is another one since, it is tested now, in seconds.
 
     Args:
         llama_cpp: a user's own (a checkout, an install prefix, or a folder with the
             binaries); None for the one EWQ_LLAMA_CPP names, else ours.
 
     Raises:
-        ToolError: there is none, or it lacks something.
+        ToolError: there is none, it lacks something, or fails its self-test.
     """
     chosen = llama_cpp or os.environ.get("EWQ_LLAMA_CPP")
     if chosen:
@@ -136,7 +155,31 @@ def find_toolchain(llama_cpp: Path | None = None) -> Toolchain:
     if missing := missing_files(folder):
         names = ", ".join(missing)
         raise ToolError(STAGE, folder, f"{names} vanished from it", _BUILD_REMEDY)
-    return _our_toolchain(folder, record)
+    backend = str(record.get("backend"))
+    if read_self_test(record, backend) is None and can_test():
+        keep_self_test(folder, record, run_self_test(folder / "bin", backend))
+        record = read_record(folder) or record
+    found = _our_toolchain(folder, record)
+    if found.self_test is not None and not found.self_test.is_ok:
+        raise failed(found.self_test)
+    return found
+
+
+def test_toolchain() -> SelfTest:
+    """Run the self-test of our build anew.
+
+    Raises:
+        ToolError: there is no build, or it fails.
+    """
+    folder = default_build()
+    record = None if folder is None else read_record(folder)
+    if folder is None or record is None:
+        raise ToolError(STAGE, "llama.cpp", "is not built", _BUILD_REMEDY)
+    verdict = run_self_test(folder / "bin", str(record.get("backend")))
+    keep_self_test(folder, record, verdict)
+    if not verdict.is_ok:
+        raise failed(verdict)
+    return verdict
 
 
 def build_toolchain(
@@ -147,7 +190,9 @@ def build_toolchain(
 ) -> Toolchain:
     """Build llama.cpp at the pinned commit, or take the build that is there.
 
-    It becomes the one that `find_toolchain` and the bindings use.
+    A build counts when it has passed its self-test. One that does not is built again
+    with the suspected cause taken away. It becomes the one that `find_toolchain` and
+    the bindings use.
 
     Args:
         backend: cpu, cuda, metal or vulkan.
@@ -156,8 +201,8 @@ def build_toolchain(
             Ninja's with `[done/all]`.
 
     Raises:
-        ToolError: a compiler or a tool is missing, or the submodule is at another
-            commit.
+        ToolError: a compiler or a tool is missing, the submodule is at another
+            commit, or no build passes the self-test.
         ChildError: CMake or a compiler failed.
         NetworkError: the source cannot be fetched.
         LockedError: another process is building.
@@ -167,19 +212,80 @@ def build_toolchain(
     tell = on_line or _silent
     folder = recipe.folder
     source = source_tree.find_source()
-    if not is_complete(recipe) or source is None:
+    record = read_record(folder) if is_built(recipe) and source is not None else None
+    verdict = None if record is None else read_self_test(record, backend)
+    if verdict is None or not verdict.is_ok:
+        if not can_test():
+            problem = "is not installed, and a build is tested through it"
+            raise ToolError(STAGE, "llama-cpp-python", problem, "run `ewq setup`")
         with store.locked(store.cache_dir("toolchain"), stage=STAGE):
-            if not is_complete(recipe):
+            if not is_built(recipe):
                 check_build_tools(backend)
             source = source_tree.obtain_source(lambda text: tell(f"{STAGE}: {text}"))
-            # Another process may have finished it while this one waited to look.
-            if not is_complete(recipe):
-                tell(f"{STAGE}: building llama.cpp ({backend}) in {folder}")
-                build_tree(source, recipe, jobs=jobs, on_line=tell)
+            _build_until_it_computes(source, recipe, jobs, tell)
     if default_build() != folder:
         _point_to(folder)
-    record = read_record(folder) or {}
-    return _our_toolchain(folder, record)
+    return _our_toolchain(folder, read_record(folder) or {})
+
+
+def _build_until_it_computes(
+    source: Path, recipe: Recipe, jobs: int | None, tell: Callable[[str], None]
+) -> None:
+    """Build and test, with one suspected cause more taken away after each failure.
+
+    Raises:
+        ToolError: no build passes its self-test.
+        ChildError: the usual build does not compile.
+    """
+    folder, backend = recipe.folder, recipe.backend
+    repairs = repairs_here()
+    failure = "it was not tested"
+    for repair in repairs[_first_to_try(recipe, repairs) :]:
+        record = read_record(folder) if is_built(recipe) else None
+        if record is None or record.get("repair", "none") != repair.name:
+            more = f", {repair.what}" if repair.what else ""
+            tell(f"{STAGE}: building llama.cpp ({backend}) in {folder}{more}")
+            try:
+                record = build_tree(source, recipe, repair, jobs=jobs, on_line=tell)
+            except ChildError as error:
+                if repair == repairs[0]:
+                    raise
+                # The compiler may not know an option; the next repair has others.
+                failure = error.problem
+                continue
+        verdict = run_self_test(folder / "bin", backend)
+        keep_self_test(folder, record, verdict)
+        tell(f"{STAGE}: self-test {verdict}")
+        if verdict.is_ok:
+            if repair != repairs[0]:
+                tell(
+                    f"{STAGE}: llama.cpp computes here only when it is built "
+                    f"{repair.what}; what it costs: {repair.cost}"
+                )
+            return
+        failure = str(verdict.problem)
+        if verdict.failed_device not in {None, "CPU"}:
+            remedy = "update the driver, or run `ewq setup --backend cpu`"
+            raise ToolError(STAGE, verdict.failed_device, failure, remedy)
+    raise ToolError(
+        STAGE,
+        "llama.cpp",
+        f"no build of it passes the self-test on this machine; the last: {failure}",
+        "tell us your CPU and compiler, or name a llama.cpp of your own with "
+        "--llama-cpp",
+    )
+
+
+def _first_to_try(recipe: Recipe, repairs: Sequence[Repair]) -> int:
+    """The repair that is built already, or the first: where all have failed, again."""
+    record = (read_record(recipe.folder) if is_built(recipe) else None) or {}
+    names = [repair.name for repair in repairs]
+    built = str(record.get("repair", "none"))
+    if built not in names:
+        return 0
+    verdict = read_self_test(record, recipe.backend)
+    has_failed = verdict is not None and not verdict.is_ok
+    return 0 if has_failed and built == names[-1] else names.index(built)
 
 
 def _silent(_line: str) -> None:
@@ -202,6 +308,8 @@ def _our_toolchain(folder: Path, record: dict[str, object]) -> Toolchain:
         lib_dir=folder / "bin",
         backend=str(record.get("backend")),
         flags=tuple(flags) if isinstance(flags, list) else (),
+        repair=str(record.get("repair", "none")),
+        self_test=read_self_test(record, str(record.get("backend"))),
     )
 
 
@@ -271,5 +379,4 @@ def _ask(program: Path, option: str) -> tuple[int, str]:
             )
             return 0, text
         except ChildError as error:
-            text = log_path.read_text(encoding="utf-8", errors="replace")
-            return error.return_code, text
+            return error.return_code, error.output

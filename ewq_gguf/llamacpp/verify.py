@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
-from ewq_gguf.errors import ChildError, ToolError, VerificationError
+from ewq_gguf.errors import ChildError, ToolError, VerificationError, printable
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.plan.importance import file_keys
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Plan, Verification, VerifiedTensor
@@ -31,6 +32,7 @@ def verify_file(plan: Plan, path: Path, *, load: bool = True) -> Verification:
 
     Raises:
         VerificationError: it is not what the plan says; all differences with it.
+        ToolError, ChildError: it does not load; the toolchain's fault, or its own.
     """
     gguf = read_gguf(path)
     differences = tuple(_differences(plan, gguf))
@@ -116,7 +118,9 @@ def _answer(path: Path) -> str:
     """What the file says to the prompt, in a child that may crash.
 
     Raises:
-        VerificationError: it does not load, or its numbers are broken.
+        ToolError: it does not load or compute because the toolchain is at fault.
+        ChildError: it does not load or compute though it is what its plan says.
+        VerificationError: its numbers are broken.
     """
     argv = python_argv(
         "ewq_gguf.llamacpp.speak_child", path.absolute(), PROMPT, str(_N_TOKENS)
@@ -130,15 +134,16 @@ def _answer(path: Path) -> str:
                 env={"PYTHONSAFEPATH": "1"},  # the working folder may hold any code
             )
     except ChildError as error:
-        raise VerificationError(
-            "verify", path, f"does not load: {error.problem}", error.remedy
-        ) from error
+        error.subject = printable(path)
+        error.problem = f"is what its plan says, and does not load: {error.problem}"
+        raise explain_failure(error) from error
     result = json.loads(text.splitlines()[-1])
     if not result["is_finite"]:
-        raise VerificationError(
+        broken = VerificationError(
             "verify",
             path,
             "is numerically broken: its logits hold NaN",
             "do not use it",
         )
+        raise explain_failure(broken)
     return str(result["answer"])
