@@ -497,6 +497,16 @@ def test_only_objects_that_a_repair_touches_are_compiled_again(needs):
     assert "-fno-tree-dse" not in flags_of(folder, "quants.c")
 
 
+def test_tools_that_crash_when_they_start_are_a_failed_self_test(needs, fake_source):
+    """A hypervisor may show instructions that the CPU backend uses at once."""
+    crashing = FAKE_MAIN.replace("{ puts", "{ __builtin_trap(); puts")
+    (fake_source / "main.c").write_text(crashing)
+    needs("-mno-avx512f")
+    lines: list[str] = []
+    assert build_toolchain(on_line=lines.append).repair == "no-avx512"
+    assert "toolchain: the earlier build is broken; starting afresh" not in lines
+
+
 def test_a_known_cause_is_taken_away_before_the_first_build(needs, monkeypatch):
     monkeypatch.setattr(build, "has_short_tile_read", lambda compiler, ask: True)
     needs("-fno-dse", "mmq.cpp")
