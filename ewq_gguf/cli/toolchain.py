@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -31,24 +32,34 @@ _NINJA_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 _PERCENT_BETWEEN_LINES = 10
 
 
+def backend_option(
+    *, default: str | None, note: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`--backend`; `note` says what holds without it where there is no default."""
+    return click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default=default,
+        show_default=default is not None,
+        help=f"What computes besides the CPU.{note}",
+    )
+
+
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Compilers at once.  [default: one per CPU]",
+)
+
+
 @click.group()
 def toolchain() -> None:
     """Build llama.cpp at the pinned commit, or say which one is used."""
 
 
 @toolchain.command()
-@click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default="cpu",
-    show_default=True,
-    help="What computes besides the CPU.",
-)
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    help="Compilers at once.  [default: one per CPU]",
-)
+@backend_option(default="cpu")
+@jobs_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 def build(backend: str, jobs: int | None, quiet: bool) -> None:
     """Build llama.cpp once, and test it: a build counts when it computes.

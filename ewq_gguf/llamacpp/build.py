@@ -26,6 +26,7 @@ from ewq_gguf.libraries import (
     cpu_features,
     machine_key,
 )
+from ewq_gguf.llamacpp import install_lines
 from ewq_gguf.llamacpp.repairs import (
     CMAKE_HOOK,
     Repair,
@@ -172,23 +173,21 @@ def check_build_tools(backend: str) -> None:
                 STAGE,
                 f"{language} compiler",
                 f"none of {', '.join(names)} is in PATH",
-                f"run `{_compiler_install_line()}`",
+                install_lines.remedy("compiler"),
             )
     if backend == "cuda" and cuda_compiler() is None:
         raise ToolError(
             STAGE,
             "nvcc",
             "is not in PATH, and the CUDA backend needs it",
-            "install the CUDA toolkit and add its bin folder to PATH, or use "
-            "--backend cpu",
+            install_lines.remedy("nvcc") + ", add its bin folder to PATH if it is elsewhere, or use --backend cpu",
         )
     if backend == "vulkan" and shutil.which("glslc") is None:
         raise ToolError(
             STAGE,
             "glslc",
             "is not in PATH, and the Vulkan backend needs it",
-            "install the Vulkan SDK (Debian, Ubuntu: `apt install libvulkan-dev "
-            "glslc spirv-headers`), or use --backend cpu",
+            install_lines.remedy("glslc") + ", or use --backend cpu",
         )
 
 
@@ -337,20 +336,6 @@ def _find_program(variable: str, names: tuple[str, ...]) -> str | None:
         if found := shutil.which(name):
             return found
     return None
-
-
-def _compiler_install_line() -> str:
-    if sys.platform == "darwin":
-        return "xcode-select --install"
-    for program, line in (
-        ("dnf", "dnf install gcc-c++"),
-        ("pacman", "pacman -S base-devel"),
-        ("zypper", "zypper install gcc-c++"),
-        ("apk", "apk add build-base"),
-    ):
-        if shutil.which(program) and not shutil.which("apt"):
-            return line
-    return "apt install build-essential"
 
 
 def _compiler_of(folder: Path) -> str:

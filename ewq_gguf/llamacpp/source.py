@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ewq_gguf import store
+from ewq_gguf import packages, store
 from ewq_gguf.errors import ChildError, NetworkError, ResourceError, ToolError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.process import run
@@ -61,7 +61,7 @@ def obtain_source(note: Note, checkout: Path = _CHECKOUT) -> Path:
         A folder with llama.cpp's CMakeLists.txt.
 
     Raises:
-        ToolError: the submodule is at another commit, or pip cannot be used.
+        ToolError: the submodule is at another commit, or there is no pip.
         NetworkError: the tree cannot be fetched.
     """
     submodule = checkout / SUBMODULE
@@ -170,19 +170,17 @@ def download_sdist(note: Note) -> Path:
     """The source distribution of llama-cpp-python, from the package index or cache.
 
     Raises:
-        ToolError: pip or scikit-build-core is missing.
+        ToolError: scikit-build-core is missing, or there is no pip to be had.
         NetworkError: the index cannot be reached.
     """
     downloads = store.cache_dir("downloads")
     archive = downloads / _SDIST
     if archive.is_file():
         return archive
-    for module, remedy in (
-        ("pip", "run `python -m ensurepip`"),
-        ("scikit_build_core", "run `pip install scikit-build-core`"),
-    ):
-        if importlib.util.find_spec(module) is None:
-            raise ToolError(STAGE, module, "is not installed", remedy)
+    # pip reads the archive's metadata with it before it keeps the archive.
+    if importlib.util.find_spec("scikit_build_core") is None:
+        remedy = f"run `{packages.install_line('scikit-build-core')}`"
+        raise ToolError(STAGE, "scikit-build-core", "is not installed", remedy)
     note(f"fetching llama.cpp in llama-cpp-python {BINDINGS_VERSION} (77 MB)")
     with store.replacing(archive, stage=STAGE) as temporary:
         _pip_download(temporary.parent, downloads / "pip.log")
@@ -266,14 +264,12 @@ def _not_our_tree(archive: Path, problem: str) -> ToolError:
 
 def _pip_download(folder: Path, log_path: Path) -> None:
     try:
-        run(
-            [sys.executable, "-m", "pip", "download"]
-            + ["--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+        packages.run_pip(
+            ["download", "--no-deps", "--no-build-isolation"]
             + ["--no-binary", "llama-cpp-python", "--dest", str(folder)]
             + [f"llama-cpp-python=={BINDINGS_VERSION}"],
             stage=STAGE,
             log_path=log_path,
-            env={"PIP_NO_INPUT": "1"},
             timeout_seconds=_FETCH_SECONDS,
         )
     except ChildError as error:

@@ -79,7 +79,7 @@ def check_bindings(stage: str) -> None:
     """
     if not can_load():
         raise ToolError(
-            stage, "llama-cpp-python", "is not installed", "run `make setup`"
+            stage, "llama-cpp-python", "is not installed", "run `ewq setup`"
         )
 
 

@@ -1,0 +1,68 @@
+"""`ewq doctor`: what is wrong with an installation, and what repairs it.
+
+Nothing heavy is imported here: a package that is broken is found in a child process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ewq_gguf.doctor import llama_cpp, machine, network, python
+from ewq_gguf.doctor.check import Check, Finding, failure
+from ewq_gguf.errors import EwqError
+
+__all__ = ["Check", "check_names", "examine"]
+
+#: Name -> check, in the order they are printed: what others need comes first.
+_CHECKS: dict[str, Callable[[], Finding | None]] = {
+    "python": python.interpreter,
+    "packages": python.core_packages,
+    "converter packages": python.converter_packages,
+    "extras": python.optional_packages,
+    "imports": python.imports,
+    "encoding": python.encoding,
+    "temporary files": python.temporary_files,
+    "llama.cpp": llama_cpp.toolchain,
+    "self-test": llama_cpp.self_test,
+    "bindings": llama_cpp.bindings_version,
+    "bindings load": llama_cpp.bindings_load,
+    "compiler": llama_cpp.compiler,
+    "backend": llama_cpp.backend,
+    "nvcc": llama_cpp.nvcc,
+    "devices": llama_cpp.devices,
+    "cpu": machine.cpu,
+    "memory": machine.memory,
+    "limits": machine.limits,
+    "cache": machine.cache,
+    "working folder": machine.working_folder,
+    "hub cache": machine.hub_cache,
+    "proxy": network.proxy,
+    "certificates": network.certificates,
+    "hub": network.hub,
+}
+
+
+def check_names() -> tuple[str, ...]:
+    """What may be checked, in order."""
+    return tuple(_CHECKS)
+
+
+def examine() -> Iterator[Check]:
+    """Check everything, one thing after another.
+
+    What does not apply on this machine is left out.
+    """
+    for name, check in _CHECKS.items():
+        try:
+            found = check()
+        except EwqError as error:
+            parts = filter(None, [error.subject, error.problem])
+            found = failure(": ".join(parts), error.remedy)
+        except ImportError as error:
+            found = failure(str(error), python.repair_line())
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            problem = f"{where}{error.strerror or error}"
+            found = failure(problem, "check the disk and its permissions")
+        if found is not None:
+            yield Check(name, found.status, found.found, found.remedy)

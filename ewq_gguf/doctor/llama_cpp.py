@@ -1,0 +1,275 @@
+"""llama.cpp, the bindings, and what they are built with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+
+from ewq_gguf import packages
+from ewq_gguf.doctor import gpus
+from ewq_gguf.doctor.check import Finding, failure, ok, size_text, warning
+from ewq_gguf.errors import ChildError, EwqError, ToolError
+from ewq_gguf.libraries import (
+    LIBRARY_VARIABLE,
+    LLAMA_CPP_COMMIT,
+    default_build,
+    machine_key,
+    pointer_path,
+)
+from ewq_gguf.llamacpp import bindings, install_lines
+from ewq_gguf.llamacpp.build import (
+    check_build_tools,
+    cuda_compiler,
+    read_record,
+    wheel_program,
+)
+from ewq_gguf.llamacpp.devices import list_devices
+from ewq_gguf.llamacpp.source import BINDINGS_VERSION
+from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
+from ewq_gguf.process import run
+
+STAGE = "doctor"
+
+_COMPILE_SECONDS = 120.0
+_MIN_FREE_BYTES = 1 << 30
+_SETUP = "run `ewq setup`"
+#: What llama.cpp needs of a compiler and its headers: C++17 with threads.
+_CPP = """\
+#include <filesystem>
+#include <thread>
+int main() { std::thread([] {}).join(); return std::filesystem::exists("/") ? 0 : 1; }
+"""
+_CU = "__global__ void nothing() {}\nint main() { nothing<<<1, 1>>>(); return 0; }\n"
+
+
+def toolchain() -> Finding:
+    """Whether there is a llama.cpp, whole, and made for this CPU."""
+    found = find_toolchain_of_this_cpu()
+    _ = found.tool("llama-imatrix"), found.tool("llama-perplexity"), found.converter
+    if found.backend == "user":
+        return ok(f"your own, commit {found.commit}, in {found.bin_dir}")
+    return ok(f"{found.commit[:9]} for {found.backend}, {found.bin_dir.parent}")
+
+
+def find_toolchain_of_this_cpu() -> Toolchain:
+    """The llama.cpp in use.
+
+    Raises:
+        ToolError: there is none, it lacks something, or another CPU's is here instead.
+    """
+    try:
+        found = find_toolchain()
+    except ToolError as error:
+        others = sorted(pointer_path().parent.glob("*.default.json"))
+        if os.environ.get("EWQ_LLAMA_CPP") or pointer_path() in others or not others:
+            raise
+        problem = f"is built for {len(others)} other kinds of CPU and not for this one"
+        raise ToolError(STAGE, "llama.cpp", problem, _SETUP) from error
+    folder = default_build()
+    if found.backend != "user" and folder is not None:
+        made_on = (read_record(folder) or {}).get("machine")
+        if made_on != machine_key():
+            problem = f"was built for another CPU ({made_on}; this is {machine_key()})"
+            remedy = f"run `rm -r {shlex.quote(str(folder))} && ewq setup`"
+            raise ToolError(STAGE, folder, problem, remedy)
+    return found
+
+
+def self_test() -> Finding | None:
+    """What the build's test on this machine said."""
+    folder = default_build()
+    record = None if folder is None else read_record(folder)
+    if folder is None or record is None or os.environ.get("EWQ_LLAMA_CPP"):
+        return None
+    verdict = record.get("self_test")
+    if not isinstance(verdict, dict):
+        return warning("the build was not tested on this machine", _SETUP)
+    if not verdict.get("is_ok"):
+        return failure(
+            f"the build computes wrongly or crashes: {verdict.get('problem')}",
+            f"run `rm -r {shlex.quote(str(folder))} && ewq setup`",
+        )
+    seconds = verdict.get("seconds")
+    took = f" in {seconds:.1f} s" if isinstance(seconds, int | float) else ""
+    return ok(f"passed{took}")
+
+
+def bindings_version() -> Finding:
+    """Whether the bindings are those of the pinned llama.cpp."""
+    found = packages.installed_version(bindings.DISTRIBUTION)
+    if found is None:
+        problem = f"{bindings.DISTRIBUTION} is not installed: no file can be measured"
+        return failure(problem, _SETUP)
+    if found != BINDINGS_VERSION:
+        return failure(
+            f"{bindings.DISTRIBUTION} {found} does not fit the pinned llama.cpp, "
+            f"{BINDINGS_VERSION} does",
+            _SETUP,
+        )
+    return ok(f"{bindings.DISTRIBUTION} {found}")
+
+
+def bindings_load() -> Finding | None:
+    """Whether the bindings load, and load our build."""
+    if packages.installed_version(bindings.DISTRIBUTION) is None:
+        return None
+    folder = default_build()
+    ours = None if folder is None else folder / "bin"
+    named = os.environ.get(LIBRARY_VARIABLE)
+    is_elsewhere = named is not None and (ours is None or Path(named) != ours)
+    unset = f"run `unset {LIBRARY_VARIABLE}`"
+    try:
+        library = bindings.loaded_library()
+    except EwqError as error:
+        if is_elsewhere:
+            return failure(f"{LIBRARY_VARIABLE}={named}: {error.problem}", unset)
+        raise
+    if is_elsewhere:
+        return warning(
+            f"{LIBRARY_VARIABLE} points to {named}, which may not be the pinned "
+            "llama.cpp",
+            unset,
+        )
+    return ok(str(library))
+
+
+def compiler() -> Finding:
+    """Whether the C++ compiler, CMake and Ninja work; needed to build only."""
+    try:
+        check_build_tools("cpu")
+        for tool in ("cmake", "ninja"):
+            wheel_program(tool)
+        version = _compile(_cpp_compiler(), ["-std=c++17", "-pthread"], "main.cpp", _CPP)
+    except EwqError as error:
+        subject = f"{error.subject}: " if error.subject else ""
+        problem, remedy = f"{subject}{error.problem}", error.remedy
+        if isinstance(error, ChildError):
+            problem = f"{subject}cannot compile C++17 ({error.problem})"
+            remedy = install_lines.remedy("compiler")
+        if _is_set_up():
+            return warning(f"{problem}; needed at the next build only", remedy)
+        return failure(problem, remedy)
+    return ok(version)
+
+
+def backend() -> Finding | None:
+    """Whether the build uses the GPU that is there, and finds the driver it needs."""
+    try:
+        found = find_toolchain()
+    except EwqError:
+        return None
+    if problem := gpus.driver_problem():
+        return failure(
+            f"NVIDIA's driver does not answer: {problem}",
+            "run `nvidia-smi`; restart the machine after an update of the driver",
+        )
+    nvidia = gpus.nvidia_gpus()
+    if found.backend == "cuda" and not nvidia:
+        return failure(
+            "llama.cpp is built for CUDA, and there is no GPU or driver of NVIDIA",
+            "install the driver, or run `ewq setup --backend cpu`",
+        )
+    if found.backend == "cpu" and nvidia:
+        first = "" if cuda_compiler() else f"{install_lines.remedy('nvcc')}, then "
+        return warning(
+            f"llama.cpp is built for the CPU only, and {nvidia[0]} is there",
+            f"{first}run `ewq setup --backend cuda`",
+        )
+    if found.backend == "cpu" and gpus.is_apple_gpu():
+        return warning(
+            "llama.cpp is built for the CPU only, and this Mac has a GPU",
+            "run `ewq setup --backend metal`",
+        )
+    return ok(found.backend if found.backend != "user" else "as your llama.cpp has it")
+
+
+def nvcc() -> Finding | None:
+    """Whether CUDA's compiler takes the C++ compiler that is there."""
+    path = cuda_compiler()
+    if path is None or gpus.driver_problem() or not gpus.nvidia_gpus():
+        return None
+    host = os.environ.get("CUDAHOSTCXX")
+    arguments = ["-ccbin", host] if host else []
+    try:
+        return ok(_compile(path, arguments, "main.cu", _CU, version_line=-1))
+    except EwqError as error:
+        return warning(
+            f"{path} cannot compile ({error.problem}); needed at the next build only",
+            "name a C++ compiler that this CUDA knows: `export CUDAHOSTCXX=g++-13`",
+        )
+
+
+def devices() -> Finding | None:
+    """What llama.cpp finds to compute with: its tools run, or do not."""
+    try:
+        found = find_toolchain()
+        tool = found.tool("llama-bench")
+    except EwqError:
+        return None
+    try:
+        listed = list_devices(found)
+    except EwqError as error:
+        is_own = found.backend == "user"
+        again = "build it on this machine" if is_own else _rebuild(found.bin_dir.parent)
+        return failure(f"{tool.name} cannot run: {error.problem}", again)
+    if not listed:
+        if found.backend in ("cuda", "metal", "vulkan"):
+            return failure(
+                f"llama.cpp is built for {found.backend} and finds no device",
+                "install the GPU's driver, or run `ewq setup --backend cpu`",
+            )
+        return ok("the CPU")
+    text = ", ".join(
+        f"{d.name} {d.description}: {size_text(d.free_bytes)} of "
+        f"{size_text(d.total_bytes)} free"
+        for d in listed
+    )
+    if max(d.free_bytes for d in listed) < _MIN_FREE_BYTES:
+        return warning(text, "end what uses the GPU's memory, or use --device cpu")
+    return ok(text)
+
+
+def _rebuild(folder: Path) -> str:
+    return f"run `rm -r {shlex.quote(str(folder))} && ewq setup`"
+
+
+def _is_set_up() -> bool:
+    """Whether nothing has to be built before the commands work."""
+    try:
+        find_toolchain()
+    except EwqError:
+        return False
+    return bindings.are_installed()
+
+
+def _cpp_compiler() -> str:
+    """The C++ compiler that CMake takes, after it was found to be there."""
+    chosen = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, chosen)))
+
+
+def _compile(
+    compiler: str, arguments: list[str], name: str, text: str, version_line: int = 0
+) -> str:
+    """Compile a small program; its compiler's version.
+
+    Raises:
+        ToolError, ChildError: it cannot be compiled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / name
+        source.write_text(text)
+
+        def call(*options: str | Path) -> str:
+            return run(
+                [compiler, *options],
+                stage=STAGE,
+                log_path=Path(folder) / "compiler.log",
+                timeout_seconds=_COMPILE_SECONDS,
+            )
+
+        call(*arguments, source, "-o", Path(folder) / "program")
+        return call("--version").strip().splitlines()[version_line]
