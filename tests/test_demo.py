@@ -23,7 +23,6 @@ from ewq_gguf.errors import (
     LockedError,
     NetworkError,
     ResourceError,
-    ToolError,
     UsageError,
 )
 from ewq_gguf.process import python_argv, run

@@ -7,9 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from ewq_gguf import store
+from ewq_gguf.doctor import child
 from ewq_gguf.errors import ChildError
-from ewq_gguf.process import run
 
 _DRIVER_SECONDS = 30.0
 _DEVICE = Path("/dev/nvidia0")
@@ -24,14 +23,8 @@ def nvidia_gpus() -> tuple[str, ...]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ("a GPU of NVIDIA",) if _DEVICE.exists() else ()
-    log_path = store.cache_dir("logs") / "nvidia-smi.log"
-    text = run(
-        [tool, "--query-gpu=name", "--format=csv,noheader"],
-        stage="doctor",
-        log_path=log_path,
-        timeout_seconds=_DRIVER_SECONDS,
-    )
-    log_path.unlink(missing_ok=True)
+    argv = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    text = child.output(argv, seconds=_DRIVER_SECONDS)
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 

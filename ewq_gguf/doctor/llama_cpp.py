@@ -9,12 +9,11 @@ import tempfile
 from pathlib import Path
 
 from ewq_gguf import packages
-from ewq_gguf.doctor import gpus
+from ewq_gguf.doctor import child, gpus
 from ewq_gguf.doctor.check import Finding, failure, ok, size_text, warning
 from ewq_gguf.errors import ChildError, EwqError, ToolError
 from ewq_gguf.libraries import (
     LIBRARY_VARIABLE,
-    LLAMA_CPP_COMMIT,
     default_build,
     machine_key,
     pointer_path,
@@ -29,9 +28,6 @@ from ewq_gguf.llamacpp.build import (
 from ewq_gguf.llamacpp.devices import list_devices
 from ewq_gguf.llamacpp.source import BINDINGS_VERSION
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
-from ewq_gguf.process import run
-
-STAGE = "doctor"
 
 _COMPILE_SECONDS = 120.0
 _MIN_FREE_BYTES = 1 << 30
@@ -67,14 +63,14 @@ def find_toolchain_of_this_cpu() -> Toolchain:
         if os.environ.get("EWQ_LLAMA_CPP") or pointer_path() in others or not others:
             raise
         problem = f"is built for {len(others)} other kinds of CPU and not for this one"
-        raise ToolError(STAGE, "llama.cpp", problem, _SETUP) from error
+        raise ToolError("doctor", "llama.cpp", problem, _SETUP) from error
     folder = default_build()
     if found.backend != "user" and folder is not None:
         made_on = (read_record(folder) or {}).get("machine")
         if made_on != machine_key():
             problem = f"was built for another CPU ({made_on}; this is {machine_key()})"
             remedy = f"run `rm -r {shlex.quote(str(folder))} && ewq setup`"
-            raise ToolError(STAGE, folder, problem, remedy)
+            raise ToolError("doctor", folder, problem, remedy)
     return found
 
 
@@ -142,13 +138,16 @@ def compiler() -> Finding:
         check_build_tools("cpu")
         for tool in ("cmake", "ninja"):
             wheel_program(tool)
-        version = _compile(_cpp_compiler(), ["-std=c++17", "-pthread"], "main.cpp", _CPP)
+        version = _compile(_cpp_compiler(), ["-std=c++17", "-pthread"], "a.cpp", _CPP)
     except EwqError as error:
         subject = f"{error.subject}: " if error.subject else ""
         problem, remedy = f"{subject}{error.problem}", error.remedy
         if isinstance(error, ChildError):
             problem = f"{subject}cannot compile C++17 ({error.problem})"
+            set_ones = [name for name in ("CC", "CXX") if os.environ.get(name)]
             remedy = install_lines.remedy("compiler")
+            if set_ones:
+                remedy = f"run `unset {' '.join(set_ones)}`, or {remedy}"
         if _is_set_up():
             return warning(f"{problem}; needed at the next build only", remedy)
         return failure(problem, remedy)
@@ -194,7 +193,7 @@ def nvcc() -> Finding | None:
     host = os.environ.get("CUDAHOSTCXX")
     arguments = ["-ccbin", host] if host else []
     try:
-        return ok(_compile(path, arguments, "main.cu", _CU, version_line=-1))
+        return ok(_compile(path, arguments, "a.cu", _CU, version_line=-1))
     except EwqError as error:
         return warning(
             f"{path} cannot compile ({error.problem}); needed at the next build only",
@@ -263,13 +262,8 @@ def _compile(
         source = Path(folder) / name
         source.write_text(text)
 
-        def call(*options: str | Path) -> str:
-            return run(
-                [compiler, *options],
-                stage=STAGE,
-                log_path=Path(folder) / "compiler.log",
-                timeout_seconds=_COMPILE_SECONDS,
-            )
-
-        call(*arguments, source, "-o", Path(folder) / "program")
-        return call("--version").strip().splitlines()[version_line]
+        program = Path(folder) / "program"
+        argv = [compiler, *arguments, str(source), "-o", str(program)]
+        child.output(argv, seconds=_COMPILE_SECONDS)
+    text = child.output([compiler, "--version"], seconds=_COMPILE_SECONDS)
+    return text.strip().splitlines()[version_line]

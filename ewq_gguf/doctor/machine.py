@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.doctor.check import Finding, failure, ok, size_text, warning
+from ewq_gguf.errors import ResourceError
 from ewq_gguf.libraries import machine_key
 from ewq_gguf.process import N_CPUS, available_memory
 
@@ -77,9 +78,16 @@ def limits() -> Finding:
 
 def cache() -> Finding:
     """Whether the cache can be written and locked, and what lies in it."""
-    folder = store.cache_dir()
-    with tempfile.TemporaryFile(dir=folder), store.locked(folder / "doctor", stage="doctor", wait=True):
-        pass
+    another = "name another folder: `export EWQ_CACHE=FOLDER`"
+    try:
+        folder = store.cache_dir()
+        with (
+            tempfile.TemporaryFile(dir=folder),
+            store.locked(folder / "doctor", stage="doctor", wait=True),
+        ):
+            pass
+    except (ResourceError, OSError) as error:
+        return failure(f"cannot be written or locked: {error}", another)
     free = shutil.disk_usage(folder).free
     n_files, size_bytes = _content(folder)
     found = f"{folder}: {size_text(size_bytes)} in {n_files:,} files"
@@ -95,7 +103,7 @@ def cache() -> Finding:
     if free < _MIN_CACHE_BYTES:
         return warning(
             f"{found}: a base of 16 bits is kept there for each model",
-            "free some space, or name another folder: `export EWQ_CACHE=FOLDER`",
+            f"free some space, or {another}",
         )
     return ok(found)
 

@@ -8,10 +8,10 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ewq_gguf import store
+from ewq_gguf.doctor import child
 from ewq_gguf.doctor.check import Finding, failure, ok, warning
 from ewq_gguf.errors import EwqError
-from ewq_gguf.process import python_argv, run
+from ewq_gguf.process import python_argv
 
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 _SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -91,7 +91,8 @@ def hub() -> Finding:
         return failure(
             f"{where} refuses the token"
             + (" in HF_TOKEN" if from_variable else ", and with it public models too"),
-            "make another at " + f"{endpoint}/settings/tokens, then "
+            "make another at "
+            + f"{endpoint}/settings/tokens, then "
             + ("`export HF_TOKEN=...`" if from_variable else "run `hf auth login`"),
         )
     return warning(f"{where} answers {status}", "try again later")
@@ -103,14 +104,7 @@ def _ask() -> dict[str, object]:
     Raises:
         ChildError, ResourceError: it took too long or crashed.
     """
-    log_path = store.cache_dir("logs") / "doctor-hub.log"
-    text = run(
-        python_argv("ewq_gguf.checkpoint.hub_child", str(_HUB_SECONDS)),
-        stage="doctor",
-        log_path=log_path,
-        env={"PYTHONSAFEPATH": "1"},
-        timeout_seconds=_CHILD_SECONDS,
-    )
-    log_path.unlink(missing_ok=True)
+    argv = python_argv("ewq_gguf.checkpoint.hub_child", str(_HUB_SECONDS))
+    text = child.output(argv, seconds=_CHILD_SECONDS)
     told: dict[str, object] = json.loads(text.splitlines()[-1])
     return told

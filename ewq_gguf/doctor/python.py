@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import locale
+import os
 import shutil
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-from ewq_gguf import packages, store
+from ewq_gguf import packages
 from ewq_gguf._version import __version__
+from ewq_gguf.doctor import child
 from ewq_gguf.doctor.check import Finding, failure, ok, size_text, warning
-from ewq_gguf.errors import ChildError, ResourceError
-from ewq_gguf.process import python_argv, run
-
-STAGE = "doctor"
+from ewq_gguf.errors import ChildError
+from ewq_gguf.process import python_argv
 
 _IMPORT_SECONDS = 180.0
 _OPTIONAL = ("eval", "fastewq", "cluster", "bnb", "nvidia", "plot")
@@ -69,7 +69,8 @@ def optional_packages() -> Finding | None:
     """The other extras: a choice, but no package of theirs may be too old."""
     if not packages.requirements():
         return None
-    there, absent = [], []
+    there: list[str] = []
+    absent: list[str] = []
     for extra in _OPTIONAL:
         missing = packages.unmet(packages.requirements(extra))
         if outdated := [each for each in missing if each.found]:
@@ -85,20 +86,13 @@ def optional_packages() -> Finding | None:
 
 def imports() -> Finding:
     """Whether the big packages load, in a child: a broken one may crash it."""
-    log_path = store.cache_dir("logs") / "doctor-imports.log"
     try:
-        text = run(
-            python_argv("ewq_gguf.doctor.imports_child"),
-            stage=STAGE,
-            log_path=log_path,
-            env={"PYTHONSAFEPATH": "1"},
-            timeout_seconds=_IMPORT_SECONDS,
-        )
-    except (ChildError, ResourceError) as error:
-        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((x.removeprefix(">") for x in reversed(lines) if x[:1] == ">"), "")
-        return failure(f"{name or 'Python'}: {error.problem}", repair_line(*filter(None, [name])))
-    log_path.unlink(missing_ok=True)
+        argv = python_argv("ewq_gguf.doctor.imports_child")
+        text = child.output(argv, seconds=_IMPORT_SECONDS)
+    except ChildError as error:
+        started = [line[1:] for line in error.log_tail if line.startswith(">")]
+        problem = f"{started[-1] if started else 'Python'}: {error.problem}"
+        return failure(problem, repair_line(*started[-1:]))
     broken: dict[str, str] = json.loads(text.splitlines()[-1])
     if broken:
         found = "; ".join(f"{name}: {problem}" for name, problem in broken.items())
@@ -127,6 +121,13 @@ def temporary_files() -> Finding:
         return failure(
             "no folder for temporary files can be written",
             "name one: `export TMPDIR=FOLDER`",
+        )
+    chosen = os.environ.get("TMPDIR")
+    if chosen and folder != str(Path(chosen).absolute()):
+        return warning(
+            f"TMPDIR={chosen} cannot be written; Python takes {folder}, and compilers "
+            "fail",
+            "run `unset TMPDIR`, or name another folder: `export TMPDIR=FOLDER`",
         )
     free = shutil.disk_usage(folder).free
     if free < _MIN_TEMPORARY_BYTES:

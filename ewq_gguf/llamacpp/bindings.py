@@ -6,6 +6,7 @@ would be compiled for nothing. A wheel that has one works as well.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from ewq_gguf import packages, store
@@ -105,24 +106,19 @@ def loaded_library(lib_dir: Path | None = None) -> Path:
     Raises:
         ToolError: they do not load.
     """
-    log_path = store.cache_dir("logs") / "bindings-load.log"
     chosen = {} if lib_dir is None else {LIBRARY_VARIABLE: str(lib_dir)}
-    try:
-        text = run(
-            python_argv("ewq_gguf.llamacpp.bindings_child"),
-            stage=STAGE,
-            log_path=log_path,
-            env={"PYTHONSAFEPATH": "1", **chosen},
-            timeout_seconds=_LOAD_SECONDS,
-        )
-    except ChildError as error:
-        raise ToolError(
-            STAGE,
-            DISTRIBUTION,
-            f"does not load ({_reason(error)})",
-            "run `ewq setup`",
-        ) from error
-    log_path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            text = run(
+                python_argv("ewq_gguf.llamacpp.bindings_child"),
+                stage=STAGE,
+                log_path=Path(folder) / "load.log",
+                env={"PYTHONSAFEPATH": "1", **chosen},
+                timeout_seconds=_LOAD_SECONDS,
+            )
+        except ChildError as error:
+            problem = f"does not load ({_reason(error)})"
+            raise ToolError(STAGE, DISTRIBUTION, problem, "run `ewq setup`") from error
     return Path(text.splitlines()[-1])
 
 

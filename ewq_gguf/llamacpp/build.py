@@ -180,7 +180,8 @@ def check_build_tools(backend: str) -> None:
             STAGE,
             "nvcc",
             "is not in PATH, and the CUDA backend needs it",
-            install_lines.remedy("nvcc") + ", add its bin folder to PATH if it is elsewhere, or use --backend cpu",
+            install_lines.remedy("nvcc")
+            + ", add its bin folder to PATH if it is elsewhere, or use --backend cpu",
         )
     if backend == "vulkan" and shutil.which("glslc") is None:
         raise ToolError(

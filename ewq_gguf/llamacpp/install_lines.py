@@ -1,4 +1,4 @@
-"""What installs a compiler or an SDK, in the words of the platform's package manager."""
+"""What installs a compiler or an SDK here: the line of the package manager."""
 
 from __future__ import annotations
 

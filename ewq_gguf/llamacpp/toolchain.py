@@ -45,7 +45,7 @@ __all__ = [
     "find_toolchain",
 ]
 
-_BUILD_REMEDY = "run `ewq setup`"
+_BUILD_REMEDY = "run `ewq setup` (or `make setup`)"
 _NEEDED_OPTIONS = ("--tensor-type-file", "--dry-run", "--override-kv", "--imatrix")
 _PROBE_SECONDS = 30.0
 
