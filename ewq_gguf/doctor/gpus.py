@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from ewq_gguf.doctor import child
@@ -14,27 +15,30 @@ _DRIVER_SECONDS = 30.0
 _DEVICE = Path("/dev/nvidia0")
 
 
-def nvidia_gpus() -> tuple[str, ...]:
-    """The names of NVIDIA's GPUs that a process may use; empty without one.
+@dataclass(frozen=True)
+class Nvidia:
+    """What NVIDIA's driver says.
 
-    Raises:
-        ChildError: there is a driver and it does not answer.
+    Attributes:
+        gpus: their names; empty without one that a process may use.
+        problem: why the driver does not answer, or None.
     """
+
+    gpus: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def nvidia() -> Nvidia:
+    """NVIDIA's GPUs, asked of the driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ("a GPU of NVIDIA",) if _DEVICE.exists() else ()
-    argv = [tool, "--query-gpu=name", "--format=csv,noheader"]
-    text = child.output(argv, seconds=_DRIVER_SECONDS)
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-def driver_problem() -> str | None:
-    """Why NVIDIA's driver does not answer, or None where it does or is not there."""
+        return Nvidia(("a GPU of NVIDIA",) if _DEVICE.exists() else ())
     try:
-        nvidia_gpus()
+        argv = [tool, "--query-gpu=name", "--format=csv,noheader"]
+        text = child.output(argv, seconds=_DRIVER_SECONDS)
     except ChildError as error:
-        return error.problem
-    return None
+        return Nvidia(problem=error.problem)
+    return Nvidia(tuple(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def is_apple_gpu() -> bool:

@@ -24,13 +24,14 @@ def _module(name: str) -> Callable[[], object]:
     return lambda: importlib.import_module(name)
 
 
+#: What others import comes first: the one that is broken is named.
 _IMPORTS: dict[str, Callable[[], object]] = {
     "numpy": _module("numpy"),
+    "sentencepiece": _module("sentencepiece"),
     "gguf": _module("gguf"),
     "safetensors": _module("safetensors"),
     "numba": _module("numba"),
     "huggingface_hub": _module("huggingface_hub"),
-    "sentencepiece": _module("sentencepiece"),
     "torch": _torch_and_numpy,
     "transformers": _module("transformers.models.auto.tokenization_auto"),
 }

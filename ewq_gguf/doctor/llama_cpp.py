@@ -45,6 +45,13 @@ def toolchain() -> Finding:
     """Whether there is a llama.cpp, whole, and made for this CPU."""
     found = find_toolchain_of_this_cpu()
     _ = found.tool("llama-imatrix"), found.tool("llama-perplexity"), found.converter
+    if found.backend == "user" and not (found.source_dir / "gguf-py").is_dir():
+        version = packages.installed_version("gguf")
+        return warning(
+            f"{found.converter} has no gguf-py beside it: it takes gguf {version} of "
+            "this environment, which may be older than it",
+            "let EWQ_LLAMA_CPP name a whole checkout of llama.cpp",
+        )
     if found.backend == "user":
         return ok(f"your own, commit {found.commit}, in {found.bin_dir}")
     return ok(f"{found.commit[:9]} for {found.backend}, {found.bin_dir.parent}")
@@ -160,21 +167,22 @@ def backend() -> Finding | None:
         found = find_toolchain()
     except EwqError:
         return None
-    if problem := gpus.driver_problem():
-        return failure(
-            f"NVIDIA's driver does not answer: {problem}",
+    nvidia = gpus.nvidia()
+    if nvidia.problem:
+        tell = failure if found.backend == "cuda" else warning
+        return tell(
+            f"NVIDIA's driver does not answer: {nvidia.problem}",
             "run `nvidia-smi`; restart the machine after an update of the driver",
         )
-    nvidia = gpus.nvidia_gpus()
-    if found.backend == "cuda" and not nvidia:
+    if found.backend == "cuda" and not nvidia.gpus:
         return failure(
             "llama.cpp is built for CUDA, and there is no GPU or driver of NVIDIA",
             "install the driver, or run `ewq setup --backend cpu`",
         )
-    if found.backend == "cpu" and nvidia:
+    if found.backend == "cpu" and nvidia.gpus:
         first = "" if cuda_compiler() else f"{install_lines.remedy('nvcc')}, then "
         return warning(
-            f"llama.cpp is built for the CPU only, and {nvidia[0]} is there",
+            f"llama.cpp is built for the CPU only, and {nvidia.gpus[0]} is there",
             f"{first}run `ewq setup --backend cuda`",
         )
     if found.backend == "cpu" and gpus.is_apple_gpu():
@@ -188,7 +196,7 @@ def backend() -> Finding | None:
 def nvcc() -> Finding | None:
     """Whether CUDA's compiler takes the C++ compiler that is there."""
     path = cuda_compiler()
-    if path is None or gpus.driver_problem() or not gpus.nvidia_gpus():
+    if path is None or not gpus.nvidia().gpus:
         return None
     host = os.environ.get("CUDAHOSTCXX")
     arguments = ["-ccbin", host] if host else []

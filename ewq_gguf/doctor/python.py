@@ -15,7 +15,7 @@ from ewq_gguf import packages
 from ewq_gguf._version import __version__
 from ewq_gguf.doctor import child
 from ewq_gguf.doctor.check import Finding, failure, ok, size_text, warning
-from ewq_gguf.errors import ChildError
+from ewq_gguf.errors import ChildError, ToolError
 from ewq_gguf.process import python_argv
 
 _IMPORT_SECONDS = 180.0
@@ -33,6 +33,10 @@ def interpreter() -> Finding:
             "use Python 3.11.4 or later: `python3 -m venv NEW` with it, then install "
             "ewq-gguf there",
         )
+    try:
+        packages.check_installable("doctor")
+    except ToolError as error:
+        return warning(f"{found}: {error.problem}", error.remedy)
     return ok(found)
 
 
@@ -79,8 +83,7 @@ def optional_packages() -> Finding | None:
                 f"run `{_install(tuple(outdated))}`",
             )
         (absent if missing else there).append(extra)
-    line = packages.install_line(f"ewq-gguf[{','.join(absent)}]")
-    without = f"; without {', '.join(absent)} (`{line}` adds them)" if absent else ""
+    without = f"; not installed: {', '.join(absent)}" if absent else ""
     return ok(f"{', '.join(there) or 'none'}{without}")
 
 
@@ -91,8 +94,9 @@ def imports() -> Finding:
         text = child.output(argv, seconds=_IMPORT_SECONDS)
     except ChildError as error:
         started = [line[1:] for line in error.log_tail if line.startswith(">")]
-        problem = f"{started[-1] if started else 'Python'}: {error.problem}"
-        return failure(problem, repair_line(*started[-1:]))
+        problem = error.problem.partition("; its last line: >")[0]
+        name = started[-1] if started else "Python"
+        return failure(f"{name}: {problem}", repair_line(*started[-1:]))
     broken: dict[str, str] = json.loads(text.splitlines()[-1])
     if broken:
         found = "; ".join(f"{name}: {problem}" for name, problem in broken.items())
