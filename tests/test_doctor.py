@@ -30,8 +30,8 @@ TOKEN = "hf_" + "a1b2c3d4e5" * 3
 SETTINGS = (
     "EWQ_LLAMA_CPP", "TMPDIR", "CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "HF_HOME",
     "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE",
-    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy",
-    "http_proxy", "all_proxy",
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY",
+    "https_proxy", "http_proxy", "all_proxy",
 )  # fmt: skip
 
 
