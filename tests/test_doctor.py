@@ -22,6 +22,7 @@ from ewq_gguf import libraries
 from ewq_gguf.doctor import Check, check_names, examine
 from ewq_gguf.doctor import machine as machine_checks
 from ewq_gguf.llamacpp import build, source
+from ewq_gguf.llamacpp.self_test import SelfTest, hardware_key
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from tests.test_toolchain import HELP
 
@@ -44,7 +45,7 @@ def without_settings(monkeypatch):
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache."""
-    folder = tmp_path / "cache"
+    folder: Path = tmp_path / "cache"
     monkeypatch.setenv("EWQ_CACHE", str(folder))
     monkeypatch.delenv(libraries.LIBRARY_VARIABLE, raising=False)
     return folder
@@ -53,7 +54,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def only_path(tmp_path, monkeypatch) -> Path:
     """A folder that is all of PATH."""
-    folder = tmp_path / "path"
+    folder: Path = tmp_path / "path"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     return folder
@@ -221,6 +222,27 @@ def test_package_that_does_not_load(tmp_path, monkeypatch, code, problem):
     assert "sentencepiece==" in found.remedy
 
 
+@pytest.mark.slow
+def test_package_that_everything_needs_is_named_by_a_doctor_that_still_runs(tmp_path):
+    write_metadata(tmp_path, "numpy", "2.9.9")
+    (tmp_path / "numpy.py").write_text("raise ImportError('no libx', name='numpy')")
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    broken = os.pathsep.join(filter(None, paths))
+    result = ewq("doctor", "--json", PYTHONPATH=broken, HF_HUB_OFFLINE="1")
+    assert result.returncode == 4
+    found = {check["name"]: check for check in json.loads(result.stdout)}
+    assert found["imports"]["status"] == "failure"
+    assert "numpy: ImportError: no libx" in found["imports"]["found"]
+    assert "numpy==2.9.9" in found["imports"]["remedy"]
+    assert found["working folder"]["status"] != "failure"
+    assert "Traceback" not in result.stderr
+    result = ewq("gguf", "demo", PYTHONPATH=broken)
+    assert (result.returncode, result.stderr) == (
+        4,
+        "ewq: packages: numpy: cannot be imported (no libx); run `ewq doctor`\n",
+    )
+
+
 def test_encoding_that_is_not_utf_8(tmp_path):
     code = "from ewq_gguf.doctor import examine; print(*examine(['encoding']))"
     child = subprocess.run(
@@ -265,7 +287,7 @@ def test_cache_with_builds_of_other_cpus_only(cache):
         (folder / name).write_text('{"build": "elsewhere"}')
     found = the("llama.cpp")
     assert found.status == "failure"
-    assert "for 2 other kinds of CPU and not for this one" in found.found
+    assert "for 2 other kinds of CPU, not for this one" in found.found
     assert found.remedy == "run `ewq setup`"
 
 
@@ -305,24 +327,24 @@ def test_own_converter_without_its_gguf_py(cache, tmp_path, monkeypatch):
     assert "a whole checkout" in found.remedy
 
 
-@pytest.mark.parametrize(
-    ("record", "status", "says"),
-    [
-        ({}, "warning", "was not tested"),
-        (
-            {"self_test": {"is_ok": False, "problem": "SIGILL at Q4_K"}},
-            "failure",
-            "SIGILL at Q4_K",
-        ),
-        ({"self_test": {"is_ok": True, "seconds": 2.5}}, "ok", "passed in 2.5 s"),
-    ],
-)
-def test_verdict_of_the_self_test(cache, record, status, says):
-    write_build(**record)
+def test_self_test_that_failed_on_this_hardware(cache):
+    verdict = SelfTest(
+        False, "CPU computes wrong numbers with Q4_K", hardware_key("cpu")
+    )
+    write_build(self_test=verdict.to_record())
     found = the("self-test")
-    assert found.status == status
-    assert says in found.found
-    assert ("ewq setup" in found.remedy) == (status != "ok")
+    assert found.status == "failure"
+    assert "CPU computes wrong numbers with Q4_K" in found.found
+    assert "run `ewq setup`" in found.remedy
+    assert the("llama.cpp").status == "ok"
+
+
+def test_build_that_passes_with_a_repair_only_says_so(cache):
+    verdict = SelfTest(True, None, hardware_key("cpu"), devices=("CPU",), seconds=2.5)
+    write_build(self_test=verdict.to_record(), repair="no-amx")
+    found = the("self-test")
+    assert found.status == "ok"
+    assert "on CPU in 2.5 s; built with the repair no-amx" in found.found
 
 
 def test_tools_that_do_not_run(cache):

@@ -18,6 +18,7 @@ from ewq_gguf.errors import (
     ChildError,
     EwqError,
     ResourceError,
+    ToolError,
     VerificationError,
     printable,
 )
@@ -120,6 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of stdout left, as `| head` does: nothing to say, nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ImportError as error:
+        if (error.name or "ewq_gguf").startswith("ewq_gguf"):
+            raise  # a bug of ours
+        problem = f"cannot be imported ({error})"
+        return _report(ToolError("packages", error.name, problem, "run `ewq doctor`"))
     except OSError as error:  # a full or broken disk where nothing better was said
         return _report(
             ResourceError(

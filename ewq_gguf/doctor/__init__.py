@@ -6,39 +6,42 @@ Nothing heavy is imported here: a package that is broken is found in a child pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 
-from ewq_gguf.doctor import llama_cpp, machine, network, python
+from ewq_gguf import packages
 from ewq_gguf.doctor.check import Check, Finding, failure
 from ewq_gguf.errors import EwqError
 
 __all__ = ["Check", "check_names", "examine"]
 
-#: Name -> check, in the order they are printed: what others need comes first.
-_CHECKS: dict[str, Callable[[], Finding | None]] = {
-    "python": python.interpreter,
-    "packages": python.core_packages,
-    "converter packages": python.converter_packages,
-    "extras": python.optional_packages,
-    "imports": python.imports,
-    "encoding": python.encoding,
-    "temporary files": python.temporary_files,
-    "cache": machine.cache,
-    "llama.cpp": llama_cpp.toolchain,
-    "self-test": llama_cpp.self_test,
-    "bindings": llama_cpp.bindings_version,
-    "bindings load": llama_cpp.bindings_load,
-    "compiler": llama_cpp.compiler,
-    "backend": llama_cpp.backend,
-    "nvcc": llama_cpp.nvcc,
-    "devices": llama_cpp.devices,
-    "cpu": machine.cpu,
-    "memory": machine.memory,
-    "limits": machine.limits,
-    "working folder": machine.working_folder,
-    "hub cache": machine.hub_cache,
-    "proxy": network.proxy,
-    "certificates": network.certificates,
-    "hub": network.hub,
+#: Name -> module and function, in the order they are printed: what others need comes
+#: first. A module is imported when its turn comes: a package that it needs may be what
+#: is broken.
+_CHECKS = {
+    "python": "python.interpreter",
+    "packages": "python.core_packages",
+    "converter packages": "python.converter_packages",
+    "extras": "python.optional_packages",
+    "imports": "python.imports",
+    "encoding": "python.encoding",
+    "temporary files": "python.temporary_files",
+    "cache": "machine.cache",
+    "llama.cpp": "llama_cpp.toolchain",
+    "self-test": "llama_cpp.self_test",
+    "bindings": "llama_cpp.bindings_version",
+    "bindings load": "llama_cpp.bindings_load",
+    "compiler": "llama_cpp.compiler",
+    "backend": "llama_cpp.backend",
+    "nvcc": "llama_cpp.nvcc",
+    "devices": "llama_cpp.devices",
+    "cpu": "machine.cpu",
+    "memory": "machine.memory",
+    "limits": "machine.limits",
+    "working folder": "machine.working_folder",
+    "hub cache": "machine.hub_cache",
+    "proxy": "network.proxy",
+    "certificates": "network.certificates",
+    "hub": "network.hub",
 }
 
 
@@ -54,17 +57,24 @@ def examine(names: Iterable[str] = tuple(_CHECKS)) -> Iterator[Check]:
         names: of the checks; all of them without.
     """
     for name in names:
-        check = _CHECKS[name]
         try:
-            found = check()
+            found = _run(*_CHECKS[name].split("."))
         except EwqError as error:
             parts = filter(None, [error.subject, error.problem])
             found = failure(": ".join(parts), error.remedy)
         except ImportError as error:
-            found = failure(str(error), python.repair_line())
+            line = packages.install_line("ewq-gguf[all]")
+            found = failure(str(error), f"run `{line}`")
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             problem = f"{where}{error.strerror or error}"
             found = failure(problem, "check the disk and its permissions")
         if found is not None:
             yield Check(name, found.status, found.found, found.remedy)
+
+
+def _run(module: str, function: str) -> Finding | None:
+    check: Callable[[], Finding | None] = getattr(
+        import_module(f"ewq_gguf.doctor.{module}"), function
+    )
+    return check()

@@ -14,6 +14,7 @@ from ewq_gguf.doctor.check import Finding, failure, ok, size_text, warning
 from ewq_gguf.errors import ChildError, EwqError, ToolError
 from ewq_gguf.libraries import (
     LIBRARY_VARIABLE,
+    LLAMA_CPP_COMMIT,
     default_build,
     machine_key,
     pointer_path,
@@ -22,11 +23,12 @@ from ewq_gguf.llamacpp import bindings, install_lines
 from ewq_gguf.llamacpp.build import (
     check_build_tools,
     cuda_compiler,
+    missing_files,
     read_record,
     wheel_program,
 )
 from ewq_gguf.llamacpp.devices import list_devices
-from ewq_gguf.llamacpp.source import BINDINGS_VERSION
+from ewq_gguf.llamacpp.source import BINDINGS_VERSION, cached_source, find_source
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 
 _COMPILE_SECONDS = 120.0
@@ -43,61 +45,38 @@ _CU = "__global__ void nothing() {}\nint main() { nothing<<<1, 1>>>(); return 0;
 
 def toolchain() -> Finding:
     """Whether there is a llama.cpp, whole, and made for this CPU."""
-    found = find_toolchain_of_this_cpu()
+    found = _in_use()
     _ = found.tool("llama-imatrix"), found.tool("llama-perplexity"), found.converter
-    if found.backend == "user" and not (found.source_dir / "gguf-py").is_dir():
+    if found.backend != "user":
+        return ok(f"{found.commit[:9]} for {found.backend}, {found.bin_dir.parent}")
+    if not (found.source_dir / "gguf-py").is_dir():
         version = packages.installed_version("gguf")
         return warning(
             f"{found.converter} has no gguf-py beside it: it takes gguf {version} of "
             "this environment, which may be older than it",
             "let EWQ_LLAMA_CPP name a whole checkout of llama.cpp",
         )
-    if found.backend == "user":
-        return ok(f"your own, commit {found.commit}, in {found.bin_dir}")
-    return ok(f"{found.commit[:9]} for {found.backend}, {found.bin_dir.parent}")
-
-
-def find_toolchain_of_this_cpu() -> Toolchain:
-    """The llama.cpp in use.
-
-    Raises:
-        ToolError: there is none, it lacks something, or another CPU's is here instead.
-    """
-    try:
-        found = find_toolchain()
-    except ToolError as error:
-        others = sorted(pointer_path().parent.glob("*.default.json"))
-        if os.environ.get("EWQ_LLAMA_CPP") or pointer_path() in others or not others:
-            raise
-        problem = f"is built for {len(others)} other kinds of CPU and not for this one"
-        raise ToolError("doctor", "llama.cpp", problem, _SETUP) from error
-    folder = default_build()
-    if found.backend != "user" and folder is not None:
-        made_on = (read_record(folder) or {}).get("machine")
-        if made_on != machine_key():
-            problem = f"was built for another CPU ({made_on}; this is {machine_key()})"
-            remedy = f"run `rm -r {shlex.quote(str(folder))} && ewq setup`"
-            raise ToolError("doctor", folder, problem, remedy)
-    return found
+    return ok(f"your own, commit {found.commit}, in {found.bin_dir}")
 
 
 def self_test() -> Finding | None:
-    """What the build's test on this machine said."""
-    folder = default_build()
-    record = None if folder is None else read_record(folder)
-    if folder is None or record is None or os.environ.get("EWQ_LLAMA_CPP"):
+    """What the build's test on this hardware said; it runs where it has not yet."""
+    try:
+        found = _in_use()
+    except EwqError:
         return None
-    verdict = record.get("self_test")
-    if not isinstance(verdict, dict):
-        return warning("the build was not tested on this machine", _SETUP)
-    if not verdict.get("is_ok"):
-        return failure(
-            f"the build computes wrongly or crashes: {verdict.get('problem')}",
-            f"run `rm -r {shlex.quote(str(folder))} && ewq setup`",
-        )
-    seconds = verdict.get("seconds")
-    took = f" in {seconds:.1f} s" if isinstance(seconds, int | float) else ""
-    return ok(f"passed{took}")
+    if found.backend == "user":
+        return None
+    try:
+        verdict = find_toolchain().self_test
+    except ToolError as error:
+        return failure(error.problem, error.remedy)
+    if verdict is None:
+        return warning("the build was not tested: the bindings are missing", _SETUP)
+    text = str(verdict)
+    if found.repair != "none":
+        text += f"; built with the repair {found.repair}"
+    return ok(text)
 
 
 def bindings_version() -> Finding:
@@ -164,7 +143,7 @@ def compiler() -> Finding:
 def backend() -> Finding | None:
     """Whether the build uses the GPU that is there, and finds the driver it needs."""
     try:
-        found = find_toolchain()
+        found = _in_use()
     except EwqError:
         return None
     nvidia = gpus.nvidia()
@@ -212,7 +191,7 @@ def nvcc() -> Finding | None:
 def devices() -> Finding | None:
     """What llama.cpp finds to compute with: its tools run, or do not."""
     try:
-        found = find_toolchain()
+        found = _in_use()
         tool = found.tool("llama-bench")
     except EwqError:
         return None
@@ -239,6 +218,43 @@ def devices() -> Finding | None:
     return ok(text)
 
 
+def _in_use() -> Toolchain:
+    """The llama.cpp in use, tested or not.
+
+    Raises:
+        ToolError: there is none, it lacks something, or another CPU's is here instead.
+    """
+    folder = default_build()
+    record = None if folder is None else read_record(folder)
+    if os.environ.get("EWQ_LLAMA_CPP"):
+        return find_toolchain()
+    if folder is None or record is None:
+        others = sorted(pointer_path().parent.glob("*.default.json"))
+        problem = "is not built"
+        if others and pointer_path() not in others:
+            problem = f"is built for {len(others)} other kinds of CPU, not for this one"
+        raise ToolError("doctor", "llama.cpp", problem, _SETUP)
+    for what, key, needed in (
+        ("CPU", "machine", machine_key()),
+        ("commit", "commit", LLAMA_CPP_COMMIT),
+    ):
+        if record.get(key) != needed:
+            problem = f"was built for another {what} ({record.get(key)}; not {needed})"
+            raise ToolError("doctor", folder, problem, _rebuild(folder))
+    if missing := missing_files(folder):
+        problem = f"{', '.join(missing)} vanished from it"
+        raise ToolError("doctor", folder, problem, _SETUP)
+    return Toolchain(
+        commit=LLAMA_CPP_COMMIT,
+        source_dir=find_source() or cached_source(),
+        bin_dir=folder / "bin",
+        lib_dir=folder / "bin",
+        backend=str(record.get("backend")),
+        flags=(),
+        repair=str(record.get("repair", "none")),
+    )
+
+
 def _rebuild(folder: Path) -> str:
     return f"run `rm -r {shlex.quote(str(folder))} && ewq setup`"
 
@@ -246,7 +262,7 @@ def _rebuild(folder: Path) -> str:
 def _is_set_up() -> bool:
     """Whether nothing has to be built before the commands work."""
     try:
-        find_toolchain()
+        _in_use()
     except EwqError:
         return False
     return bindings.are_installed()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 import shlex
 import shutil
@@ -15,20 +14,20 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.doctor.check import Finding, failure, ok, size_text, warning
 from ewq_gguf.errors import ResourceError
-from ewq_gguf.libraries import machine_key
+from ewq_gguf.libraries import cpu_name, machine_key
 from ewq_gguf.process import N_CPUS, available_memory
 
 _MIN_MEMORY_BYTES = 2 << 30
 _MIN_CACHE_BYTES = 5 << 30
 _MIN_OUTPUT_BYTES = 5 << 30
 _CGROUP = Path("/sys/fs/cgroup")
-_CPU_INFO = Path("/proc/cpuinfo")
 _MIN_FILES = 256
 
 
 def cpu() -> Finding:
     """The CPU, and how much of it a container may use."""
-    found = f"{_cpu_name()}, {N_CPUS} cores ({machine_key()})"
+    name = cpu_name() or platform.processor() or platform.machine()
+    found = f"{name}, {N_CPUS} cores ({machine_key()})"
     quota = _cpu_quota()
     if quota is not None and quota < N_CPUS - 0.5:
         last = max(int(quota), 1) - 1
@@ -142,14 +141,6 @@ def hub_cache() -> Finding:
     if free < _MIN_OUTPUT_BYTES:
         return warning(found, "free some space, or `export HF_HOME=FOLDER`")
     return ok(found)
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        text = _CPU_INFO.read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return found[1]
-    return platform.processor() or platform.machine()
 
 
 def _cpu_quota() -> float | None:

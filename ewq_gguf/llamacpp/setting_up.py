@@ -9,7 +9,7 @@ from ewq_gguf.llamacpp import bindings
 from ewq_gguf.llamacpp.build import (
     STAGE,
     check_build_tools,
-    is_complete,
+    is_built,
     read_record,
     recipe_for,
 )
@@ -34,8 +34,8 @@ def set_up(
         The llama.cpp that the commands and the bindings use from now on.
 
     Raises:
-        ToolError: a compiler or a package is missing and cannot be installed, or the
-            bindings do not load.
+        ToolError: a compiler or a package is missing and cannot be installed, the
+            bindings do not load, or no build passes its self-test.
         ChildError: CMake or a compiler failed.
         NetworkError: a source cannot be fetched.
         LockedError: another process is building.
@@ -46,14 +46,15 @@ def set_up(
         on_line(f"{STAGE}: {text}")
 
     recipe = recipe_for(backend or _backend_in_use() or "cpu")
-    is_built, has_bindings = is_complete(recipe), bindings.are_installed()
-    if not (is_built and has_bindings):
+    has_bindings = bindings.are_installed()
+    if not (has_bindings and is_built(recipe)):
         # What somebody has to install by hand is said before anything is done.
         check_build_tools(recipe.backend)
         bindings.install_build_packages(note)
+    # First: a build is tested through them.
     bindings.install_bindings(note)
     built = build_toolchain(recipe.backend, jobs=jobs, on_line=on_line)
-    if not (is_built and has_bindings):
+    if not has_bindings:
         bindings.loaded_library(built.lib_dir)
     return built
 
