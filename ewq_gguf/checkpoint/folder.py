@@ -14,6 +14,13 @@ from ewq_gguf.checkpoint.files import (
     check_regular,
     read_json_object,
 )
+from ewq_gguf.checkpoint.fp8 import (
+    Fp8,
+    fp8_of,
+    is_fp8,
+    method_name,
+    quantisation_of,
+)
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.checkpoint.shards import ShardFile as ShardFile
@@ -36,6 +43,7 @@ class Checkpoint:
         small_files: what a conversion needs beside the weights, by name.
         shards: the weight files, by name.
         identity: what it is, wherever it lies.
+        fp8: its FP8 weights, or None.
         notes: what is odd about it but no error.
         opened: the signature when the headers were read.
         origin: the MODEL that opens it again, also on another machine.
@@ -46,6 +54,7 @@ class Checkpoint:
     small_files: Mapping[str, Path]
     shards: tuple[ShardFile, ...]
     identity: ModelIdentity
+    fp8: Fp8 | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
     opened: str = field(default="", compare=False, repr=False)
     origin: str = field(default="", compare=False)
@@ -79,8 +88,7 @@ class Checkpoint:
     def is_mapped_by_name(self) -> bool:
         """Whether names alone say which tensor becomes which, without the converter."""
         return self.identity.is_gguf or (
-            self.identity.hf_architecture in ARCHITECTURES
-            and not self.config.get("quantization_config")
+            self.identity.hf_architecture in ARCHITECTURES and self.fp8 is None
         )
 
     @property
@@ -149,8 +157,10 @@ def open_folder(
             for shard in shards
         ),
     )
+    tensors = [(shard, tensor) for shard in shards for tensor in shard.header.tensors]
+    fp8 = fp8_of(tensors, quantisation_of(folder, config))
     notes += _notes_on_code(folder, config)
-    return Checkpoint(folder, config, small_files, shards, identity, notes)
+    return Checkpoint(folder, config, small_files, shards, identity, fp8, notes)
 
 
 def _notes_on_code(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -177,13 +187,12 @@ def read_config(
     if not path.is_file():
         _refuse_without_config(folder)
     config = read_json_object(folder, "config.json")
-    quantised = config.get("quantization_config")
-    if quantised and not _is_fp8(quantised):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    quantised = quantisation_of(folder, config)
+    if quantised and not is_fp8(quantised):
         raise InputError(
             "scan",
             path,
-            f"the weights are quantised already ({method or 'quantization_config'})",
+            f"the weights are quantised already ({method_name(quantised)})",
             "use the BF16 or F16 checkpoint it was made from",
         )
     _check_architecture(_hf_architecture(config, folder), path, architectures)
@@ -201,11 +210,6 @@ def _check_architecture(
             f"architecture {architecture} is not supported",
             f"the nearest supported ones are {', '.join(near)}",
         )
-
-
-def _is_fp8(quantised: object) -> bool:
-    """FP8 weights are codes times scales: read as they are, exactly."""
-    return isinstance(quantised, dict) and quantised.get("quant_method") == "fp8"
 
 
 def _refuse_without_config(folder: Path) -> None:
