@@ -97,7 +97,8 @@ def make_gguf(
         store.check_writable(out, "gguf")
     if isinstance(policy, Plan):
         check_sound(policy)
-        check_imatrix(policy, options.imatrix)
+        if note := check_imatrix(policy, options.imatrix):
+            progress.note(note)
     else:
         check_policy(
             policy,

@@ -13,7 +13,7 @@ from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.making import layout_bytes
 from ewq_gguf.pipeline.options import Options, Progress
-from ewq_gguf.pipeline.planning import check_weights, plan
+from ewq_gguf.pipeline.planning import check_weights, given_importance, plan
 from ewq_gguf.pipeline.presets import check_presets, preset_plans
 from ewq_gguf.pipeline.scanning import layout
 from ewq_gguf.plan.ask import Ask
@@ -107,6 +107,7 @@ def choose_versions(
         InputError: a plan is another model's, or of another importance matrix.
     """
     check_presets(presets)
+    given_importance(checkpoint, options, progress)
     made = [
         _planned(checkpoint, wanted, options=options, progress=progress)
         for wanted in plans
