@@ -18,6 +18,7 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ChildError, InputError, VerificationError
 from ewq_gguf.llamacpp.imatrix import check_imatrix, read_imatrix
+from ewq_gguf.llamacpp.layout import NEED_IMATRIX
 from ewq_gguf.llamacpp.quantize import export_sh, quantize, tensor_types
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.pipeline import Options
@@ -368,6 +369,45 @@ def test_another_models_matrix_is_refused_before_any_work(
     )
     assert "scan" not in told
     assert "quantize" not in told
+
+
+# Presets.
+
+
+@pytest.mark.parametrize("preset", ["IQ2_XS", "IQ1_S", "Q2_K_S"])
+def test_a_preset_that_needs_a_matrix_is_what_llama_quantize_makes(
+    deep, plain, made, toolchain, tmp_path, preset
+):
+    options = Options(imatrix=plain)
+    plan = pipeline.plan(deep.checkpoint, PresetPolicy(preset=preset), options=options)
+    own = tmp_path / "own.gguf"
+    tool = toolchain.tool("llama-quantize")
+    argv = [tool, "--imatrix", plain, deep.base, own, preset]
+    run(argv, stage="test", log_path=tmp_path / "log")
+
+    out = made(plan, plain)
+
+    assert tensor_bytes(out) == tensor_bytes(own)
+    assert out.stat().st_size == plan.totals.file_size_bytes
+
+
+def test_a_preset_without_the_matrix_or_entry_that_it_needs_is_refused(
+    tiny, deep, tmp_path, capsys
+):
+    for preset in sorted(NEED_IMATRIX):
+        assert main(["gguf", str(tiny.folder), "--policy", f"preset:{preset}"]) == 3
+        told = capsys.readouterr().err
+        assert f"{preset} needs an importance matrix, and none is given" in told
+        assert told.count("\n") == 1
+
+    lacking = {n: v for n, v in matrices_of(deep.layout).items() if ".1." not in n}
+    path = write_imatrix(tmp_path / "i.gguf", lacking)
+    with pytest.raises(InputError, match="blk.1.* cannot be IQ2_XS: i.gguf has no"):
+        pipeline.plan(
+            deep.checkpoint,
+            PresetPolicy(preset="IQ2_XS"),
+            options=Options(imatrix=path),
+        )
 
 
 # Budgets.

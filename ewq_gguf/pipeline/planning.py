@@ -22,7 +22,7 @@ from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
-from ewq_gguf.pipeline.presets import preset_plan
+from ewq_gguf.pipeline.presets import check_presets, preset_plan
 from ewq_gguf.pipeline.scanning import layout, scan
 from ewq_gguf.pipeline.searching import check_search, search
 from ewq_gguf.plan.ask import Ask
@@ -64,6 +64,8 @@ def plan(
     options = options or Options()
     has_budget, has_imatrix = budget is not None, options.imatrix is not None
     check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
+    if isinstance(policy, PresetPolicy):
+        check_presets([policy.preset], has_imatrix=has_imatrix)
     importance = given_importance(source, options, progress)
     if isinstance(policy, OptimalPolicy):
         assert budget is not None
