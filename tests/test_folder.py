@@ -283,7 +283,6 @@ def test_a_tensor_in_two_shards_is_refused(shards):
         ('{"weight_map": []}', "weight_map is not an object"),
         ('{"weight_map": {"a": 1}}', "weight_map is not an object of file names"),
         ('{"weight_map": {}}', "weight_map is empty"),
-        ('{"weight_map": {"a": "b", "a": "b"}}', "duplicate key 'a'"),
         ('{"weight_map": ' + "[" * 100_000, "nested too deep"),
         ("\xff", "is not JSON"),
     ],
@@ -486,6 +485,23 @@ def test_a_config_that_is_no_object_is_refused(folder, content, message):
     (folder / "config.json").write_bytes(content)
     with refused(message):
         open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json"]
+)
+def test_of_a_key_that_repeats_the_last_value_is_taken_and_told(folder, name):
+    """As Python and so transformers read it; a header that repeats one is refused."""
+    path = folder / name
+    known = json.loads(path.read_text()) if path.exists() else {"top_k": 1}
+    key, value = next(iter(known.items()))
+    text = json.dumps(known)
+    path.write_text(f'{{"{key}": "wrong", {text[1:]}')
+    said: list[str] = []
+    checkpoint = open_checkpoint(str(folder), Opening(say=said.append))
+    assert said == [f"{path}: has {key} twice; the last value is taken"]
+    if name == "config.json":
+        assert checkpoint.config[key] == value
 
 
 def test_a_config_may_hold_infinity(folder):

@@ -12,6 +12,7 @@ from typing import Any
 from ewq_gguf.checkpoint.files import (
     MAX_SMALL_BYTES,
     check_regular,
+    note_on_repeated_keys,
     read_json_object,
 )
 from ewq_gguf.checkpoint.fp8 import (
@@ -159,7 +160,7 @@ def open_folder(
     )
     tensors = [(shard, tensor) for shard in shards for tensor in shard.header.tensors]
     fp8 = fp8_of(tensors, quantisation_of(folder, config))
-    notes += _notes_on_code(folder, config)
+    notes += _notes_on_code(folder, config) + _notes_on_keys(small_files)
     return Checkpoint(folder, config, small_files, shards, identity, fp8, notes)
 
 
@@ -168,6 +169,12 @@ def _notes_on_code(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     path = printable(folder / "config.json")
     return (f"{path}: its auto_map names code of the repository, which never runs",)
+
+
+def _notes_on_keys(small_files: Mapping[str, Path]) -> tuple[str, ...]:
+    """Of the files that people edit; the tokenizer's own are written by tools."""
+    edited = [path for name, path in small_files.items() if "config.json" in name]
+    return tuple(note for note in map(note_on_repeated_keys, edited) if note)
 
 
 def read_config(
