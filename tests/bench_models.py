@@ -26,6 +26,7 @@ class Table:
         random = np.random.default_rng(seed)
         self.logits = random.standard_normal((N_VOCAB, N_VOCAB)).astype(np.float32)
         self.add_bos = add_bos
+        self.add_eos = False
         self.shift = shift
         self.evaluated = 0
 

@@ -285,7 +285,7 @@ def safetensors_file(tensors: dict[str, tuple[str, list[int]]], **more: Any) -> 
 
 SHARDS = {
     "a.safetensors": {"model.embed_tokens.weight": ("BF16", [4, 2])},
-    "b.safetensors": {"model.norm.weight": ("F32", [2]), "x": ("F8_E4M3", [])},
+    "b.safetensors": {"model.norm.weight": ("F32", [2]), "x": ("U8", [])},
 }
 WEIGHT_MAP = {tensor: file for file, tensors in SHARDS.items() for tensor in tensors}
 CONFIG = {

@@ -131,8 +131,39 @@ def test_of_two_sets_the_indexed_one_is_taken(shards):
     write_shard(
         shards / "consolidated.safetensors", {"x": ("F32", np.ones(2, np.float32))}
     )
-    (shards / "model.safetensors").write_bytes(b"not read")
     assert len(open_checkpoint(str(shards)).shards) == 3
+
+
+@pytest.mark.parametrize("n_there", [0, 1, 3])
+def test_a_whole_file_comes_before_an_index_of_others_and_both_are_told(
+    folder, original_shards, n_there
+):
+    """As transformers takes them, whether the index's files are there or not."""
+    shutil.copy(original_shards / INDEX, folder / INDEX)
+    there = [shard_name(n) for n in range(1, n_there + 1)]
+    for name in there:
+        shutil.copy(original_shards / name, folder / name)
+    assert notes_of(folder) == [
+        f"{folder}: reads model.safetensors, and leaves "
+        + ", ".join([f"{INDEX} (of other files)", *there])
+    ]
+    assert [s.path.name for s in open_checkpoint(str(folder)).shards] == [
+        "model.safetensors"
+    ]
+
+
+def test_an_index_that_names_the_whole_file_is_its_index(folder):
+    names = [tensor.name for _, tensor in open_checkpoint(str(folder)).tensors]
+    weight_map = dict.fromkeys(names, "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert notes_of(folder) == []
+
+
+def test_an_index_whose_files_are_missing_names_the_set_that_is_there(shards):
+    for n in range(1, 4):
+        (shards / shard_name(n)).rename(shards / shard_name(n, 4))
+    with refused(f"missing shards: .*; beside it are {shard_name(1, 4)}, .*or remove"):
+        open_checkpoint(str(shards))
 
 
 def notes_of(folder: Path) -> list[str]:
@@ -155,9 +186,9 @@ def test_the_choice_of_two_sets_is_said(folder):
 
 @pytest.mark.fault(30)
 def test_files_that_the_index_leaves_out_are_said(shards):
-    (shards / "model.safetensors").write_bytes(b"not read")
+    (shards / "other.safetensors").write_bytes(b"not read")
     assert notes_of(shards) == [
-        f"{shards}: reads the index's files, and leaves model.safetensors"
+        f"{shards}: reads the index's files, and leaves other.safetensors"
     ]
 
 
@@ -283,7 +314,6 @@ def test_a_tensor_in_two_shards_is_refused(shards):
         ('{"weight_map": []}', "weight_map is not an object"),
         ('{"weight_map": {"a": 1}}', "weight_map is not an object of file names"),
         ('{"weight_map": {}}', "weight_map is empty"),
-        ('{"weight_map": {"a": "b", "a": "b"}}', "duplicate key 'a'"),
         ('{"weight_map": ' + "[" * 100_000, "nested too deep"),
         ("\xff", "is not JSON"),
     ],
@@ -486,6 +516,23 @@ def test_a_config_that_is_no_object_is_refused(folder, content, message):
     (folder / "config.json").write_bytes(content)
     with refused(message):
         open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json"]
+)
+def test_of_a_key_that_repeats_the_last_value_is_taken_and_told(folder, name):
+    """As Python and so transformers read it; a header that repeats one is refused."""
+    path = folder / name
+    known = json.loads(path.read_text()) if path.exists() else {"top_k": 1}
+    key, value = next(iter(known.items()))
+    text = json.dumps(known)
+    path.write_text(f'{{"{key}": "wrong", {text[1:]}')
+    said: list[str] = []
+    checkpoint = open_checkpoint(str(folder), Opening(say=said.append))
+    assert said == [f"{path}: has {key} twice; the last value is taken"]
+    if name == "config.json":
+        assert checkpoint.config[key] == value
 
 
 def test_a_config_may_hold_infinity(folder):

@@ -21,6 +21,7 @@ from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.records import Plan, Scan, load_record
 from tests.checkpoints import write_llama
+from tests.gguf_files import write_gguf
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 HUB_ID = "org/tiny"
@@ -330,3 +331,39 @@ def test_a_local_folder_wins_over_a_hub_id(tmp_path, hub, monkeypatch):
     assert checkpoint.folder.samefile(local)
     assert checkpoint.identity.hub_id is None
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "page", ["org/tiny", "org/tiny/tree/main", "org/tiny/blob/main/model.safetensors"]
+)
+def test_a_page_of_the_hub_or_its_mirror_is_the_model(tmp_path, hub, ewq, page):
+    run = ewq("scan", f"{hub.url}/{page}", "-q")
+    assert (run.returncode, run.stderr) == (0, "")
+    model = load_scan(tmp_path).model
+    assert (model.name, model.hub_id, model.revision) == ("tiny", HUB_ID, REVISION)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_repository_of_gguf_files_alone_names_what_it_was_made_from(
+    hub, ewq, has_config
+):
+    (hub.folder / "model.safetensors").unlink()
+    (hub.folder / "tiny-Q4_K_M.gguf").write_bytes(b"GGUF")
+    (hub.folder / "README.md").write_text("---\nbase_model:\n- org/whole\n---\n")
+    if not has_config:
+        (hub.folder / "config.json").unlink()
+    run = ewq("scan", HUB_ID, "-q")
+    assert run.returncode == 3
+    assert "org/tiny: holds GGUF files only (tiny-Q4_K_M.gguf)" in run.stderr
+    assert "give the model that they were made from, org/whole" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_gguf_of_the_hub_is_scanned_where_it_is(tmp_path, hub, ewq):
+    write_gguf(hub.folder / "tiny-BF16.gguf", {"blk.0.attn_q.weight": (2, 256)})
+    run = ewq(
+        "scan", f"{hub.url}/{HUB_ID}/blob/{REVISION}/tiny-BF16.gguf", "-o", "s.json"
+    )
+    assert run.returncode == 0, run.stderr
+    (tensor,) = load_record(Scan, tmp_path / "s.json", "test").tensors
+    assert tensor.name == "blk.0.attn_q.weight"

@@ -18,6 +18,7 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ChildError, InputError, VerificationError
 from ewq_gguf.llamacpp.imatrix import check_imatrix, read_imatrix
+from ewq_gguf.llamacpp.layout import NEED_IMATRIX
 from ewq_gguf.llamacpp.quantize import export_sh, quantize, tensor_types
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.pipeline import Options
@@ -42,6 +43,8 @@ from tests.scans import decisions, make_layout, make_scan, types
 pytest_plugins = ["tests.toolchain_fixtures"]
 pytestmark = [pytest.mark.llamacpp, pytest.mark.usefixtures("own_cache")]
 
+LAYER = {"attn_q": (256, 256)}
+LAYERS = [f"blk.{i}.attn_q.weight" for i in range(5)]
 WORDS = (
     "the river runs past an old stone house where nobody has lived for years".split()
 )
@@ -110,13 +113,7 @@ def made(deep, toolchain, tmp_path):
 
 def test_the_entries_are_those_of_llama_imatrix(deep, plain, head):
     read = read_imatrix(plain)
-    matrices = {
-        t.name: t.shape[-1]
-        for t in deep.layout.tensors
-        if t.name.startswith("blk.") and len(t.shape) > 1
-    }
-
-    assert read.n_values == matrices
+    assert read.n_values == matrices_of(deep.layout)
     assert read.record == Imatrix(
         file_name="plain.gguf",
         file_sha256=store.sha256_file(plain),
@@ -124,7 +121,9 @@ def test_the_entries_are_those_of_llama_imatrix(deep, plain, head):
         n_chunks=4,
         dataset="text.txt",
     )
-    assert read_imatrix(head).n_values == matrices | {"output.weight": 256}
+    assert read_imatrix(head).n_values == matrices_of(deep.layout) | {
+        "output.weight": 256
+    }
 
 
 # Plans and their files.
@@ -238,7 +237,7 @@ def tensor_bytes(path):
 def test_any_name_of_a_dataset_is_predicted_to_the_byte(
     planned, made, deep, tmp_path, dataset
 ):
-    entries = {t.name: t.shape[-1] for t in deep.layout.tensors if "attn_q" in t.name}
+    entries = matrices_of(deep.layout)
     path = write_imatrix(tmp_path / "i.gguf", entries, dataset=dataset, n_chunks=0)
     plan = planned(UniformPolicy(ggml_type="Q4_0"), path)
 
@@ -299,7 +298,10 @@ def test_llama_quantize_fails_in_the_middle_or_ignores_it(
 
 
 def test_a_type_that_falls_back_needs_no_entry(tiny, tmp_path):
-    path = write_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": 64})
+    entries = matrices_of(tiny.layout)
+    path = write_imatrix(
+        tmp_path / "i.gguf", {n: v for n, v in entries.items() if "attn" in n}
+    )
 
     plan = make_plan(
         tiny.scan, UniformPolicy(ggml_type="IQ2_XXS"), importance=read_imatrix(path)
@@ -311,8 +313,18 @@ def test_a_type_that_falls_back_needs_no_entry(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"blk.9.attn_q.weight": 256}, "has no entry for any tensor of the model"),
-        ({"blk.0.attn_norm.weight": 256}, "has no entry for any tensor"),
+        (
+            dict.fromkeys(["blk.9.attn_q.weight", *LAYERS], 256),
+            "tensors that the model does not have: blk.9.attn_q.weight; give the",
+        ),
+        (
+            dict.fromkeys(["a", "b", "c", "d", "e", *LAYERS[:4]], 256),
+            "does not have: a, b, c, d and 1 more;",
+        ),
+        (
+            dict.fromkeys(LAYERS[:2], 256),
+            r"no entry for 3 of the layers' 5 tensors: blk.2.attn_q.*blk.4.attn_q",
+        ),
         ({"blk.0.attn_q.weight": 512}, "512 values for blk.0.attn_q.* needs 256"),
     ],
 )
@@ -324,10 +336,81 @@ def test_the_matrix_of_another_model_is_refused(tmp_path, entries, message):
     assert caught.value.exit_code == 3
 
 
-# Budgets.
+def test_tensors_without_an_entry_are_told_before_any_work(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    entries = matrices_of(tiny.layout)
+    lacking = {n: v for n, v in entries.items() if "blk.1.ffn" not in n}
+    path = write_imatrix(tmp_path / "i.gguf", lacking)
+    monkeypatch.chdir(tmp_path)
 
-LAYER = {"attn_q": (256, 256)}
-LAYERS = [f"blk.{i}.attn_q.weight" for i in range(5)]
+    for command, out in (("plan", "p.json"), ("gguf", "o.gguf")):
+        argv = [command, str(tiny.folder), "--imatrix", str(path), "-o", out]
+        assert main([*argv, "--policy", "uniform:Q8_0"]) == 0
+        assert " ".join(capsys.readouterr().err.split()).startswith(
+            "ewq: i.gguf has no entry for 3 of the layers' 14 tensors, which are "
+            "quantised without: blk.1.ffn_down.weight, blk.1.ffn_gate.weight, "
+            "blk.1.ffn_up.weight"
+        )
+
+
+@pytest.mark.parametrize("command", ["plan", "gguf", "compare"])
+def test_another_models_matrix_is_refused_before_any_work(
+    tiny, deep, plain, tmp_path, capsys, command, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    text = ["--text", "domains"] if command == "compare" else []
+    assert main([command, str(tiny.folder), "--imatrix", str(plain), *text]) == 3
+
+    told = capsys.readouterr().err
+    assert (
+        "plain.gguf: has 256 values for blk.0.ffn_down.weight, which needs 96" in told
+    )
+    assert "scan" not in told
+    assert "quantize" not in told
+
+
+# Presets.
+
+
+@pytest.mark.parametrize("preset", ["IQ2_XS", "IQ1_S", "Q2_K_S"])
+def test_a_preset_that_needs_a_matrix_is_what_llama_quantize_makes(
+    deep, plain, made, toolchain, tmp_path, preset
+):
+    options = Options(imatrix=plain)
+    plan = pipeline.plan(deep.checkpoint, PresetPolicy(preset=preset), options=options)
+    own = tmp_path / "own.gguf"
+    tool = toolchain.tool("llama-quantize")
+    argv = [tool, "--imatrix", plain, deep.base, own, preset]
+    run(argv, stage="test", log_path=tmp_path / "log")
+
+    out = made(plan, plain)
+
+    assert tensor_bytes(out) == tensor_bytes(own)
+    assert out.stat().st_size == plan.totals.file_size_bytes
+
+
+def test_a_preset_without_the_matrix_or_entry_that_it_needs_is_refused(
+    tiny, deep, tmp_path, capsys
+):
+    for preset in sorted(NEED_IMATRIX):
+        assert main(["gguf", str(tiny.folder), "--policy", f"preset:{preset}"]) == 3
+        told = capsys.readouterr().err
+        assert f"{preset} needs an importance matrix, and none is given" in told
+        assert told.count("\n") == 1
+
+    lacking = {n: v for n, v in matrices_of(deep.layout).items() if ".1." not in n}
+    path = write_imatrix(tmp_path / "i.gguf", lacking)
+    with pytest.raises(InputError, match="blk.1.* cannot be IQ2_XS: i.gguf has no"):
+        pipeline.plan(
+            deep.checkpoint,
+            PresetPolicy(preset="IQ2_XS"),
+            options=Options(imatrix=path),
+        )
+
+
+# Budgets.
 
 
 def hand_made(policy, importance, n_bytes=None):
@@ -529,6 +612,15 @@ def test_the_matrix_is_read_before_any_weight(deep, tmp_path, monkeypatch):
 # Hostile files.
 
 U32 = gguf.GGUFValueType.UINT32
+
+
+def matrices_of(layout):
+    """What llama-imatrix has an entry for, and how many values."""
+    return {
+        t.name: t.shape[-1]
+        for t in layout.tensors
+        if t.name.startswith("blk.") and len(t.shape) > 1
+    }
 
 
 def write_imatrix(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ewq_gguf.bench.answers import Texts, answer, texts_for
+from ewq_gguf.bench.answers import Texts, answer, chat_tokens, texts_for
 from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.generation import GenerationPrompt
 from ewq_gguf.bench.mmlu import score_question
@@ -296,6 +296,26 @@ def test_a_models_own_chat_template_is_applied():
         list(answer(model, empty, n_ctx=50, max_tokens=4))
 
 
+@pytest.mark.parametrize(
+    ("add_bos", "add_eos", "text", "read"),
+    [
+        (True, False, "<a>", "\0<a>"),
+        (True, False, "\0<a>$", "\0<a>$"),
+        (True, False, "\0\0<a>", "\0\0<a>"),
+        (False, False, "\0<a>", "\0<a>"),
+        (False, False, "<a>", "<a>"),
+        (True, True, "<a>", "\0<a>$"),
+        (False, True, "<a>$", "<a>$"),
+    ],
+)
+def test_a_chat_has_the_one_bos_and_eos_that_llama_server_gives(
+    add_bos, add_eos, text, read
+):
+    model = Table(add_bos=add_bos)
+    model.add_eos = add_eos
+    assert model.detokenize(chat_tokens(model, text)) == read
+
+
 def test_a_model_without_a_template_gets_the_prompts_as_they_are():
     given = texts_for(Table(), prompts_of(["a"]))
 
@@ -340,6 +360,21 @@ def check_same(found, alone, nats: float) -> None:
         )
         last, first = sorted(other.letter_logprobs_nats)[-2:]
         assert one.chosen == other.chosen or first - last < 0.1
+
+
+@pytest.mark.llamacpp
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("text", ["user: hi", "<s>user: hi</s> <s>"])
+def test_a_chats_tokens_are_those_of_llama_cpp(tiny, text):
+    import llama_cpp
+
+    model = loaded(tiny.base)
+    data = text.removeprefix("<s>").encode()
+    room = (llama_cpp.llama_token * 64)()
+    n = llama_cpp.llama_tokenize(model._vocab, data, len(data), room, 64, True, True)
+
+    assert model.add_bos
+    assert chat_tokens(model, text).tolist() == room[:n]
 
 
 @pytest.mark.llamacpp

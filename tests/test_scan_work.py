@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ewq_gguf import pipeline
-from ewq_gguf.checkpoint.mapping import MappedTensor, Region
+from ewq_gguf.checkpoint.mapping import Region
 from ewq_gguf.checkpoint.reader import RangeReader
 from ewq_gguf.checkpoint.regions import parts_of
 from ewq_gguf.checkpoint.scan import Work, merge_scans, scan_checkpoint
@@ -164,7 +164,7 @@ def test_a_local_model_is_not_streamed(tiny):
         open_checkpoint(str(tiny), Opening(is_streamed=True))
 
 
-# Boxes and FP8.
+# Boxes and FP8 codes.
 
 
 def region_of(folder: Path, box) -> Region:
@@ -208,45 +208,6 @@ def test_fp8_codes_are_torchs(dtype):
     codes = torch.arange(256, dtype=torch.uint8)
     wanted = codes.view(kind).to(torch.float32).numpy()
     np.testing.assert_array_equal(code_values(dtype), wanted)
-
-
-@pytest.mark.parametrize("scale_shape", [(2, 3), (1, 1), (130, 1)])
-@pytest.mark.fault(14)
-def test_a_scaled_fp8_weight_is_code_times_scale(tmp_path, scale_shape):
-    write_llama(tmp_path, n_layers=1)
-    rng = np.random.default_rng(1)
-    codes = rng.integers(0, 120, (130, 300), np.uint8)
-    scales = rng.uniform(0.01, 0.1, scale_shape).astype(np.float32)
-    write_raw(
-        tmp_path / "model.safetensors",
-        {
-            "w.weight": ("F8_E4M3", [130, 300], codes.tobytes()),
-            "w.weight_scale_inv": ("F32", list(scale_shape), scales.tobytes()),
-        },
-    )
-    checkpoint = open_checkpoint(str(tmp_path))
-    (shard, weight), (_, scale) = checkpoint.tensors
-    region = Region(shard, weight, None, (shard, scale))
-    rows, columns = np.arange(130), np.arange(300)
-    blocks = [
-        index // 128 if n not in (1, index.size) else index * (n > 1)
-        for index, n in zip((rows, columns), scale_shape, strict=True)
-    ]
-    exact = (
-        code_values("F8_E4M3")[codes]
-        * scales.astype(np.float64)[np.ix_(blocks[0], blocks[1])]
-    )
-    with RangeReader() as reader:
-        reader.open(shard)
-        found = np.concatenate(
-            [
-                piece.copy()
-                for part in parts_of(region, reader)
-                for piece in part.pieces(reader, np.empty(1000, np.uint8))
-            ]
-        )
-    np.testing.assert_array_equal(found, exact.ravel())
-    assert MappedTensor("w", (130, 300), (region,)).dtype == "F8_E4M3"
 
 
 def test_64_bit_weights_are_measured_in_their_own_precision(tmp_path):
@@ -344,51 +305,6 @@ def test_options_reach_the_scan(tiny, cache):
 
 
 # The whole way, for what the converter changes or never gets.
-
-
-def write_fp8(folder: Path) -> Path:
-    """A tiny Llama whose matrices are FP8 with one scale per 128 x 128 block."""
-    write_llama(folder, n_layers=2, hidden=256, ffn=512)
-    rng = np.random.default_rng(0)
-    data = (folder / "model.safetensors").read_bytes()
-    tensors: dict[str, tuple[str, list[int], bytes]] = {}
-    for _, tensor in open_checkpoint(str(folder)).tensors:
-        shape = list(tensor.shape)
-        if "proj" not in tensor.name:
-            raw = data[tensor.begin : tensor.end]
-            tensors[tensor.name] = (tensor.dtype, shape, raw)
-            continue
-        codes = rng.integers(0, 0x7F, shape, np.uint8)
-        blocks = [-(-size // 128) for size in shape]
-        scales = rng.uniform(0.001, 0.01, blocks).astype(np.float32)
-        tensors[tensor.name] = ("F8_E4M3", shape, codes.tobytes())
-        tensors[f"{tensor.name}_scale_inv"] = ("F32", blocks, scales.tobytes())
-    write_raw(folder / "model.safetensors", tensors)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.llamacpp
-@pytest.mark.slow
-def test_an_fp8_checkpoint_goes_the_whole_way_local_and_streamed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = write_fp8(tmp_path / "tiny-fp8")
-    policy = EwqPolicy(measure="histogram")
-    made = pipeline.make_gguf(str(folder), tmp_path / "out.gguf", policy)
-    assert made.verification.found_size_bytes == made.plan.totals.file_size_bytes
-    assert {layer.ggml_type for layer in made.plan.layers} > {"BF16"}
-    (q,) = (t for t in made.plan.tensors if t.name == "blk.0.attn_q.weight")
-    assert q.base_type == "BF16"
-    with serve(tmp_path, Faults()) as url:
-        checkpoint = pipeline.open_model(f"{url}/tiny-fp8")
-        streamed = pipeline.plan(checkpoint, policy)
-    assert streamed == made.plan
 
 
 def test_a_part_of_a_scan_is_not_planned(tiny):

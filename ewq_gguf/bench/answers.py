@@ -172,14 +172,31 @@ def _last(one: _Open) -> Batch:
 
 
 def _tokens(model: Model, text: str, has_chat_template: bool) -> IntArray:
-    # A template writes the token that begins texts itself.
-    if not has_chat_template:
-        return prompt_tokens(model, text)
+    return (chat_tokens if has_chat_template else prompt_tokens)(model, text)
+
+
+def chat_tokens(model: Model, text: str) -> IntArray:
+    """What a chat template wrote as the tokens that llama-server gives the model.
+
+    Where the model's texts begin with BOS, there is one BOS, whether the template
+    writes it or not; likewise with EOS at their end.
+
+    Raises:
+        InputError: the text is empty.
+
+    Source: llama.cpp common/chat.cpp, common_chat_template_direct_apply_impl.
+    """
+    begin = [model.bos] if model.add_bos else []
+    end = [model.eos] if model.add_eos else []
+    if begin:
+        text = text.removeprefix(_name(model, model.bos))
+    if end:
+        text = text.removesuffix(_name(model, model.eos))
     tokens = model.tokenize(text, special=True)
     if not len(tokens):
         remedy = "give prompts without it, or a file with a sound one"
         raise InputError(STAGE, "chat template", "makes an empty text", remedy)
-    return tokens
+    return np.array([*begin, *tokens, *end], np.int32)
 
 
 def _name(model: Model, token: int) -> str:

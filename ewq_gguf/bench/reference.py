@@ -52,6 +52,7 @@ class ReferenceModel:
     """
 
     add_bos = False
+    add_eos = False
     bos = eos = -1
     chat_template = ""
 

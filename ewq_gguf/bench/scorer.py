@@ -137,6 +137,10 @@ class Model(Protocol):
         """Whether texts begin with the token `bos`."""
 
     @property
+    def add_eos(self) -> bool:
+        """Whether texts end with the token `eos`."""
+
+    @property
     def bos(self) -> int:
         """The token that begins texts; -1 where there is none."""
 

@@ -83,12 +83,13 @@ class TransformersModel:
 
             self._n_modules |= count_modules(self._model)
         self._weights_bytes = _bytes_of(self._model)
-        first = self._tokenizer.encode("a", add_special_tokens=True)[0]
+        whole = self._tokenizer.encode("a", add_special_tokens=True)
         bos = self._tokenizer.bos_token_id
         self.bos = -1 if bos is None else int(bos)
-        self.add_bos = first == bos
+        self.add_bos = whole[0] == bos
         eos = self._tokenizer.eos_token_id
         self.eos = -1 if eos is None else int(eos)
+        self.add_eos = whole[-1] == eos
         # Some have several by name.
         template = self._tokenizer.chat_template or ""
         self.chat_template: str = (

@@ -11,8 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ewq_gguf.checkpoint.header import loads_strict
-from ewq_gguf.errors import InputError
+from ewq_gguf.checkpoint.header import loads_strict, repeated_keys
+from ewq_gguf.errors import InputError, printable
 
 MAX_SMALL_BYTES = 64 << 20
 
@@ -46,7 +46,7 @@ def check_regular(folder: Path, path: Path) -> None:
 
 
 def read_json_object(folder: Path, name: str) -> dict[str, Any]:
-    """The object a JSON file holds, read as strictly as a header.
+    """The object a JSON file holds; of a key that repeats the last value.
 
     Raises:
         InputError: it is too large, is not JSON, or is no object.
@@ -61,7 +61,7 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
             "download it again",
         )
     try:
-        values = loads_strict(path.read_bytes())
+        values = loads_strict(path.read_bytes(), dict)
     except json.JSONDecodeError as error:
         raise InputError(
             "scan",
@@ -74,3 +74,21 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError("scan", path, "is not a JSON object", "download it again")
     return values
+
+
+def note_on_repeated_keys(path: Path) -> str | None:
+    """A note on keys that a JSON file has twice; None without, or if it is no JSON."""
+    found: list[str] = []
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found.extend(repeated_keys(pairs))
+        return dict(pairs)
+
+    try:
+        loads_strict(path.read_bytes(), to_object)
+    except ValueError:
+        return None
+    if not found:
+        return None
+    keys = printable(", ".join(dict.fromkeys(found)), 200)
+    return f"{printable(path)}: has {keys} twice; the last value is taken"

@@ -12,7 +12,15 @@ from typing import Any
 from ewq_gguf.checkpoint.files import (
     MAX_SMALL_BYTES,
     check_regular,
+    note_on_repeated_keys,
     read_json_object,
+)
+from ewq_gguf.checkpoint.fp8 import (
+    Fp8,
+    fp8_of,
+    is_fp8,
+    method_name,
+    quantisation_of,
 )
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.remote import RemoteFile
@@ -36,6 +44,7 @@ class Checkpoint:
         small_files: what a conversion needs beside the weights, by name.
         shards: the weight files, by name.
         identity: what it is, wherever it lies.
+        fp8: its FP8 weights, or None.
         notes: what is odd about it but no error.
         opened: the signature when the headers were read.
         origin: the MODEL that opens it again, also on another machine.
@@ -46,6 +55,7 @@ class Checkpoint:
     small_files: Mapping[str, Path]
     shards: tuple[ShardFile, ...]
     identity: ModelIdentity
+    fp8: Fp8 | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
     opened: str = field(default="", compare=False, repr=False)
     origin: str = field(default="", compare=False)
@@ -79,8 +89,7 @@ class Checkpoint:
     def is_mapped_by_name(self) -> bool:
         """Whether names alone say which tensor becomes which, without the converter."""
         return self.identity.is_gguf or (
-            self.identity.hf_architecture in ARCHITECTURES
-            and not self.config.get("quantization_config")
+            self.identity.hf_architecture in ARCHITECTURES and self.fp8 is None
         )
 
     @property
@@ -149,8 +158,10 @@ def open_folder(
             for shard in shards
         ),
     )
-    notes += _notes_on_code(folder, config)
-    return Checkpoint(folder, config, small_files, shards, identity, notes)
+    tensors = [(shard, tensor) for shard in shards for tensor in shard.header.tensors]
+    fp8 = fp8_of(tensors, quantisation_of(folder, config))
+    notes += _notes_on_code(folder, config) + _notes_on_keys(small_files)
+    return Checkpoint(folder, config, small_files, shards, identity, fp8, notes)
 
 
 def _notes_on_code(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -158,6 +169,12 @@ def _notes_on_code(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     path = printable(folder / "config.json")
     return (f"{path}: its auto_map names code of the repository, which never runs",)
+
+
+def _notes_on_keys(small_files: Mapping[str, Path]) -> tuple[str, ...]:
+    """Of the files that people edit; the tokenizer's own are written by tools."""
+    edited = [path for name, path in small_files.items() if "config.json" in name]
+    return tuple(note for note in map(note_on_repeated_keys, edited) if note)
 
 
 def read_config(
@@ -177,13 +194,12 @@ def read_config(
     if not path.is_file():
         _refuse_without_config(folder)
     config = read_json_object(folder, "config.json")
-    quantised = config.get("quantization_config")
-    if quantised and not _is_fp8(quantised):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    quantised = quantisation_of(folder, config)
+    if quantised and not is_fp8(quantised):
         raise InputError(
             "scan",
             path,
-            f"the weights are quantised already ({method or 'quantization_config'})",
+            f"the weights are quantised already ({method_name(quantised)})",
             "use the BF16 or F16 checkpoint it was made from",
         )
     _check_architecture(_hf_architecture(config, folder), path, architectures)
@@ -201,11 +217,6 @@ def _check_architecture(
             f"architecture {architecture} is not supported",
             f"the nearest supported ones are {', '.join(near)}",
         )
-
-
-def _is_fp8(quantised: object) -> bool:
-    """FP8 weights are codes times scales: read as they are, exactly."""
-    return isinstance(quantised, dict) and quantised.get("quant_method") == "fp8"
 
 
 def _refuse_without_config(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -128,15 +129,22 @@ def _read_header(
     return Header(raw, tuple(tensors), file_bytes)
 
 
-def loads_strict(raw: bytes) -> Any:
-    """JSON with duplicate keys and halves of surrogate pairs refused.
+def loads_strict(
+    raw: bytes, to_object: Callable[[list[tuple[str, Any]]], dict[str, Any]]
+) -> Any:
+    """JSON with halves of surrogate pairs refused.
+
+    Args:
+        raw: UTF-8.
+        to_object: makes an object of its keys and values.
 
     Raises:
-        ValueError: it is not UTF-8 or not JSON, a key repeats, or it nests too deep.
+        ValueError: it is not UTF-8 or not JSON, it nests too deep, or `to_object`
+            refuses.
     """
     try:
         values = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_parse_int
+            raw.decode("utf-8"), object_pairs_hook=to_object, parse_int=_parse_int
         )
         if b"\\ud" in raw.lower():
             json.dumps(values, ensure_ascii=False).encode()
@@ -151,21 +159,22 @@ def _parse_int(digits: str) -> int | float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"duplicate key {printable(key)!r}")
-            seen.add(key)
-    return values
+    if repeated := repeated_keys(pairs):
+        raise ValueError(f"duplicate key {printable(repeated[0])!r}")
+    return dict(pairs)
+
+
+def repeated_keys(pairs: Sequence[tuple[str, Any]]) -> list[str]:
+    """The keys of an object that are there more than once."""
+    counts = Counter(key for key, _ in pairs)
+    return [key for key, n in counts.items() if n > 1]
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise _bad(path, "header does not start with '{' at byte 8")
     try:
-        header = loads_strict(raw)
+        header = loads_strict(raw, _unique)
     except UnicodeDecodeError as error:
         raise _bad(path, f"header is not UTF-8 at byte {8 + error.start}") from error
     except json.JSONDecodeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ewq_gguf.checkpoint.source import hub_error
+from ewq_gguf.checkpoint.hub import hub_error
 
 _MMLU = "cais/mmlu"
 _BILLSUM, _BILLS = "FiscalNote/billsum", "data/test-00000-of-00001.parquet"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
+from ewq_gguf.checkpoint.fp8 import BlockSize
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import Layout
@@ -19,10 +20,23 @@ from ewq_gguf.tensor_names import ARCHITECTURES, gguf_name, is_dropped, layer_id
 #: What the scanner reads; other dtypes (masks, token tables) are not weights.
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 
-#: Names that hold the scales of an FP8 weight.
-_SCALES = ("_scale_inv", "_scale")
-
 Box = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of an FP8 weight.
+
+    Attributes:
+        shard: the file they are in.
+        tensor: their header.
+        block_size: rows and columns that share one; None for one scale for all or one
+            per row.
+    """
+
+    shard: ShardFile
+    tensor: TensorHeader
+    block_size: BlockSize | None = None
 
 
 @dataclass(frozen=True)
@@ -33,13 +47,18 @@ class Region:
         shard: the file it is in.
         tensor: its header.
         box: (start, stop, step) per dimension; None for all of it.
-        scale: the FP8 weight's scales and their file, or None.
+        scales: the FP8 weight's, or None.
     """
 
     shard: ShardFile
     tensor: TensorHeader
     box: Box | None = None
-    scale: tuple[ShardFile, TensorHeader] | None = None
+    scales: Scales | None = None
+
+    @property
+    def headers(self) -> tuple[TensorHeader, ...]:
+        """Of the tensor, and of its scales where it has some."""
+        return (self.tensor, *([self.scales.tensor] if self.scales else []))
 
     @property
     def n_weights(self) -> int:
@@ -111,7 +130,7 @@ def map_tensors(checkpoint: Checkpoint, layout: Layout | None = None) -> Mapping
         header.name
         for tensor in mapped.values()
         for region in tensor.regions
-        for header in (region.tensor, *([region.scale[1]] if region.scale else []))
+        for header in region.headers
     }
     dropped = sorted(t.name for _, t in checkpoint.tensors if t.name not in used)
     ordered = sorted(mapped.values(), key=lambda tensor: gguf_order(tensor.name))
@@ -163,13 +182,18 @@ def _map_by_name(checkpoint: Checkpoint) -> dict[str, MappedTensor]:
 
 def _map_by_layout(checkpoint: Checkpoint, layout: Layout) -> dict[str, MappedTensor]:
     files = {tensor.name: (shard, tensor) for shard, tensor in checkpoint.tensors}
+    scale_names = set(checkpoint.fp8.scales.values()) if checkpoint.fp8 else set()
     mapped = {}
     for tensor in layout.tensors:
         names = {source.hf_name for source in tensor.sources}
         regions = tuple(
-            _region(files, source.hf_name, source.box, names)
+            Region(
+                *files[source.hf_name],
+                source.box,
+                _scales(checkpoint, files, source.hf_name, names),
+            )
             for source in tensor.sources
-            if not _is_scale(source.hf_name, names)
+            if source.hf_name not in scale_names
         )
         if not regions:
             continue
@@ -185,20 +209,22 @@ def _map_by_layout(checkpoint: Checkpoint, layout: Layout) -> dict[str, MappedTe
     return mapped
 
 
-def _region(
+def _scales(
+    checkpoint: Checkpoint,
     files: dict[str, tuple[ShardFile, TensorHeader]],
     name: str,
-    box: Box | None,
-    names: set[str],
-) -> Region:
-    scales = [name + ending for ending in _SCALES if name + ending in names]
-    scale = files[scales[0]] if scales else None
-    return Region(*files[name], box, scale)
-
-
-def _is_scale(name: str, names: set[str]) -> bool:
-    """Whether a source is only the scale of another one."""
-    return any(
-        name.endswith(ending) and name.removesuffix(ending) in names
-        for ending in _SCALES
-    )
+    sources: set[str],
+) -> Scales | None:
+    """A weight's scales, which the converter has to combine with it too."""
+    fp8 = checkpoint.fp8
+    if fp8 is None or name not in fp8.scales:
+        return None
+    scale = fp8.scales[name]
+    if scale not in sources:
+        raise InputError(
+            "scan",
+            files[name][0].path,
+            f"llama.cpp's converter does not apply {scale} to {name}",
+            "use the BF16 checkpoint it was made from",
+        )
+    return Scales(*files[scale], fp8.block_size)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ewq_gguf.checkpoint.fp8 import scale_fits
 from ewq_gguf.checkpoint.mapping import Region
 from ewq_gguf.checkpoint.reader import RangeReader
 from ewq_gguf.entropy.codes import code_values
@@ -44,7 +45,7 @@ class Part:
         region: it is of.
         begin: first byte in the file.
         end: one past the last.
-        scales: the FP8 weight's scales, (rows, columns) float64 of blocks; or None.
+        scales: the FP8 weight's, float64 with as many dimensions; or None.
     """
 
     region: Region
@@ -82,12 +83,21 @@ class Part:
             row += len(rows)
 
     def _scaled(self, codes: NDArray[Any], row: int) -> NDArray[np.float64]:
+        """Codes of whole rows times their scales; (n, columns) in and out."""
         assert self.scales is not None
-        n_rows, n_columns = self.region.tensor.shape
-        rows = _blocks(n_rows, self.scales.shape[0])[row : row + len(codes)]
-        columns = _blocks(n_columns, self.scales.shape[1])
+        assert self.region.scales is not None
+        *leading, n_columns = self.region.tensor.shape
+        steps = (*[1] * (len(leading) - 1), *(self.region.scales.block_size or (1, 1)))
+        indices = (
+            *np.unravel_index(np.arange(row, row + len(codes)), leading),
+            np.arange(n_columns),
+        )
+        *rows, columns = (
+            index // step if n > 1 else np.zeros_like(index)
+            for index, step, n in zip(indices, steps, self.scales.shape, strict=True)
+        )
         values = code_values(self.region.tensor.dtype)[codes]
-        result: NDArray[np.float64] = values * self.scales[rows][:, columns]
+        result: NDArray[np.float64] = values * self.scales[tuple(rows)][:, columns]
         return result
 
 
@@ -98,7 +108,7 @@ def parts_of(region: Region, reader: RangeReader) -> list[Part]:
         InputError: an FP8 weight's scales do not fit its shape.
     """
     tensor = region.tensor
-    scales = None if region.scale is None else _read_scales(region, reader)
+    scales = None if region.scales is None else _read_scales(region, reader)
     step, first, last = PART_BYTES, tensor.begin, tensor.end
     if region.box is not None or scales is not None:
         row_bytes = _row_bytes(region)
@@ -140,18 +150,19 @@ def _boxed(rows: NDArray[Any], first_row: int, region: Region) -> NDArray[Any]:
     return np.ascontiguousarray(rows[taken][:, slice(*columns)]).ravel()
 
 
-def _blocks(size: int, n_blocks: int) -> NDArray[np.int64]:
-    """The scale block of each index: blocks of 128, one each, or one for all."""
-    indices = np.arange(size)
-    if n_blocks in (1, size):
-        return indices % n_blocks if n_blocks == 1 else indices
-    return indices // 128
-
-
 def _read_scales(region: Region, reader: RangeReader) -> NDArray[np.float64]:
-    """The scales as (row blocks, column blocks) float64."""
-    assert region.scale is not None
-    shard, header = region.scale
+    """The scales, with as many dimensions as the weight has."""
+    assert region.scales is not None
+    shard, header = region.scales.shard, region.scales.tensor
+    weight = region.tensor.shape
+    if not scale_fits(weight, header.shape, region.scales.block_size):
+        raise InputError(
+            "scan",
+            shard.path,
+            f"{header.name} of shape {header.shape} does not fit {region.tensor.name} "
+            f"of shape {weight}",
+            "download the checkpoint again",
+        )
     buffer = np.empty(max(1, header.end - header.begin), np.uint8)
     raw = np.concatenate(
         [c.copy() for c in reader.chunks(shard, header.begin, header.end, buffer)]
@@ -159,19 +170,5 @@ def _read_scales(region: Region, reader: RangeReader) -> NDArray[np.float64]:
     values = raw.astype(np.float64)
     if header.dtype in ("BF16", "F16"):
         values = code_values(header.dtype)[raw]
-    shape = (*header.shape, *(1, 1))[: max(2, len(header.shape))]
-    scales: NDArray[np.float64] = values.reshape(shape)
-    wanted = region.tensor.shape
-    fits = len(wanted) == scales.ndim == 2 and all(
-        n in (1, size, -(-size // 128))
-        for n, size in zip(scales.shape, wanted, strict=True)
-    )
-    if not fits:
-        raise InputError(
-            "scan",
-            shard.path,
-            f"{header.name} has shape {header.shape}, {region.tensor.name} {wanted}: "
-            "neither one scale, one per row, nor one per 128 x 128 block",
-            "use the BF16 checkpoint",
-        )
-    return scales
+    missing = len(weight) - len(header.shape)
+    return values.reshape(*header.shape, *[1] * missing)

@@ -270,7 +270,7 @@ class _Job(ABC):
 
 
 class _CodeJob(_Job):
-    """16-bit weights, and 8-bit ones without scales."""
+    """16-bit weights."""
 
     counts: NDArray[np.int64] | None = None
 
@@ -343,7 +343,7 @@ class _FloatJob(_Job):
 
 
 def _job(tensor: MappedTensor, reader: RangeReader, measures: Measures) -> _Job:
-    floats = tensor.dtype in ("F32", "F64") or tensor.regions[0].scale is not None
+    floats = tensor.dtype in ("F32", "F64") or tensor.regions[0].scales is not None
     kind = _FloatJob if floats else _CodeJob
     return kind(tensor, reader, measures)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.errors import InputError, printable
 
 _INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
 _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -41,11 +42,13 @@ class _Choice:
         names: of the files.
         weight_map: the file of each tensor.
         total_size: bytes of all tensors, as the index has it.
+        has_other_index: whether there is an index, of other files.
     """
 
     names: list[str]
     weight_map: Mapping[str, str] | None = None
     total_size: object = None
+    has_other_index: bool = False
 
 
 def open_shards(
@@ -76,29 +79,37 @@ def open_shards(
 
 
 def _choice(folder: Path, only: str | None, *, is_local: bool) -> _Choice:
-    """The weight files: the index's, else `model*`, else the only one."""
+    """The weight files as transformers takes them, else `model*`, else the only one.
+
+    A whole file comes before an index that does not name it: who saves a model again in
+    one file may leave the index and the shards of before.
+    """
     if only:
         return _Choice([only])
     if (folder / _INDEX).is_file():
-        return _choice_of_index(folder, is_local=is_local)
+        choice = _choice_of_index(folder)
+        is_stale = _WHOLE not in choice.names and (folder / _WHOLE).is_file()
+        if is_local and is_stale:
+            return _Choice([_WHOLE], has_other_index=True)
+        if is_local:
+            _check_present(folder, choice)
+        return choice
     if not is_local:
-        return _Choice(["model.safetensors"])
+        return _Choice([_WHOLE])
     files = _weight_files(folder)
     if not files:
         _refuse_without_weights(folder)
     names = [name for name in files if name.startswith("model")] or files
-    if "model.safetensors" in names:
-        return _Choice(["model.safetensors"])
+    if _WHOLE in names:
+        return _Choice([_WHOLE])
     _check_numbered(folder, names)
     return _Choice(names)
 
 
-def _choice_of_index(folder: Path, *, is_local: bool) -> _Choice:
+def _choice_of_index(folder: Path) -> _Choice:
     index = read_json_object(folder, _INDEX)
     weight_map = _weight_map(folder, index)
     names = sorted(set(weight_map.values()))
-    if is_local:
-        _check_present(folder, names, weight_map)
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return _Choice(names, weight_map, total)
@@ -111,11 +122,17 @@ def _weight_files(folder: Path) -> list[str]:
 def _note_on_others(folder: Path, choice: _Choice) -> str | None:
     """Other weight files in the folder may be another copy of the model."""
     others = sorted(set(_weight_files(folder)) - set(choice.names))
+    if choice.has_other_index:
+        others.insert(0, f"{_INDEX} (of other files)")
     if not others:
         return None
     taken = "the index's files" if choice.weight_map else ", ".join(choice.names[:4])
-    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-    return f"{folder}: reads {taken}, and leaves {', '.join(others[:4])}{more}"
+    return f"{folder}: reads {taken}, and leaves {_first(others)}"
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{', '.join(names[:4])}{more}"
 
 
 def _note_on_total(
@@ -197,18 +214,21 @@ def _weight_map(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return weight_map
 
 
-def _check_present(
-    folder: Path, names: Iterable[str], weight_map: Mapping[str, str]
-) -> None:
-    missing = [name for name in names if not (folder / name).exists()]
+def _check_present(folder: Path, choice: _Choice) -> None:
+    missing = [name for name in choice.names if not (folder / name).exists()]
     if missing:
-        tensors = [t for t, name in weight_map.items() if name in missing]
+        assert choice.weight_map is not None
+        tensors = [t for t, name in choice.weight_map.items() if name in missing]
+        others = sorted(set(_weight_files(folder)) - set(choice.names))
+        instead = f"; beside it are {_first(others)}" if others else ""
         raise InputError(
             "scan",
             folder,
             f"the index names missing shards: {', '.join(missing[:4])} with "
-            f"{len(tensors)} tensors ({tensors[0]}, ...)",
-            "download them",
+            f"{len(tensors)} tensors ({tensors[0]}, ...){instead}",
+            "download them, or remove the index if it is of another set"
+            if others
+            else "download them",
         )
 
 

@@ -12,22 +12,20 @@ from ewq_gguf import store
 from ewq_gguf.checkpoint.demo import DEMO_NAME, demo_checkpoint
 from ewq_gguf.checkpoint.folder import Checkpoint, open_folder, read_config
 from ewq_gguf.checkpoint.gguf_source import is_gguf, open_gguf, open_remote_gguf
+from ewq_gguf.checkpoint.hub import HUB_FILES, check_has_weights, opener, snapshot
+from ewq_gguf.checkpoint.hub_names import HubName, hub_name
 from ewq_gguf.checkpoint.remote import RemoteFile, fetch_small
-from ewq_gguf.errors import InputError, NetworkError, ResourceError, UsageError
+from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import ModelIdentity
 
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _URL = re.compile(r"https?://[^/]+/")
-
-#: What a conversion needs of a Hub repository; no code, no pickles.
-_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
 
 #: What is asked for below a plain URL, which cannot be listed.
 _URL_FILES = (
     "config.json", "model.safetensors.index.json", "generation_config.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "tekken.json",
+    "chat_template.jinja", "tekken.json", "hf_quant_config.json",
 )  # fmt: skip
 
 Say = Callable[[str], None]
@@ -55,9 +53,9 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
     """Find a model and read its config and headers, and no weight.
 
     Args:
-        model: a folder, a .safetensors or an unquantised .gguf file, a Hub id
-            (`org/name[@revision]`), an http(s) URL of a folder or of a .gguf file, or
-            `demo`.
+        model: a folder, a .safetensors or an unquantised .gguf file, a model of the
+            Hub (`org/name[@revision]`, or its page's address), an http(s) URL of a
+            folder or of a .gguf file, or `demo`.
         opening: how to.
 
     Raises:
@@ -86,14 +84,18 @@ def _origin(model: str, identity: ModelIdentity) -> str:
     """The MODEL that names the same checkpoint in every folder and on other days."""
     if identity.hub_id is not None:
         return f"{identity.hub_id}@{identity.revision}"
-    if model == "demo" or _URL.match(model):
+    if model == "demo" or "://" in model:
         return model
+    if not Path(model).exists():  # a GGUF of the Hub, without https://
+        return f"https://{model}"
     return str(Path(model).absolute())
 
 
 def _open(model: str, opening: Opening) -> Checkpoint:
     path = Path(model)
     if _URL.match(model):
+        if found := hub_name(model, _endpoint()):
+            return _open_hub(found, opening)
         return _open_url(model.rstrip("/"), opening)
     if model == "demo":
         folder, name = demo_checkpoint(on_line=opening.say), DEMO_NAME
@@ -101,8 +103,8 @@ def _open(model: str, opening: Opening) -> Checkpoint:
         folder, name = path, path.resolve().name
     elif path.exists():
         return _open_file(path, opening)
-    elif match := _HUB_ID.fullmatch(model):
-        return _open_hub(match[1], match[2], opening)
+    elif found := hub_name(model, _endpoint()):
+        return _open_hub(found, opening)
     else:
         raise InputError(
             "scan",
@@ -170,115 +172,46 @@ def _keep(path: Path, data: bytes | None) -> None:
             temporary.write_bytes(data)
 
 
-def _open_hub(hub_id: str, revision: str | None, opening: Opening) -> Checkpoint:
+def _endpoint() -> str:
     from huggingface_hub import constants
 
+    return constants.ENDPOINT
+
+
+def _open_hub(name: HubName, opening: Opening) -> Checkpoint:
+    from huggingface_hub import constants
+
+    hub_id, revision = name.hub_id, name.revision
+    if name.file is not None and name.file.endswith(".gguf"):
+        return open_remote_gguf(opener(hub_id, revision)(name.file))
     if opening.say is not None:
         opening.say(f"fetching {hub_id} from the Hub")
     # The small files first: what cannot be converted is refused before its weights.
-    folder = _snapshot(hub_id, revision, _HUB_FILES)
+    folder = snapshot(hub_id, revision, HUB_FILES)
+    if not (folder / "model.safetensors.index.json").is_file():
+        check_has_weights(hub_id, folder)
     read_config(folder, opening.architectures)
     commit = folder.name
     is_streamed = opening.is_streamed or not opening.reads_weights
     is_streamed &= not constants.HF_HUB_OFFLINE
     if not is_streamed:
         for weights in ("model*.safetensors", "*.safetensors"):
-            folder = _snapshot(hub_id, commit, (*_HUB_FILES, weights))
+            folder = snapshot(hub_id, commit, (*HUB_FILES, weights))
             if any(folder.glob(weights)):
                 break
     return open_folder(
         folder,
-        name=hub_id.split("/")[1],
+        name=hub_id.rpartition("/")[2],
         hub_id=hub_id,
+        only=_only(name, folder),
         revision=commit,
         architectures=opening.architectures,
-        remote=_hub_opener(hub_id, commit) if is_streamed else None,
+        remote=opener(hub_id, commit) if is_streamed else None,
     )
 
 
-def _hub_opener(hub_id: str, revision: str) -> Callable[[str], RemoteFile]:
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils._headers import build_hf_headers
-
-    headers = build_hf_headers()
-    return lambda name: RemoteFile(hf_hub_url(hub_id, name, revision=revision), headers)
-
-
-def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-    try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns))
-        )
-    except errors.HFValidationError as error:
-        raise InputError(
-            "scan",
-            hub_id,
-            "no such file or folder, and no name that the Hub allows",
-            "check the spelling",
-        ) from error
-    except (OSError, http_error) as error:
-        raise hub_error(hub_id, error) from error
-
-
-def hub_error(
-    hub_id: str,
-    error: Exception,
-    stage: str = "scan",
-    instead: str = "give a local folder",
-) -> NetworkError | ResourceError:
-    """What the Hub's client raised, as one line with what to do."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, OSError) and error.errno is not None:
-        return ResourceError(
-            stage,
-            error.filename or hub_id,
-            f"the download cannot be written ({error.strerror})",
-            "free some space, or set HF_HOME to another folder",
-        )
-    # "Not cached" is all it says itself; its cause says why the Hub did not help.
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(
-        error.__cause__, Exception
-    ):
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    if isinstance(error, GatedRepoError):
-        problem, remedy = (
-            "the repository is gated",
-            "ask for access on its page, then run `hf auth login`",
-        )
-    elif isinstance(error, RepositoryNotFoundError):
-        problem, remedy = (
-            "no such repository, or it is private",
-            "check the spelling, or run `hf auth login`",
-        )
-    elif isinstance(error, RevisionNotFoundError):
-        problem, remedy = ("no such revision", "check what follows the @")
-    elif isinstance(error, OfflineModeIsEnabled):
-        problem, remedy = (
-            "HF_HUB_OFFLINE is set and it is not cached",
-            f"unset it, or {instead}",
-        )
-    elif status in (401, 403):
-        problem, remedy = (f"the Hub refused ({reason})", "run `hf auth login`")
-    elif status is not None:
-        problem, remedy = (
-            f"the Hub refused ({reason})",
-            f"try again later, or {instead}",
-        )
-    else:
-        problem, remedy = (
-            f"the Hub cannot be reached ({reason}) and it is not cached",
-            f"check the network, or {instead}",
-        )
-    return NetworkError(stage, hub_id, problem, remedy)
+def _only(name: HubName, folder: Path) -> str | None:
+    """The one weight file that was named, where it is not one of the model's set."""
+    file = name.file or ""
+    is_of_set = file == "model.safetensors" or "-of-" in file
+    return None if is_of_set or not file.endswith(".safetensors") else file

@@ -210,9 +210,15 @@ class BarProgress:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._quiet = quiet
         self._console = console()
+        self._noted: set[str] = set()
 
     def note(self, text: str) -> None:
         """Say something once."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         if not self._quiet:
             self._console.print(f"ewq: {text}", markup=False)
 
@@ -235,7 +241,7 @@ class BarProgress:
         self, name: str, total_bytes: int | None
     ) -> Iterator[Callable[[float, str], None]]:
         if self._quiet or not sys.stderr.isatty():
-            self.note(name)
+            self._print(name)
             yield lambda share, detail: None
             return
         columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]

@@ -73,11 +73,15 @@ def frontier(
 def _preset_sizes(question: Question, names: list[str]) -> dict[str, Ask]:
     """The sizes of presets, by their names."""
     names = [name.upper() for name in names]
-    pipeline.check_presets(names)
+    pipeline.check_presets(names, has_imatrix=True)
     # With the matrix a file says so, and is some hundred bytes larger.
     options = with_imatrix(question.checkpoint, question.options, question.progress)
     plans = pipeline.preset_plans(
-        question.checkpoint, options=options, progress=question.progress
+        question.checkpoint,
+        presets=names,
+        needed=names,
+        options=options,
+        progress=question.progress,
     )
     sizes = {name: plans[name].totals.file_size_bytes for name in names}
     return {name: Ask(f"{size}B", n_bytes=size) for name, size in sizes.items()}

@@ -54,7 +54,9 @@ def quantize(
     options = options_of(values)
     record = load_record(Plan, plan_path, "quantize")
     check_sound(record)
-    check_imatrix(record, options.imatrix)
+    progress = BarProgress(quiet=values["quiet"])
+    if note := check_imatrix(record, options.imatrix):
+        progress.note(note)
     toolchain = find_toolchain(options.llama_cpp)
     if dry_run:
         argv = quantize_argv(
@@ -74,7 +76,6 @@ def quantize(
     store.check_writable(out, "quantize")
     if out.exists() and not options.force:
         raise store.already_exists(out, "quantize")
-    progress = BarProgress(quiet=values["quiet"])
     with store.locked(out, stage="quantize"), progress.stage("quantize") as share:
         verification = quantize_plan(
             record,

@@ -15,9 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ewq_gguf import ggml_types, store
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
+from ewq_gguf.checkpoint.fp8 import (
+    QUANT_FILE,
+    is_fp8,
+    quantisation_of,
+    without_quantisation,
+)
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.logs import child_log
@@ -92,7 +99,8 @@ def convert(
     check_is_local(checkpoint)
     checkpoint.check_unchanged("convert")
     store.check_distinct(out, [shard.path for shard in checkpoint.shards], "convert")
-    total = sum(tensor.end - tensor.begin for _, tensor in checkpoint.tensors)
+    # FP8 weights have twice their bytes in the base.
+    total = sum(max(t.end - t.begin, 2 * t.n_weights) for _, t in checkpoint.tensors)
     store.check_free(store.ensure_dir(out.parent, "convert"), total, "convert")
 
     def line(text: str) -> None:
@@ -289,16 +297,23 @@ def _check_vocab(checkpoint: Checkpoint) -> None:
 def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     """Make the converter's view of a checkpoint: links under fixed names.
 
-    JSON files that name code to run (`auto_map`) are copied without it.
+    JSON files that name code to run (`auto_map`) are copied without it, and config.json
+    with what the converter understands of the FP8 weights' scales.
     """
     staged = folder / (checkpoint.identity.name or "model")
     staged.mkdir()
+    told = quantisation_of(checkpoint.folder, checkpoint.config)
+    in_fp8 = checkpoint.fp8 is not None or is_fp8(told)
     for name, path in checkpoint.small_files.items():
-        stripped = _without_auto_map(path) if path.suffix == ".json" else None
-        if stripped is None:
+        if in_fp8 and name == QUANT_FILE:
+            continue  # config.json says it
+        changed = None
+        if path.suffix == ".json":
+            changed = _changed(checkpoint, name, path, is_fp8=in_fp8)
+        if changed is None:
             (staged / name).symlink_to(path.resolve())
         else:
-            (staged / name).write_text(stripped, encoding="utf-8")
+            (staged / name).write_text(json.dumps(changed), encoding="utf-8")
     for name, shard in _staged_shards(checkpoint).items():
         if shard.remote is None:
             (staged / name).symlink_to(shard.path.resolve())
@@ -344,10 +359,12 @@ def read_sources(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[Source, 
     }
 
 
-def _without_auto_map(path: Path) -> str | None:
-    """The file's JSON without `auto_map`, or None where it has none."""
+def _changed(
+    checkpoint: Checkpoint, name: str, path: Path, *, is_fp8: bool
+) -> dict[str, Any] | None:
+    """A JSON file's values as the converter gets them, None where it gets the file."""
     text = path.read_bytes()
-    if b'"auto_map"' not in text:
+    if name != "config.json" and b'"auto_map"' not in text:
         return None
     try:
         values = json.loads(text)
@@ -355,8 +372,12 @@ def _without_auto_map(path: Path) -> str | None:
         return None  # the converter reports it, with its own words
     if not isinstance(values, dict):
         return None
-    values.pop("auto_map", None)
-    return json.dumps(values)
+    changed = {key: value for key, value in values.items() if key != "auto_map"}
+    if name == "config.json" and is_fp8:
+        changed = without_quantisation(changed)
+        if checkpoint.fp8 is not None:
+            changed["quantization_config"] = checkpoint.fp8.converter_config
+    return None if changed == values else changed
 
 
 def _check_packages() -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 Box = list[list[int]]
+Key = tuple[str, int]
 
 
 def main(staged: Path, name: str, outtype: str, out: Path, sources: Path) -> None:
@@ -65,11 +66,12 @@ def main(staged: Path, name: str, outtype: str, out: Path, sources: Path) -> Non
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        sources.write_text(json.dumps(_sources(written)))
+        sources.write_text(json.dumps(_sources(written, staged)))
 
 
-def _sources(written: dict[str, Any]) -> list[dict[str, Any]]:
+def _sources(written: dict[str, Any], staged: Path) -> list[dict[str, Any]]:
     """Each GGUF tensor's sources, in the order they were combined."""
+    scales = _scales(staged)
     leaves = {name: list(_leaves(tensor)) for name, tensor in written.items()}
     uses = Counter(_key(leaf) for found in leaves.values() for leaf in found)
     result = []
@@ -77,13 +79,29 @@ def _sources(written: dict[str, Any]) -> list[dict[str, Any]]:
         entries = [
             {"file": _key(leaf)[0], "offset": _key(leaf)[1], "box": box}
             for leaf in leaves[name]
-            for box in (_boxes(tensor, leaf) if uses[_key(leaf)] > 1 else [None])
+            for box in (
+                _boxes(tensor, leaf, scales)
+                if uses[_key(leaf)] > 1 and _key(leaf) not in scales
+                else [None]
+            )
         ]
         result.append({"name": name, "sources": entries})
     return result
 
 
-def _key(leaf: Any) -> tuple[str, int]:
+def _scales(staged: Path) -> set[Key]:
+    """The tensors that hold scales, which go wherever their weight goes."""
+    import gguf
+
+    return {
+        _key(tensor)
+        for path in staged.glob("*.safetensors")
+        for name, tensor in gguf.utility.SafetensorsLocal(path).tensors.items()
+        if name.endswith(("_scale", "_scale_inv"))
+    }
+
+
+def _key(leaf: Any) -> Key:
     return Path(leaf.data_range.filename).name, int(leaf.data_range.offset)
 
 
@@ -92,7 +110,7 @@ def _leaves(node: Any) -> Iterator[Any]:
     import gguf
 
     seen: set[int] = set()
-    found: dict[tuple[str, int], Any] = {}
+    found: dict[Key, Any] = {}
     todo = [node]
     while todo:
         item = todo.pop()
@@ -106,7 +124,7 @@ def _leaves(node: Any) -> Iterator[Any]:
     yield from found.values()
 
 
-def _boxes(node: Any, leaf: Any) -> list[Box | None]:
+def _boxes(node: Any, leaf: Any, scales: set[Key]) -> list[Box | None]:
     """Which parts of a file's tensor reach a GGUF tensor.
 
     The graph is evaluated with the source replaced by its own indices along one
@@ -124,7 +142,7 @@ def _boxes(node: Any, leaf: Any) -> list[Box | None]:
     for dim in range(len(shape)):
         view = [-1 if d == dim else 1 for d in range(len(shape))]
         indices = torch.arange(shape[dim], dtype=torch.float32).view(view).expand(shape)
-        arrived = _evaluate(_torch_node(node), leaf, indices, {})
+        arrived = _evaluate(_torch_node(node), leaf, indices, scales, {})
         n_taken = arrived.numel()
         for d in range(arrived.ndim):  # copies of one value, which need no memory
             if arrived.stride(d) == 0:
@@ -159,22 +177,27 @@ def _torch_node(node: Any) -> Any:
     return node
 
 
-def _evaluate(item: Any, leaf: Any, indices: Any, done: dict[int, Any]) -> Any:
-    """A lazy graph's value with one file's tensor replaced by `indices`."""
+def _evaluate(
+    item: Any, leaf: Any, indices: Any, scales: set[Key], done: dict[int, Any]
+) -> Any:
+    """A lazy graph's value with a file's tensor replaced by `indices`, scales by 1."""
     import gguf
+    import torch
 
     if isinstance(item, (list, tuple)):
-        values = [_evaluate(part, leaf, indices, done) for part in item]
+        values = [_evaluate(part, leaf, indices, scales, done) for part in item]
         return tuple(values) if isinstance(item, tuple) else values
     if not isinstance(item, gguf.LazyBase):
         return item
     if id(item) not in done:
         if any(isinstance(a, gguf.utility.LocalTensor) for a in item._args):
-            if _key(item._args[0]) != _key(leaf):
+            other = item._args[0]
+            is_leaf = _key(other) == _key(leaf)
+            if not is_leaf and _key(other) not in scales:
                 raise ValueError(f"{_key(leaf)}: is combined with another tensor")
-            done[id(item)] = indices
+            done[id(item)] = indices if is_leaf else torch.ones(tuple(other.shape))
         else:
-            args = _evaluate(item._args, leaf, indices, done)
+            args = _evaluate(item._args, leaf, indices, scales, done)
             assert item._func is not None
             done[id(item)] = item._func(*args, **item._kwargs)
     return done[id(item)]

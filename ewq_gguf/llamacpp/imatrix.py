@@ -86,8 +86,11 @@ def importance_values(path: Path) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-def check_imatrix(plan: Plan, path: Path | None) -> None:
+def check_imatrix(plan: Plan, path: Path | None) -> str | None:
     """Refuse any importance matrix but the plan's own.
+
+    Returns:
+        A note on tensors that have no entry, or None.
 
     Raises:
         InputError: it is missing, needless or another one, or lacks an entry that the
@@ -101,7 +104,7 @@ def check_imatrix(plan: Plan, path: Path | None) -> None:
                 f"is planned with the importance matrix {plan.imatrix.file_name}",
                 "give it: --imatrix FILE",
             )
-        return
+        return None
     if plan.imatrix is None:
         raise InputError(
             "quantize",
@@ -119,7 +122,7 @@ def check_imatrix(plan: Plan, path: Path | None) -> None:
             f"SHA-256 is {found[:12]}, planned {planned[:12]}",
             "give that file, or plan again with this one",
         )
-    check_entries(plan.tensors, importance)
+    return check_entries(plan.tensors, importance)
 
 
 def _kv_bytes(record: Imatrix, dataset: bytes) -> int:

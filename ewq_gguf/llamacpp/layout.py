@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -43,6 +43,10 @@ IMATRIX_PRESETS = (
     "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
     "IQ1_M", "IQ1_S",
 )  # fmt: skip
+#: Every preset that can be asked for.
+ALL_PRESETS = (*PRESETS, *MORE_PRESETS, *IMATRIX_PRESETS)
+#: Presets that llama-quantize makes with a matrix only; the types of IQ3_S need none.
+NEED_IMATRIX = frozenset(IMATRIX_PRESETS) - {"IQ3_S"}
 
 #: Keys that llama-quantize sets, to uint32 values.
 _QUANTIZER_KEYS = ("general.file_type", "general.quantization_version")
@@ -93,12 +97,13 @@ def preset_types(
     toolchain: Toolchain,
     imatrix: Path | None = None,
     presets: Sequence[str] = PRESETS,
+    *,
+    needed: Collection[str] = PRESETS,
 ) -> dict[str, dict[str, str]]:
     """Each tensor's type in each preset, by the preset's name.
 
-    Cached like a layout. With an importance matrix some mixtures are others. One that
-    needs an entry that the matrix lacks is left out, and so is what llama-quantize
-    refuses of the less common ones.
+    Cached like a layout. With an importance matrix some mixtures are others. What
+    llama-quantize refuses is left out, unless it is among those that are needed.
 
     Raises:
         ToolError, InputError, ChildError: as of `layout_of`.
@@ -116,7 +121,7 @@ def preset_types(
                     base.path, base.gguf, preset, toolchain, imatrix
                 )
             except ChildError:
-                if preset in PRESETS:
+                if preset in needed:
                     raise
         found = PresetTypes(types=types)
     store.write_text(path, found.to_json(), stage="plan", force=True)

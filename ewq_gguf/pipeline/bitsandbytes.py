@@ -94,7 +94,7 @@ def _check_loadable(model: str, checkpoint: Checkpoint) -> None:
         problem = "is a file, and transformers loads folders"
         raise UsageError(STAGE, model, problem, "give its folder")
     check_is_local(checkpoint)
-    if checkpoint.config.get("quantization_config"):
+    if checkpoint.fp8 is not None:
         raise InputError(
             STAGE,
             checkpoint.folder,

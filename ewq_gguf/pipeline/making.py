@@ -29,6 +29,7 @@ from ewq_gguf.pipeline.planning import (
     plan,
     plan_file,
 )
+from ewq_gguf.pipeline.presets import check_presets
 from ewq_gguf.pipeline.scanning import layout, open_model
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.check import check_sound
@@ -40,6 +41,7 @@ from ewq_gguf.records import (
     Layout,
     OptimalPolicy,
     Plan,
+    PresetPolicy,
     RulePolicy,
     Verification,
     load_cached,
@@ -97,13 +99,16 @@ def make_gguf(
         store.check_writable(out, "gguf")
     if isinstance(policy, Plan):
         check_sound(policy)
-        check_imatrix(policy, options.imatrix)
+        if note := check_imatrix(policy, options.imatrix):
+            progress.note(note)
     else:
         check_policy(
             policy,
             has_budget=budget is not None,
             has_imatrix=options.imatrix is not None,
         )
+        if isinstance(policy, PresetPolicy):
+            check_presets([policy.preset], has_imatrix=options.imatrix is not None)
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)
@@ -128,10 +133,12 @@ def make_gguf(
             options = with_imatrix(checkpoint, options, progress)
         plan_path = plan_file(made_plan)
     presets = {**laid_out.preset_bytes, base_type(checkpoint): layout_bytes(laid_out)}
-    out = out or Path(
-        f"{made_plan.model.name}-EWQ-"
-        f"{nearest_preset(made_plan.totals.file_size_bytes, presets)}.gguf"
+    preset = (
+        made_plan.policy.preset
+        if isinstance(made_plan.policy, PresetPolicy)
+        else nearest_preset(made_plan.totals.file_size_bytes, presets)
     )
+    out = out or Path(f"{made_plan.model.name}-EWQ-{preset}.gguf")
     store.check_distinct(out, inputs, "gguf")
     with store.locked(out, stage="gguf"):
         reused = _existing(made_plan, out, options)

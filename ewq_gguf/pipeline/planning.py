@@ -22,12 +22,13 @@ from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
-from ewq_gguf.pipeline.presets import preset_plan
+from ewq_gguf.pipeline.presets import check_presets, preset_plan
 from ewq_gguf.pipeline.scanning import layout, scan
 from ewq_gguf.pipeline.searching import check_search, search
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.fastewq import layer_features, select_layers
+from ewq_gguf.plan.importance import Importance, check_model
 from ewq_gguf.plan.naming import plan_label, plan_name
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.subject import Subject, check_whole, layout_tensor
@@ -63,10 +64,12 @@ def plan(
     options = options or Options()
     has_budget, has_imatrix = budget is not None, options.imatrix is not None
     check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
+    if isinstance(policy, PresetPolicy):
+        check_presets([policy.preset], has_imatrix=has_imatrix)
+    importance = given_importance(source, options, progress)
     if isinstance(policy, OptimalPolicy):
         assert budget is not None
         return _optimal_plan(source, policy, raw_type, budget, options, progress)
-    importance = read_imatrix(options.imatrix) if options.imatrix else None
     if budget is not None:
         _need_header(source, options, progress)
     if isinstance(policy, PresetPolicy):
@@ -85,6 +88,23 @@ def plan(
         budget=budget,
         importance=importance,
     )
+
+
+def given_importance(
+    source: Checkpoint | Scan, options: Options, progress: Progress
+) -> Importance | None:
+    """The matrix that was given, None without; told where it has no entry.
+
+    Raises:
+        InputError: it is none, or another model's.
+    """
+    if options.imatrix is None:
+        return None
+    importance = read_imatrix(options.imatrix)
+    subject = _unread(source, "auto", options, progress)
+    if note := check_model(subject.tensors, importance):
+        progress.note(note)
+    return importance
 
 
 def _optimal_plan(

@@ -5,15 +5,17 @@ Which type each tensor gets is asked of llama-quantize; its rules are not repeat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import (
+    ALL_PRESETS,
     IMATRIX_PRESETS,
     MORE_PRESETS,
+    NEED_IMATRIX,
     PRESETS,
     preset_types,
 )
@@ -25,19 +27,28 @@ from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Plan, PresetPolicy, Scan
 
 
-def check_presets(names: Sequence[str]) -> None:
-    """Refuse what is no standard preset.
+def check_presets(names: Sequence[str], *, has_imatrix: bool) -> None:
+    """Refuse what is no standard preset, or needs an importance matrix.
 
     Raises:
-        UsageError: naming the first.
+        UsageError: naming the first that is none.
+        InputError: naming the first that needs a matrix where there is none.
     """
-    if unknown := [name for name in names if name not in PRESETS]:
-        raise UsageError(
-            "plan",
-            "preset",
-            f"there is no standard preset {unknown[0]!r}",
-            f"use {', '.join(PRESETS)}",
-        )
+    for name in names:
+        if name not in ALL_PRESETS:
+            raise UsageError(
+                "plan",
+                "preset",
+                f"there is no standard preset {name!r}",
+                f"use {', '.join(ALL_PRESETS)}",
+            )
+        if name in NEED_IMATRIX and not has_imatrix:
+            raise InputError(
+                "plan",
+                "preset",
+                f"{name} needs an importance matrix, and none is given",
+                "give --imatrix FILE; `ewq imatrix MODEL -o FILE` makes one",
+            )
 
 
 def preset_plan(
@@ -51,10 +62,9 @@ def preset_plan(
     """A standard preset as a plan.
 
     Raises:
-        UsageError: there is no such preset.
-        InputError: the model is not there, only a scan of it.
+        InputError: the model is not there, only a scan of it, or the matrix lacks an
+            entry that the preset needs.
     """
-    check_presets([policy.preset])
     if isinstance(source, Scan):
         raise InputError(
             "plan",
@@ -62,7 +72,15 @@ def preset_plan(
             "a preset's types are asked of llama-quantize with the model's header",
             "give the model in place of the scan",
         )
-    plans = preset_plans(source, raw_type=raw_type, options=options, progress=progress)
+    asked = (policy.preset,)
+    plans = preset_plans(
+        source,
+        raw_type=raw_type,
+        presets=asked,
+        needed=asked,
+        options=options,
+        progress=progress,
+    )
     return plans[policy.preset]
 
 
@@ -71,12 +89,14 @@ def preset_plans(
     *,
     raw_type: str = "auto",
     presets: Sequence[str] = PRESETS,
+    needed: Collection[str] = PRESETS,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Plan]:
     """Presets as plans, by name, the standard ones large to small; no weight is read.
 
-    One that needs an entry that the importance matrix lacks is left out.
+    One that cannot be made, as where the importance matrix lacks an entry, is left out,
+    unless it is among those that are needed.
 
     Raises:
         EwqError: the model cannot be laid out, or the importance matrix is another's.
@@ -89,7 +109,7 @@ def preset_plans(
     )
     if options.imatrix:
         subject = replace(subject, importance=read_imatrix(options.imatrix))
-    types = preset_types(checkpoint, toolchain, options.imatrix, presets)
+    types = preset_types(checkpoint, toolchain, options.imatrix, presets, needed=needed)
     plans = {}
     for name in presets:
         if name not in types:
@@ -97,7 +117,7 @@ def preset_plans(
         try:
             plans[name] = assemble(subject, PresetPolicy(preset=name), types[name])
         except InputError:
-            if name in PRESETS:
+            if name in needed:
                 raise
     return plans
 

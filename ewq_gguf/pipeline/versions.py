@@ -10,10 +10,11 @@ from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import UsageError
 from ewq_gguf.llamacpp.imatrix import check_imatrix
+from ewq_gguf.llamacpp.layout import PRESETS
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.making import layout_bytes
 from ewq_gguf.pipeline.options import Options, Progress
-from ewq_gguf.pipeline.planning import check_weights, plan
+from ewq_gguf.pipeline.planning import check_weights, given_importance, plan
 from ewq_gguf.pipeline.presets import check_presets, preset_plans
 from ewq_gguf.pipeline.scanning import layout
 from ewq_gguf.plan.ask import Ask
@@ -106,12 +107,16 @@ def choose_versions(
         UsageError: two versions have one name, or there is no such preset.
         InputError: a plan is another model's, or of another importance matrix.
     """
-    check_presets(presets)
+    check_presets(presets, has_imatrix=options.imatrix is not None)
+    given_importance(checkpoint, options, progress)
     made = [
         _planned(checkpoint, wanted, options=options, progress=progress)
         for wanted in plans
     ]
-    standard = preset_plans(checkpoint, options=options, progress=progress)
+    every = tuple(dict.fromkeys((*PRESETS, *presets)))
+    standard = preset_plans(
+        checkpoint, presets=every, needed=every, options=options, progress=progress
+    )
     laid_out = layout(checkpoint, find_toolchain(options.llama_cpp), progress)
     base_bytes = layout_bytes(laid_out)
     n_weights = next(iter(standard.values())).totals.n_weights

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
-from ewq_gguf.records import Imatrix, PlanTensor
+from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.records import Imatrix, LayoutTensor, PlanTensor
+from ewq_gguf.tensor_names import is_quantizable, layer_idx
 
 _KEY = "quantize.imatrix."
+#: Of names in a message.
+_SHOWN = 4
 #: The matrix's name in every work folder, so that no path can enter the file.
 IMATRIX_FILE = "imatrix.gguf"
 
@@ -50,37 +54,85 @@ def needs_entry(ggml_type: str, n_columns: int) -> bool:
     return ggml_types.written_type(ggml_type, n_columns) in ggml_types.IMATRIX_TYPES
 
 
-def check_entries(tensors: Iterable[PlanTensor], importance: Importance) -> None:
+def check_model(
+    tensors: Iterable[LayoutTensor | PlanTensor], importance: Importance
+) -> str | None:
+    """Refuse a matrix of another model; say where one of this model has no entry.
+
+    A matrix is another model's if a length is not that of the tensor's rows, if it has
+    entries for layers that the model does not have, if most of its entries are for
+    tensors that the model does not have, or if most of the layers' have none.
+
+    Args:
+        tensors: all of the file.
+        importance: the matrix.
+
+    Returns:
+        A note on the tensors that are quantised without an entry, or None.
+
+    Raises:
+        InputError: it is another model's.
+    """
+    file, n_values = importance.record.file_name, importance.n_values
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    quantized = [n for n, s in shapes.items() if is_quantizable(n, n_dims(s))]
+    for name in quantized:
+        found, needed = n_values.get(name), entry_length(shapes[name])
+        if found is not None and found != needed:
+            raise _another(file, f"has {found} values for {name}, which needs {needed}")
+    last = max((layer_idx(name) or 0 for name in shapes), default=0)
+    foreign = [name for name in n_values if name not in shapes]
+    beyond = [name for name in foreign if (layer_idx(name) or 0) > last]
+    if beyond or 2 * len(foreign) > len(n_values):
+        names = _few(beyond or foreign)
+        problem = f"has entries for tensors that the model does not have: {names}"
+        raise _another(file, problem)
+    # llama-imatrix collects one for the head where it is told to, for the embedding
+    # never.
+    wanted = [name for name in quantized if layer_idx(name) is not None]
+    missing = [name for name in wanted if name not in n_values]
+    if not missing:
+        return None
+    problem = f"has no entry for {len(missing)} of the layers' {len(wanted)} tensors"
+    if 2 * len(missing) > len(wanted):
+        raise _another(file, f"{problem}: {_few(missing)}")
+    return f"{file} {problem}, which are quantised without: {_few(missing)}"
+
+
+def _another(file: str, problem: str) -> InputError:
+    remedy = "give the importance matrix of this model"
+    return InputError("imatrix", file, problem, remedy)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def check_entries(tensors: Sequence[PlanTensor], importance: Importance) -> str | None:
     """Refuse a matrix of another model, or one that lacks an entry that is needed.
+
+    Returns:
+        As of `check_model`.
 
     Raises:
         InputError: naming the tensor and what to do.
     """
-    quantizable = [tensor for tensor in tensors if tensor.is_quantizable]
-    file, n_values = importance.record.file_name, importance.n_values
-    if not any(tensor.name in n_values for tensor in quantizable):
-        raise InputError(
-            "plan",
-            file,
-            "has no entry for any tensor of the model",
-            "give the importance matrix of this model",
-        )
-    for tensor in quantizable:
-        found, needed = n_values.get(tensor.name), entry_length(tensor.shape)
-        if found is not None and found != needed:
-            raise InputError(
-                "plan",
-                file,
-                f"has {found} values for {tensor.name}, which needs {needed}",
-                "give the importance matrix of this model",
-            )
-        if found is None and tensor.written_type in ggml_types.IMATRIX_TYPES:
+    note = check_model(tensors, importance)
+    for tensor in tensors:
+        if (
+            tensor.is_quantizable
+            and tensor.name not in importance.n_values
+            and tensor.written_type in ggml_types.IMATRIX_TYPES
+        ):
+            file = importance.record.file_name
             raise InputError(
                 "plan",
                 tensor.name,
                 f"cannot be {tensor.written_type}: {file} has no entry for it",
                 _remedy(tensor),
             )
+    return note
 
 
 def entry_length(shape: Sequence[int]) -> int:
