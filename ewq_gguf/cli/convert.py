@@ -54,6 +54,8 @@ def convert(
         click.echo(shlex.join(["python3", *argv]))
         return
     store.check_writable(out, "convert")
+    if not checkpoint.is_mapped_by_name:  # whether it is whole, before the long work
+        pipeline.layout(checkpoint, toolchain, progress)
     if out.exists() and not values["force"]:
         raise store.already_exists(out, "convert")
     with store.locked(out, stage="convert"), progress.stage("convert") as share:
