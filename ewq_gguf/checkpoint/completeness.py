@@ -76,7 +76,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
     if not missing:
         return
     shown = ", ".join(
-        f"{name} ({count} tensors)" if count > 1 else name
+        "every layer" if name == "*" else name if count == 1 else f"{name} ({count})"
         for name, count in missing[:_SHOWN]
     )
     more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -113,9 +113,11 @@ def missing_tensors(
         (`model.layers.2.*`).
     """
     names = {_CODES.sub("weight", n) for n in names if not _COMPANION.search(n)}
-    found = [
+    all_layers = language_layers(names, architecture)
+    found = [] if all_layers or not _is_uniform(architecture) else [("*", n_layers)]
+    found += [
         entry
-        for layers in language_layers(names, architecture)
+        for layers in all_layers
         for entry in _missing_in_layers(layers, architecture, n_layers, config)
     ]
     if _is_uniform(architecture) or architecture.endswith(_CAUSAL):
@@ -228,19 +230,20 @@ def _missing_at_top(
     names: Collection[str], architecture: str, *, is_tied: bool
 ) -> Iterator[str]:
     """The embedding, the last norm, the output matrix; of decoders only."""
+    is_gguf = architecture in ARCHITECTURES.values()
     top = [name for name in names if not _IN_LAYER.fullmatch(name)]
     has_norms = any(_NORM.search(name) for name in names if name not in top)
     prefix = "model." if any(name.startswith("model.") for name in names) else ""
     if _is_uniform(architecture):
         gguf_architecture = ARCHITECTURES.get(architecture, architecture)
         if not any(has_role(name, "token_embd") for name in top):
-            yield f"{prefix}embed_tokens.weight"
+            yield "token_embd.weight" if is_gguf else f"{prefix}embed_tokens.weight"
         has_norms = has_norms and can_be(gguf_architecture, "output_norm")
         is_normed = any(has_role(name, "output_norm") for name in top)
     else:
         is_normed = any(_NORM.search(name) for name in top)
     if has_norms and not is_normed:
-        yield f"{prefix}norm.weight"
+        yield "output_norm.weight" if is_gguf else f"{prefix}norm.weight"
     # Weights that were saved without their head lack the prefix too.
     if prefix and not is_tied and not any(has_role(name, "output") for name in top):
         yield "lm_head.weight"
