@@ -40,6 +40,10 @@ ARCHITECTURES = {
     "Starcoder2ForCausalLM": "starcoder2",
 }
 
+#: Tensors of a checkpoint that the converter leaves out
+#: (conversion/base.py, prepare_tensors).
+_DROPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 # Parts of a name that keep llama-quantize away from it.
@@ -56,6 +60,11 @@ _NEVER_QUANTIZED = (
     ".patch_embd", ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
 )  # fmt: skip
 _NEVER_QUANTIZED_WHOLE = ("position_embd.weight", "token_types.weight")
+
+
+def is_dropped(hf_name: str) -> bool:
+    """Whether the converter leaves this tensor out of the GGUF."""
+    return hf_name.endswith(_DROPPED)
 
 
 def gguf_name(architecture: str, n_layers: int, hf_name: str) -> str | None:

@@ -8,6 +8,7 @@ from gguf.constants import MODEL_ARCH_NAMES
 from ewq_gguf.tensor_names import (
     ARCHITECTURES,
     gguf_name,
+    is_dropped,
     is_quantizable,
     layer_idx,
     role,
@@ -82,6 +83,20 @@ def test_every_supported_architecture_is_one_of_gguf():
 def test_layer_and_role_are_read_from_the_gguf_name(name, idx, what):
     assert layer_idx(name) == idx
     assert role(name) == what
+
+
+@pytest.mark.parametrize(
+    ("hf_name", "dropped"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        ("transformer.h.0.attn.attention.masked_bias", True),
+        ("transformer.h.0.attn.attention.bias", True),
+        ("model.layers.0.self_attn.q_proj.bias", False),
+        ("model.layers.0.self_attn.q_proj.weight", False),
+    ],
+)
+def test_tensors_the_converter_leaves_out_are_known(hf_name, dropped):
+    assert is_dropped(hf_name) == dropped
 
 
 @pytest.mark.llamacpp

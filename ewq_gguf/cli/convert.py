@@ -59,5 +59,9 @@ def convert(
     if out.exists() and not values["force"]:
         raise store.already_exists(out, "convert")
     with store.locked(out, stage="convert"), progress.stage("convert") as share:
-        convert_checkpoint(checkpoint, toolchain, out, outtype=kind, on_progress=share)
+        warnings = convert_checkpoint(
+            checkpoint, toolchain, out, outtype=kind, on_progress=share
+        )
+    for warning in warnings:
+        progress.note(f"llama.cpp's converter: {warning}")
     click.echo(out)

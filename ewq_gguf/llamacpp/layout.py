@@ -18,7 +18,7 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import ChildError, InputError, ToolError
 from ewq_gguf.llamacpp.convert import BaseHeader, base_type, header_of
-from ewq_gguf.llamacpp.loading import tensor_refusal
+from ewq_gguf.llamacpp.loading import tensor_refusals
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.plan.sizes import ALIGNMENT, header_bytes, padded
@@ -83,7 +83,7 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
             presets,
             converter_commit=toolchain.commit,
             model_fingerprint=checkpoint.identity.fingerprint,
-            refusal=tensor_refusal(base.path),
+            refusal=tensor_refusals([base.path])[0],
         )
     path = layout_path(checkpoint.identity.fingerprint, toolchain.key)
     store.write_text(path, layout.to_json(), stage="plan", force=True)
@@ -198,6 +198,7 @@ def layout_from(
         ),
         preset_bytes=preset_bytes,
         refusal=refusal,
+        warnings=base.warnings,
     )
 
 

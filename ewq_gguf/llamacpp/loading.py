@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ewq_gguf.errors import ChildError, ResourceError
@@ -16,26 +17,32 @@ _REASON = re.compile(r"(?:\w+: )*(?:error loading model: )?(?:\w+: )?(.+)")
 _TENSORS = re.compile(r"tensor '\S+' not found|missing tensor|has wrong shape|wrong number")
 
 
-def tensor_refusal(header: Path) -> str:
-    """Why llama.cpp refuses a file's tensors: one is missing or of a wrong shape.
+def tensor_refusals(headers: Sequence[Path]) -> list[str]:
+    """Why llama.cpp refuses files' tensors: one is missing or of a wrong shape.
 
     Args:
-        header: a GGUF header, with or without its data.
+        headers: GGUF headers, with or without their data.
 
     Returns:
-        llama.cpp's reason; empty where it takes them, refuses for another reason, or
-        cannot be asked because the bindings are missing.
+        llama.cpp's reason for each; empty where it takes them, refuses for another
+        reason, or cannot be asked because the bindings are missing.
     """
     if not can_load():
-        return ""
-    argv = python_argv("ewq_gguf.llamacpp.header_load_child", header.absolute())
+        return [""] * len(headers)
+    argv = python_argv(
+        "ewq_gguf.llamacpp.header_load_child", *(path.absolute() for path in headers)
+    )
     try:
-        with child_log("header", header) as log_path:
+        with child_log("header", headers[0]) as log_path:
             text = run(
                 argv, stage="plan", log_path=log_path, env={"PYTHONSAFEPATH": "1"}
             )
     except (ChildError, ResourceError):
-        return ""  # what crashes here is told where the finished file is loaded
-    reason = str(json.loads(text.splitlines()[-1])["reason"])
+        # What crashes here is told where the finished file is loaded.
+        return [""] * len(headers)
+    return [_about_tensors(reason) for reason in json.loads(text.splitlines()[-1])]
+
+
+def _about_tensors(reason: str) -> str:
     match = _REASON.fullmatch(reason)
     return match[1] if match and _TENSORS.search(reason) else ""

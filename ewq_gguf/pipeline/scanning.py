@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from ewq_gguf import store
 from ewq_gguf._version import __version__
+from ewq_gguf.checkpoint.buffers import note_on_buffers
 from ewq_gguf.checkpoint.completeness import check_complete
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.leftovers import check_names
@@ -53,6 +54,8 @@ def open_model(
     checkpoint = open_checkpoint(model, opening)
     check_names(checkpoint)
     check_complete(checkpoint)
+    if (note := note_on_buffers(checkpoint)) is not None:
+        progress.note(note)
     return checkpoint
 
 
@@ -154,7 +157,10 @@ def ask_layout(
     if known is not None:
         return known
     with progress.stage("ask llama.cpp for the file's header"):
-        return layout_of(checkpoint, toolchain)
+        found = layout_of(checkpoint, toolchain)
+    for warning in found.warnings:
+        progress.note(f"llama.cpp's converter: {warning}")
+    return found
 
 
 def check_loadable(checkpoint: Checkpoint, laid_out: Layout) -> None:

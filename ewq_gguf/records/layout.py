@@ -48,6 +48,7 @@ class Layout(Record):
         preset_bytes: file size of each standard preset, by its name.
         refusal: why llama.cpp would not load such a file: a tensor that it needs is
             missing; empty where it would, or was not asked.
+        warnings: of the converter.
     """
 
     schema_name: Literal["ewq.layout"] = "ewq.layout"
@@ -60,6 +61,7 @@ class Layout(Record):
     tensors: tuple[LayoutTensor, ...]
     preset_bytes: dict[str, int]
     refusal: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 class PresetTypes(Record):
