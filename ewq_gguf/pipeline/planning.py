@@ -22,6 +22,7 @@ from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.overflow import check_planned
 from ewq_gguf.pipeline.presets import preset_plan
 from ewq_gguf.pipeline.scanning import ask_layout, check_loadable, layout, scan
 from ewq_gguf.pipeline.searching import check_search, search
@@ -77,7 +78,7 @@ def plan(
         subject = _unread(source, raw_type, options, progress)
         return _fast_plan(replace(subject, importance=importance), policy, budget)
     scanned, laid_out = measured(source, policy, options=options, progress=progress)
-    return make_plan(
+    made = make_plan(
         scanned,
         policy,
         laid_out,
@@ -85,6 +86,8 @@ def plan(
         budget=budget,
         importance=importance,
     )
+    check_planned(made, scanned, source)
+    return made
 
 
 def _optimal_plan(
