@@ -40,7 +40,10 @@ _CHILD_ENV = {
     "PYTHONUNBUFFERED": "1",
 }
 _EMBEDDING = "model.embed_tokens.weight"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.json", "vocab.txt", "tekken.json", "rwkv_vocab_v20230424.txt",
+)  # fmt: skip
 _PERCENT = re.compile(r"Writing:\s+(\d+)%")
 
 
