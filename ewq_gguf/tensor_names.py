@@ -78,6 +78,23 @@ def gguf_name(architecture: str, n_layers: int, hf_name: str) -> str | None:
     return _name_map(architecture, n_layers).get_name(hf_name, (".weight", ".bias"))
 
 
+def has_role(hf_name: str, role: str) -> bool:
+    """Whether a tensor outside the layers is the model's `token_embd`, `output`, ...
+
+    In whichever family: gguf's table of such names does not ask for the architecture.
+    """
+    parts = hf_name.replace("language_model.", "").removesuffix(".weight")
+    return parts == role or parts in _top_names(role)
+
+
+def can_be(architecture: str, role: str) -> bool:
+    """Whether a GGUF of this architecture has a tensor of this role."""
+    from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
+
+    arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    return role in {TENSOR_NAMES[tensor] for tensor in MODEL_TENSORS[arch]}
+
+
 def layer_idx(name: str) -> int | None:
     """The layer of a GGUF tensor name: 3 for `blk.3.attn_q.weight`, else None."""
     match = _LAYER.fullmatch(name)
@@ -104,6 +121,19 @@ def nearest_name(name: str, names: Collection[str]) -> str:
     """The name most like a mistyped one, or one of them where none is much like it."""
     near = difflib.get_close_matches(name, names, n=1)
     return near[0] if near else min(names, default="none")
+
+
+@cache
+def _top_names(role: str) -> frozenset[str]:
+    from gguf.constants import TENSOR_NAMES
+    from gguf.tensor_mapping import TensorNameMap
+
+    return frozenset(
+        name
+        for tensor, names in TensorNameMap.mappings_cfg.items()
+        if TENSOR_NAMES[tensor] == role
+        for name in names
+    )
 
 
 @cache

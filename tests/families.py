@@ -841,8 +841,7 @@ h.*.attn.c_attn.weight 64 192
 h.*.mlp.c_fc.weight 64 256
 h.*.mlp.c_proj.weight 256 64""",
         ),
-        notes="as OpenAI's own files",
-        refused="convert: Can not map tensor 'h.0.attn.bias'",
+        notes="as OpenAI's own files; the masks are left out",
     ),
     "GPTBigCode": Family(
         "GPTBigCodeForCausalLM",

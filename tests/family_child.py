@@ -8,17 +8,21 @@ Beside each staged folder it writes header.gguf, sources.json and base.gguf, or
 error.txt where the converter refuses it.
 """
 
+import os
 import runpy
 import sys
 import traceback
 from pathlib import Path
 
-from ewq_gguf.llamacpp import header_child
+from ewq_gguf.llamacpp import header_child, left_out_child
 
 
 def main(converter: str, folders: list[str]):
     for folder in map(Path, folders):
         out = folder.parent
+        os.environ.pop(left_out_child.VARIABLE, None)
+        if (out / "left_out.json").exists():
+            os.environ[left_out_child.VARIABLE] = str(out / "left_out.json")
         try:
             header_child.main(
                 folder, folder.name, "BF16", out / "header.gguf", out / "sources.json"

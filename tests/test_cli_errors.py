@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -28,7 +27,7 @@ from ewq_gguf.cli import ewq as ewq_command
 from ewq_gguf.cli import main
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.records import EwqPolicy
-from tests.checkpoints import write_llama, write_shard
+from tests.checkpoints import write_llama
 
 pytest_plugins = ["tests.toolchain_fixtures"]
 
@@ -263,9 +262,12 @@ def index_that_leaves_the_folder(world, cwd):
 @case(3, "holds 1 NaN or infinite weights, the first at index 1; .*--allow-nonfinite")
 def nan_weights(world, cwd):
     def spoil(folder):
-        values = np.array([[1, np.nan]], np.float32)
-        tensors = {"model.embed_tokens.weight": ("F32", values)}
-        write_shard(folder / "model.safetensors", tensors)
+        path = folder / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        (shard,) = open_checkpoint(str(folder)).shards
+        first = next(t for t in shard.header.tensors if "embed" in t.name)
+        data[first.begin + 2 : first.begin + 4] = b"\xc0\x7f"  # NaN in BF16
+        path.write_bytes(data)
 
     return ["scan", damaged(world.model, cwd, spoil), "-q"]
 

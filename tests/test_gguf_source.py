@@ -37,6 +37,7 @@ TENSORS = {
     "blk.0.attn_norm.weight": (256,),
     "blk.0.ffn_up.weight": (256, 256),
     "blk.0.ffn_gate_exps.weight": (3, 256, 256),
+    "output_norm.weight": (256,),
     "output.weight": (64, 256),
 }
 

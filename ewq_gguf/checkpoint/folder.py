@@ -222,18 +222,29 @@ def _check_architecture(
 def _refuse_without_config(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         adapter = read_json_object(folder, "adapter_config.json")
-        base = adapter.get("base_model_name_or_path")
-        raise InputError(
-            "scan",
-            folder,
-            f"holds only an adapter of {base}",
-            "merge it into its base model first",
-        )
+        raise adapter_error(folder, adapter.get("base_model_name_or_path"))
     raise InputError(
         "scan",
         folder,
         "has no config.json",
         "give the folder of a Hugging Face checkpoint",
+    )
+
+
+def adapter_error(folder: Path, base: object, example: str = "") -> InputError:
+    """What to say of a folder with an adapter and no model.
+
+    Args:
+        folder: the adapter.
+        base: the model it was trained on, as it says, or None.
+        example: of its tensors, in brackets.
+    """
+    return InputError(
+        "scan",
+        folder,
+        f"is an adapter of {base or 'a model that it does not name'}, and no model"
+        f"{example}",
+        f"give the model and the adapter: `ewq gguf {base or 'BASE'} --adapter {folder}`",
     )
 
 

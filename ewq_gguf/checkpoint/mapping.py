@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from ewq_gguf.checkpoint.buffers import is_buffer
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
 from ewq_gguf.checkpoint.fp8 import BlockSize
 from ewq_gguf.checkpoint.header import TensorHeader
+from ewq_gguf.checkpoint.leftovers import no_place
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import Layout
-from ewq_gguf.tensor_names import ARCHITECTURES, gguf_name, is_dropped, layer_idx
+from ewq_gguf.tensor_names import ARCHITECTURES, gguf_name, layer_idx
 
 #: What the scanner reads; other dtypes (masks, token tables) are not weights.
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
@@ -157,17 +159,11 @@ def _map_by_name(checkpoint: Checkpoint) -> dict[str, MappedTensor]:
     architecture = ARCHITECTURES[identity.hf_architecture]
     mapped: dict[str, MappedTensor] = {}
     for shard, tensor in checkpoint.tensors:
-        if is_dropped(tensor.name) or tensor.n_weights == 0 or not tensor.shape:
+        if is_buffer(tensor) or tensor.n_weights == 0 or not tensor.shape:
             continue
         name = gguf_name(architecture, identity.n_layers, tensor.name)
         if name is None:
-            raise InputError(
-                "scan",
-                shard.path,
-                f"{tensor.name} has no place in a {architecture} GGUF of "
-                f"{identity.n_layers} layers",
-                "check config.json; this checkpoint is not what it says",
-            )
+            raise no_place(checkpoint, [tensor.name])
         if name in mapped:
             raise InputError(
                 "scan",

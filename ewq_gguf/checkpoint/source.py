@@ -25,7 +25,8 @@ _URL_FILES = (
     "config.json", "model.safetensors.index.json", "generation_config.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "tekken.json", "hf_quant_config.json",
+    "chat_template.jinja", "tekken.json", "hf_quant_config.json", "spiece.model",
+    "sentencepiece.bpe.model", "vocab.txt",
 )  # fmt: skip
 
 Say = Callable[[str], None]

@@ -20,6 +20,7 @@ from ewq_gguf.cli.common import (
 from ewq_gguf.llamacpp.convert import base_type, check_is_no_gguf, convert_argv
 from ewq_gguf.llamacpp.convert import convert as convert_checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.pipeline.overflow import check_base
 
 
 @click.command()
@@ -54,8 +55,15 @@ def convert(
         click.echo(shlex.join(["python3", *argv]))
         return
     store.check_writable(out, "convert")
+    if not checkpoint.is_mapped_by_name:  # whether it is whole, before the long work
+        pipeline.layout(checkpoint, toolchain, progress)
+    check_base(checkpoint, toolchain, kind)
     if out.exists() and not values["force"]:
         raise store.already_exists(out, "convert")
     with store.locked(out, stage="convert"), progress.stage("convert") as share:
-        convert_checkpoint(checkpoint, toolchain, out, outtype=kind, on_progress=share)
+        warnings = convert_checkpoint(
+            checkpoint, toolchain, out, outtype=kind, on_progress=share
+        )
+    for warning in warnings:
+        progress.note(f"llama.cpp's converter: {warning}")
     click.echo(out)

@@ -10,7 +10,7 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ewq_gguf import ggml_types, store
+from ewq_gguf.checkpoint.buffers import buffers_of
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
 from ewq_gguf.checkpoint.fp8 import (
     QUANT_FILE,
@@ -26,11 +27,14 @@ from ewq_gguf.checkpoint.fp8 import (
     without_quantisation,
 )
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
-from ewq_gguf.errors import InputError, ToolError
+from ewq_gguf.errors import ChildError, InputError, ToolError
+from ewq_gguf.llamacpp.converter_words import converter_error, converter_warnings
+from ewq_gguf.llamacpp.left_out_child import VARIABLE as LEFT_OUT
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Source
+from ewq_gguf.tensor_names import is_dropped
 
 #: The converter must not reach the network nor import from the working folder, which
 #: may be the checkpoint's own.
@@ -43,7 +47,10 @@ _CHILD_ENV = {
     "PYTHONUNBUFFERED": "1",
 }
 _EMBEDDING = "model.embed_tokens.weight"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.json", "vocab.txt", "tekken.json", "rwkv_vocab_v20230424.txt",
+)  # fmt: skip
 _PERCENT = re.compile(r"Writing:\s+(\d+)%")
 
 
@@ -77,7 +84,7 @@ def convert(
     *,
     outtype: str,
     on_progress: Callable[[float], None] | None = None,
-) -> None:
+) -> list[str]:
     """Write the base GGUF.
 
     Args:
@@ -87,9 +94,13 @@ def convert(
         outtype: `F16`, `BF16` or `F32`.
         on_progress: told the finished share, 0 to 1.
 
+    Returns:
+        What the converter warned of.
+
     Raises:
         ToolError: the converter's own packages are missing.
-        InputError: the checkpoint has no tokenizer, or is a GGUF file already.
+        InputError: the checkpoint has no tokenizer, the converter refuses it, or it is
+            a GGUF file already.
         ChildError: the converter failed.
         ResourceError: the disk is full.
     """
@@ -116,16 +127,55 @@ def convert(
         argv = convert_argv(
             toolchain, staged, checkpoint.identity.name, outtype, temporary
         )
-        run(
-            [_python(), *argv],
-            stage="convert",
-            log_path=log_path,
-            env=_CHILD_ENV | toolchain.converter_env(),
+        left_out = left_out_env(checkpoint, folder)
+        if left_out:
+            argv = python_argv("ewq_gguf.llamacpp.left_out_child", *argv)
+        else:
+            argv = [_python(), *argv]
+        warnings = _run_converter(
+            checkpoint,
+            argv,
+            log_path,
+            _CHILD_ENV | toolchain.converter_env() | left_out,
             on_line=line,
         )
         read_gguf(temporary)  # a whole file, or an error
         checkpoint.check_unchanged("convert")
         store.publish(temporary, out)
+    return warnings
+
+
+def _run_converter(
+    checkpoint: Checkpoint,
+    argv: Sequence[str | Path],
+    log_path: Path,
+    env: Mapping[str, str],
+    on_line: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Run the converter, or the child that stops it before it writes data.
+
+    Returns:
+        What it warned of.
+
+    Raises:
+        InputError: it names what in the checkpoint it cannot read.
+        ChildError: it failed otherwise.
+    """
+    try:
+        text = run(argv, stage="convert", log_path=log_path, env=env, on_line=on_line)
+    except ChildError as error:
+        raise converter_error(checkpoint, error) from error
+    return converter_warnings(text)
+
+
+def left_out_env(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """The variable that names the checkpoint's buffers to the converter, if any."""
+    found = [t for t in buffers_of(checkpoint) if not is_dropped(t.name)]
+    if not found:
+        return {}
+    path = folder / "left_out.json"
+    path.write_text(json.dumps([(tensor.name, tensor.dtype) for tensor in found]))
+    return {LEFT_OUT: str(path)}
 
 
 @dataclass(frozen=True)
@@ -136,11 +186,13 @@ class BaseHeader:
         path: a file of the base GGUF's size with a hole for the data.
         gguf: its header.
         sources: what each GGUF tensor is made of, by its name.
+        warnings: what the converter warned of.
     """
 
     path: Path
     gguf: GgufFile
     sources: Mapping[str, tuple[Source, ...]]
+    warnings: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -170,7 +222,8 @@ def header_of(
     ):
         staged = stage_checkpoint(checkpoint, folder)
         path = folder / "header.gguf"
-        run(
+        warnings = _run_converter(
+            checkpoint,
             python_argv(
                 "ewq_gguf.llamacpp.header_child",
                 staged,
@@ -179,16 +232,17 @@ def header_of(
                 path,
                 folder / "sources.json",
             ),
-            stage="convert",
-            log_path=log_path,
-            env=_CHILD_ENV | toolchain.converter_env(),
+            log_path,
+            _CHILD_ENV
+            | toolchain.converter_env()
+            | left_out_env(checkpoint, folder),
         )
         header = read_gguf(path, header_only=True)
         end = max(tensor.offset + tensor.size_bytes for tensor in header.tensors)
         with path.open("r+b") as file:
             file.truncate(-(-end // 32) * 32)
         sources = read_sources(checkpoint, folder / "sources.json")
-        yield BaseHeader(path, header, sources)
+        yield BaseHeader(path, header, sources, tuple(warnings))
 
 
 def converter_architectures(toolchain: Toolchain) -> frozenset[str]:

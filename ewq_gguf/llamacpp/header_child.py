@@ -25,6 +25,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ewq_gguf.llamacpp.left_out_child import leave_out
+
 Box = list[list[int]]
 Key = tuple[str, int]
 
@@ -41,6 +43,7 @@ def main(staged: Path, name: str, outtype: str, out: Path, sources: Path) -> Non
     )
 
     logging.basicConfig(level=logging.INFO)
+    leave_out()
     ftypes = {
         "F32": gguf.LlamaFileType.ALL_F32,
         "F16": gguf.LlamaFileType.MOSTLY_F16,

@@ -18,6 +18,7 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import ChildError, InputError, ToolError
 from ewq_gguf.llamacpp.convert import BaseHeader, base_type, header_of
+from ewq_gguf.llamacpp.loading import tensor_refusals
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.plan.sizes import ALIGNMENT, header_bytes, padded
@@ -86,6 +87,7 @@ def layout_of(checkpoint: Checkpoint, toolchain: Toolchain) -> Layout:
             presets,
             converter_commit=toolchain.commit,
             model_fingerprint=checkpoint.identity.fingerprint,
+            refusal=tensor_refusals([base.path])[0],
         )
     path = layout_path(checkpoint.identity.fingerprint, toolchain.key)
     store.write_text(path, layout.to_json(), stage="plan", force=True)
@@ -182,6 +184,7 @@ def layout_from(
     *,
     converter_commit: str,
     model_fingerprint: str,
+    refusal: str = "",
 ) -> Layout:
     """The record of a header."""
     return Layout(
@@ -199,6 +202,8 @@ def layout_from(
             for tensor in base.gguf.tensors
         ),
         preset_bytes=preset_bytes,
+        refusal=refusal,
+        warnings=base.warnings,
     )
 
 

@@ -16,6 +16,8 @@ from typing import Required, TypedDict, Unpack
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.checkpoint.gguf_source import open_gguf
+from ewq_gguf.checkpoint.overflow import find_overflows, overflow_error
 from ewq_gguf.errors import (
     ChildError,
     InputError,
@@ -142,6 +144,7 @@ def quantize(
     tool = toolchain.tool("llama-quantize")
     types = tensor_types(plan)
     check_base(plan, base)
+    check_f16(plan, base)
     imatrix, on_progress = work.get("imatrix"), work.get("on_progress")
     check_imatrix(plan, imatrix)
     store.check_distinct(out, [base, *([imatrix] if imatrix else [])], "quantize")
@@ -211,6 +214,21 @@ def check_base(plan: Plan, base: Path) -> None:
         f"{planned.get(name, 'none')}",
         f"make the base of {plan.model.name} with `ewq convert`",
     )
+
+
+def check_f16(plan: Plan, base: Path) -> None:
+    """Refuse to write F16 tensors of weights in the base that F16 cannot hold.
+
+    Raises:
+        InputError: naming the first such weight.
+    """
+    names = {
+        t.name for t in plan.tensors if t.written_type == "F16" != t.base_type
+    }  # also where no block of the type asked for fits its rows
+    if not names:
+        return
+    for overflow in find_overflows(open_gguf(base), names):
+        raise overflow_error("quantize", overflow, "plan with --raw-type bf16")
 
 
 def export_sh(plan: Plan) -> str:

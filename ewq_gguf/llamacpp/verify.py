@@ -131,13 +131,15 @@ def _answer(path: Path) -> str:
                 argv,
                 stage="verify",
                 log_path=log_path,
-                env={"PYTHONSAFEPATH": "1"},  # the working folder may hold any code
+                # The working folder may hold any code; a debugger that ggml starts
+                # where it aborts would have the last word.
+                env={"PYTHONSAFEPATH": "1", "GGML_NO_BACKTRACE": "1"},
             )
     except ChildError as error:
         error.subject = printable(path)
         error.problem = f"is what its plan says, and does not load: {error.problem}"
         raise explain_failure(error) from error
-    result = json.loads(text.splitlines()[-1])
+    result = json.loads(next(x for x in reversed(text.splitlines()) if x[:1] == "{"))
     if not result["is_finite"]:
         broken = VerificationError(
             "verify",

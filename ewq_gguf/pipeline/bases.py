@@ -11,6 +11,7 @@ from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.llamacpp.convert import base_type, convert
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.options import SILENT, Progress
+from ewq_gguf.pipeline.overflow import check_base
 
 
 def base_file(
@@ -29,6 +30,7 @@ def base_file(
     path = store.cache_dir("base") / name
     with store.locked(path, stage="convert", wait=True):
         if not _is_sound(path):
+            check_base(checkpoint, toolchain, outtype)
             with progress.stage("convert") as share:
                 convert(checkpoint, toolchain, path, outtype=outtype, on_progress=share)
     return path

@@ -22,8 +22,9 @@ from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.overflow import check_planned
 from ewq_gguf.pipeline.presets import check_presets, preset_plan
-from ewq_gguf.pipeline.scanning import layout, scan
+from ewq_gguf.pipeline.scanning import ask_layout, check_loadable, layout, scan
 from ewq_gguf.pipeline.searching import check_search, search
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
@@ -80,7 +81,7 @@ def plan(
         subject = _unread(source, raw_type, options, progress)
         return _fast_plan(replace(subject, importance=importance), policy, budget)
     scanned, laid_out = measured(source, policy, options=options, progress=progress)
-    return make_plan(
+    made = make_plan(
         scanned,
         policy,
         laid_out,
@@ -88,6 +89,8 @@ def plan(
         budget=budget,
         importance=importance,
     )
+    check_planned(made, scanned, source)
+    return made
 
 
 def given_importance(
@@ -238,10 +241,12 @@ def measured(
     if isinstance(source, Scan):
         return source, cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
     try:
-        laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
+        laid_out = ask_layout(source, find_toolchain(options.llama_cpp), progress)
     except (ToolError, ChildError, InputError) as error:
         progress.note(f"{error}; the file's size is an estimate without its header")
         laid_out = None
+    else:
+        check_loadable(source, laid_out)
     scanned = scan(source, policy_measures(policy), options=options, progress=progress)
     if laid_out is not None:
         check_layout(scanned, laid_out)

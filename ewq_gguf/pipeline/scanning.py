@@ -6,11 +6,12 @@ from contextlib import suppress
 
 from ewq_gguf import store
 from ewq_gguf._version import __version__
+from ewq_gguf.checkpoint.buffers import note_on_buffers
+from ewq_gguf.checkpoint.completeness import check_complete
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.leftovers import check_names
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
-from ewq_gguf.errors import (
-    ToolError,
-)
+from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.convert import (
     converter_architectures,
 )
@@ -50,7 +51,12 @@ def open_model(
         toolchain = find_toolchain(options.llama_cpp)
         architectures |= converter_architectures(toolchain)
     opening = Opening(architectures, options.is_streamed, reads_weights, progress.note)
-    return open_checkpoint(model, opening)
+    checkpoint = open_checkpoint(model, opening)
+    check_names(checkpoint)
+    check_complete(checkpoint)
+    if (note := note_on_buffers(checkpoint)) is not None:
+        progress.note(note)
+    return checkpoint
 
 
 def scan(
@@ -131,9 +137,42 @@ def scan(
 def layout(
     checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress = SILENT
 ) -> Layout:
-    """The converter's layout of a checkpoint, from the cache where it is known."""
+    """The converter's layout of a checkpoint, from the cache where it is known.
+
+    Raises:
+        InputError: the checkpoint cannot be converted, or lacks a tensor that llama.cpp
+            needs.
+        ToolError, ChildError: as of `layout_of`.
+    """
+    laid_out = ask_layout(checkpoint, toolchain, progress)
+    check_loadable(checkpoint, laid_out)
+    return laid_out
+
+
+def ask_layout(
+    checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress = SILENT
+) -> Layout:
+    """The same, whether llama.cpp would load the file or not."""
     known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known
     with progress.stage("ask llama.cpp for the file's header"):
-        return layout_of(checkpoint, toolchain)
+        found = layout_of(checkpoint, toolchain)
+    for warning in found.warnings:
+        progress.note(f"llama.cpp's converter: {warning}")
+    return found
+
+
+def check_loadable(checkpoint: Checkpoint, laid_out: Layout) -> None:
+    """Refuse a checkpoint whose file llama.cpp would not load, before it is made.
+
+    Raises:
+        InputError: a tensor that llama.cpp needs is missing or of a wrong shape.
+    """
+    if laid_out.refusal:
+        raise InputError(
+            "scan",
+            checkpoint.folder,
+            f"llama.cpp would not load a GGUF of it: {laid_out.refusal}",
+            "download it again, or merge or save the model again",
+        )

@@ -46,6 +46,9 @@ class Layout(Record):
             plan's own.
         tensors: as the converter orders them.
         preset_bytes: file size of each standard preset, by its name.
+        refusal: why llama.cpp would not load such a file: a tensor that it needs is
+            missing; empty where it would, or was not asked.
+        warnings: of the converter.
     """
 
     schema_name: Literal["ewq.layout"] = "ewq.layout"
@@ -57,6 +60,8 @@ class Layout(Record):
     added_kv_bytes: int
     tensors: tuple[LayoutTensor, ...]
     preset_bytes: dict[str, int]
+    refusal: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 class PresetTypes(Record):
