@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf import libraries
+from ewq_gguf import libraries, process
 from ewq_gguf.doctor import Check, check_names, examine
 from ewq_gguf.doctor import machine as machine_checks
 from ewq_gguf.llamacpp import build, source
@@ -497,6 +497,33 @@ def test_container_with_fewer_cores_than_it_shows(tmp_path, monkeypatch):
     assert found.status == "warning"
     assert "may use 0.5 of them" in found.found
     assert found.remedy == "run `taskset -c 0-0 ewq ...`"
+
+
+def test_container_with_little_memory(tmp_path, monkeypatch):
+    for name, text in {
+        "memory.max": str(1 << 30),
+        "memory.current": str(900 << 20),
+        "memory.stat": "inactive_file 0\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    for module in (machine_checks, process):
+        monkeypatch.setattr(module, "_CGROUP", tmp_path)
+    found = the("memory")
+    assert found.status == "warning"
+    assert found.found.startswith("124 MiB of ")
+    assert "the container's limit is 1.0 GiB" in found.found
+
+
+@pytest.mark.parametrize("name", ["cache", "working folder", "hub cache"])
+@pytest.mark.parametrize(
+    ("free", "status"), [(1 << 20, "failure"), (1 << 30, "warning")]
+)
+def test_disk_that_is_full_or_nearly(cache, monkeypatch, name, free, status):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    found = the(name)
+    assert found.status == status
+    assert found.remedy.startswith("free some space, or ")
 
 
 def test_shell_that_limits_open_files():

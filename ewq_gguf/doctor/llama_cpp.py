@@ -25,6 +25,7 @@ from ewq_gguf.llamacpp.build import (
     cuda_compiler,
     missing_files,
     read_record,
+    repairs_here,
     wheel_program,
 )
 from ewq_gguf.llamacpp.devices import list_devices
@@ -137,7 +138,10 @@ def compiler() -> Finding:
         if _is_set_up():
             return warning(f"{problem}; needed at the next build only", remedy)
         return failure(problem, remedy)
-    return ok(version)
+    repair = repairs_here()[0]
+    return ok(
+        f"{version}; builds here are made {repair.what}" if repair.what else version
+    )
 
 
 def backend() -> Finding | None:

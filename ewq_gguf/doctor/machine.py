@@ -18,8 +18,8 @@ from ewq_gguf.libraries import cpu_name, machine_key
 from ewq_gguf.process import N_CPUS, available_memory
 
 _MIN_MEMORY_BYTES = 2 << 30
-_MIN_CACHE_BYTES = 5 << 30
-_MIN_OUTPUT_BYTES = 5 << 30
+#: Below the first a disk is full, below the second it soon is.
+_FULL_BYTES, _LOW_BYTES = 256 << 20, 5 << 30
 _CGROUP = Path("/sys/fs/cgroup")
 _MIN_FILES = 256
 
@@ -99,12 +99,9 @@ def cache() -> Finding:
             "were killed",
             f"run `rm -r {names}`",
         )
-    if free < _MIN_CACHE_BYTES:
-        return warning(
-            f"{found}: a base of 16 bits is kept there for each model",
-            f"free some space, or {another}",
-        )
-    return ok(found)
+    if free < _LOW_BYTES:
+        found += ": a base of 16 bits is kept there for each model"
+    return _by_free_space(free, found, f"free some space, or {another}")
 
 
 def working_folder() -> Finding:
@@ -119,9 +116,7 @@ def working_folder() -> Finding:
         return warning(
             f"{folder} cannot be written", "run `cd` to another folder, or give -o FILE"
         )
-    if free < _MIN_OUTPUT_BYTES:
-        return warning(found, "free some space, or give -o FILE on another disk")
-    return ok(found)
+    return _by_free_space(free, found, "free some space, or give -o FILE elsewhere")
 
 
 def hub_cache() -> Finding:
@@ -138,9 +133,13 @@ def hub_cache() -> Finding:
         )
     free = shutil.disk_usage(there).free
     found = f"{folder}, {size_text(free)} free"
-    if free < _MIN_OUTPUT_BYTES:
-        return warning(found, "free some space, or `export HF_HOME=FOLDER`")
-    return ok(found)
+    return _by_free_space(free, found, "free some space, or `export HF_HOME=FOLDER`")
+
+
+def _by_free_space(free_bytes: int, found: str, remedy: str) -> Finding:
+    if free_bytes < _FULL_BYTES:
+        return failure(found, remedy)
+    return warning(found, remedy) if free_bytes < _LOW_BYTES else ok(found)
 
 
 def _cpu_quota() -> float | None:

@@ -47,16 +47,18 @@ def proxy() -> Finding:
 
 def certificates() -> Finding:
     """The certificates that variables name."""
-    used = []
+    used: dict[str, list[str]] = {}
     for name in _CERTIFICATES:
         path = os.environ.get(name)
-        if path and not Path(path).is_file():
+        if path and not Path(path).exists():
             return failure(
                 f"{name}={path}: there is no such file",
                 f"run `unset {name}`, or name a file of certificates",
             )
-        used += [f"{name}={path}"] if path else []
-    return ok(", ".join(used) or "the usual ones")
+        if path:
+            used.setdefault(path, []).append(name)
+    texts = (f"{path} ({', '.join(names)})" for path, names in used.items())
+    return ok(", ".join(texts) or "the usual ones")
 
 
 def hub() -> Finding:
