@@ -75,21 +75,28 @@ def environment_without_bindings(folder: Path, *, has_pip: bool) -> Path:
 
 @pytest.mark.llamacpp
 @pytest.mark.slow
-@pytest.mark.parametrize("has_pip", [True, False], ids=["pip", "no pip"])
+@pytest.mark.parametrize("installer", ["pip", "pip from outside", "uv"])
 def test_setup_installs_the_bindings_from_their_archive_without_an_index(
-    cache, tmp_path, has_pip
+    cache, tmp_path, installer
 ):
+    uv = shutil.which("uv")
+    if installer == "uv" and uv is None:
+        pytest.skip("uv is not in PATH")
     if not (cache / "downloads" / ARCHIVE).is_file():
         pytest.skip(f"{ARCHIVE} is not in the cache: the source came as a submodule")
+    has_pip = installer == "pip"
     python = environment_without_bindings(tmp_path / "venv", has_pip=has_pip)
     outside = tmp_path / "outside"
     outside.mkdir()
     env = {
         "PIP_NO_INDEX": "1",
         "PIP_CONFIG_FILE": os.devnull,
-        "PATH": f"{python.parent}:/usr/bin:/bin",  # no uv
+        "UV_OFFLINE": "1",
+        "PATH": f"{python.parent}:/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),
     }
+    if installer == "uv" and uv is not None:
+        (python.parent / "uv").symlink_to(uv)
     missing = run(python, "-c", "import llama_cpp", cwd=outside, **env)
     assert "No module named 'llama_cpp'" in missing.stderr
     result = run(python, "-m", "ewq_gguf", "setup", cwd=outside, **env)
@@ -97,6 +104,8 @@ def test_setup_installs_the_bindings_from_their_archive_without_an_index(
     assert result.stderr == (
         f"toolchain: installing llama-cpp-python {source.BINDINGS_VERSION}\n"
     )
+    (info,) = (tmp_path / "venv").glob("lib/*/site-packages/llama_cpp_python-*")
+    assert (info / "INSTALLER").read_text().strip() == installer.split()[0]
     code = "import ewq_gguf, llama_cpp; print(llama_cpp.llama_cpp._lib._name)"
     loaded = run(python, "-c", code, cwd=outside, **env)
     assert Path(loaded.stdout.strip()).parent.parent == Path(result.stdout.strip())
