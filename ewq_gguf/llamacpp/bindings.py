@@ -6,6 +6,7 @@ would be compiled for nothing. A wheel that has one works as well.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,8 +42,14 @@ def install_bindings(note: Note) -> None:
     if are_installed():
         return
     packages.check_installable(STAGE)
-    install_build_packages(note)
-    archive = download_sdist(note)
+    # One lock per environment: another run may be doing the same.
+    with store.locked(Path(sys.prefix) / DISTRIBUTION, stage=STAGE, wait=True):
+        if not are_installed():
+            install_build_packages(note)
+            _install(download_sdist(note), note)
+
+
+def _install(archive: Path, note: Note) -> None:
     other = packages.installed_version(DISTRIBUTION)
     instead = f" in place of {other}" if other else ""
     note(f"installing {DISTRIBUTION} {BINDINGS_VERSION}{instead}")
