@@ -6,7 +6,6 @@ a name of its own, flushed to the disk, and renamed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -16,19 +15,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 
+from ewq_gguf.disk import advice, cache_root, is_full
 from ewq_gguf.errors import LockedError, ResourceError, UsageError
 
 _HASH_CHUNK_BYTES = 8 << 20
+_WRITABLE = "that can be written"
 
 
 def cache_dir(*parts: str) -> Path:
     """A folder below the cache (`EWQ_CACHE`, else the platform's), created."""
-    root = os.environ.get("EWQ_CACHE")
-    base = Path(root) if root else Path(platformdirs.user_cache_dir("ewq-gguf"))
-    return ensure_dir(base.absolute().joinpath(*parts), "cache")
+    return ensure_dir(cache_root().joinpath(*parts), "cache")
 
 
 def ensure_dir(path: Path, stage: str) -> Path:
@@ -44,7 +42,7 @@ def ensure_dir(path: Path, stage: str) -> Path:
             stage,
             path,
             f"the folder cannot be created ({error.strerror})",
-            "choose another folder, with -o or EWQ_CACHE",
+            advice(path, _WRITABLE),
         ) from error
     return path
 
@@ -63,7 +61,7 @@ def check_writable(path: Path, stage: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _write_error(stage, folder, error) from error
+        raise write_error(stage, folder, error) from error
 
 
 def check_distinct(path: Path, inputs: Iterable[Path], stage: str) -> None:
@@ -83,7 +81,6 @@ def check_free(
     folder: Path,
     needed_bytes: int,
     stage: str,
-    remedy: str = "choose another folder with -o",
 ) -> None:
     """Refuse early where a disk has no room.
 
@@ -96,7 +93,7 @@ def check_free(
             stage,
             folder,
             f"{needed_bytes:,} bytes are needed and {free:,} are free",
-            f"free some space or {remedy}",
+            f"free some space, or {advice(folder)}",
         )
 
 
@@ -166,7 +163,7 @@ def replacing(path: Path, *, stage: str) -> Iterator[Path]:
             yield temporary
             publish(temporary, path)
         except OSError as error:
-            raise _write_error(stage, path, error) from error
+            raise write_error(stage, path, error) from error
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -198,7 +195,7 @@ def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
     try:
         folder = tempfile.mkdtemp(".ewq", f"{prefix}{os.getpid()}-", parent)
     except OSError as error:
-        raise _write_error(stage, parent, error) from error
+        raise write_error(stage, parent, error) from error
     try:
         yield Path(folder)
     finally:
@@ -270,11 +267,15 @@ def _escape_glob(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
-def _write_error(stage: str, path: Path, error: OSError) -> ResourceError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return ResourceError(
-        stage,
-        path,
-        "the disk is full" if full else f"cannot be written ({error.strerror})",
-        "free some space" if full else "choose another output with -o",
-    )
+def write_error(stage: str, path: Path, error: OSError) -> ResourceError:
+    """The error for a file that cannot be written, and where else it could go."""
+    if not is_full(error):
+        problem = f"cannot be written ({error.strerror})"
+        return ResourceError(stage, path, problem, advice(path, _WRITABLE))
+    return disk_full(stage, path)
+
+
+def disk_full(stage: str, path: Path) -> ResourceError:
+    """The error for a file whose disk is full, or a quota or limit on it is."""
+    remedy = f"free some space, or {advice(path)}"
+    return ResourceError(stage, path, "the disk is full, or a quota is", remedy)

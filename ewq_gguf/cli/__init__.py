@@ -9,10 +9,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 
 import click
 
+from ewq_gguf import disk
 from ewq_gguf._version import __version__
 from ewq_gguf.errors import (
     ChildError,
@@ -127,15 +129,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"cannot be imported ({error})"
         return _report(ToolError("packages", error.name, problem, "run `ewq doctor`"))
     except OSError as error:  # a full or broken disk where nothing better was said
-        return _report(
-            ResourceError(
-                "system",
-                error.filename,
-                error.strerror or str(error),
-                "check the disk and its permissions",
-            )
-        )
+        return _report(_system_error(error))
     return 0
+
+
+def _system_error(error: OSError) -> ResourceError:
+    """What the system said where nothing better was."""
+    path = error.filename or disk.full_folder(disk.usual_folders())
+    remedy = "check the disk and its permissions"
+    if disk.is_full(error) and path is not None:
+        remedy = f"free some space, or {disk.advice(Path(path))}"
+    return ResourceError("system", path, error.strerror or str(error), remedy)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
