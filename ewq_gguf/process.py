@@ -31,6 +31,8 @@ N_CPUS = (
     else os.cpu_count() or 1
 )
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+#: ggml starts a debugger where it aborts, which would have the last word.
+_NO_DEBUGGER = {"GGML_NO_BACKTRACE": "1"}
 _CGROUP = Path("/sys/fs/cgroup")
 _STOP_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -73,7 +75,7 @@ def run(
             child = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, **_NO_DEBUGGER, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
