@@ -51,17 +51,33 @@ def check_writable(path: Path, stage: str) -> None:
     """Refuse early where a file at `path` could not be written.
 
     Raises:
-        UsageError: `path` is a folder.
+        UsageError: `path` is a folder, a link, a device or a pipe.
         ResourceError: its folder cannot be created or written.
     """
     if path.is_dir():
         raise UsageError(stage, path, "is a folder", "give the name of a file with -o")
+    _check_replaceable(path, stage)
     folder = ensure_dir(path.absolute().parent, stage)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise write_error(stage, folder, error) from error
+
+
+def _check_replaceable(path: Path, stage: str) -> None:
+    """Refuse to put a file in the place of a link, a device or a pipe.
+
+    Raises:
+        UsageError: one is there.
+    """
+    if path.is_symlink() and not path.is_dir():
+        problem = f"is a link to {path.readlink()}"
+    elif path.exists() and not path.is_file() and not path.is_dir():
+        problem = "is no regular file"
+    else:
+        return
+    raise UsageError(stage, path, problem, "give the name of a file with -o")
 
 
 def check_distinct(path: Path, inputs: Iterable[Path], stage: str) -> None:
@@ -185,8 +201,10 @@ def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
     What a killed run of this host left for the same path is removed first.
 
     Raises:
+        UsageError: `path` is a link, a device or a pipe.
         ResourceError: it cannot be created.
     """
+    _check_replaceable(path, stage)
     prefix = f".{path.name}.{socket.gethostname()}."
     parent = ensure_dir(path.absolute().parent, stage)
     for stale in parent.glob(f"{_escape_glob(prefix)}*.ewq"):
