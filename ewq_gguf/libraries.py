@@ -12,7 +12,7 @@ import os
 import zlib
 from pathlib import Path
 
-import platformdirs
+from ewq_gguf.disk import cache_root
 
 LLAMA_CPP_COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
 LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
@@ -52,9 +52,8 @@ def default_build() -> Path | None:
 
 def pointer_path() -> Path:
     """The file that names the build in use on this kind of machine."""
-    root = os.environ.get("EWQ_CACHE") or platformdirs.user_cache_dir("ewq-gguf")
     name = f"{LLAMA_CPP_COMMIT[:9]}-{machine_key()}.default.json"
-    return Path(root).absolute() / "toolchain" / name
+    return cache_root() / "toolchain" / name
 
 
 def machine_key() -> str:

@@ -13,11 +13,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ewq_gguf import disk
 from ewq_gguf.errors import ChildError, ResourceError, ToolError, printable
 
 LOG_TAIL_LINES = 20
@@ -29,6 +31,8 @@ N_CPUS = (
     else os.cpu_count() or 1
 )
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+#: ggml starts a debugger where it aborts, which would have the last word.
+_NO_DEBUGGER = {"GGML_NO_BACKTRACE": "1"}
 _CGROUP = Path("/sys/fs/cgroup")
 _STOP_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -71,7 +75,7 @@ def run(
             child = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, **_NO_DEBUGGER, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -106,6 +110,7 @@ def run(
         problem = f"took longer than {timeout_seconds:.0f} s and was stopped"
         raise _child_error(command, -9, text, log_path, stage, problem)
     if child.returncode != 0:
+        _raise_if_full(command, child.returncode, text, log_path, stage, cwd)
         _raise_for(command, child.returncode, text, log_path, stage)
     return text
 
@@ -171,14 +176,30 @@ def _raise_for(
             "killed (137), most likely because memory ran out",
             f"free memory and run again; its log is {log_path}",
         )
-    if code == -signal.SIGXFSZ or _DISK_FULL.search(_tail(text)):
+    raise _child_error(command, code, text, log_path, stage, _ending(code))
+
+
+def _raise_if_full(
+    command: Sequence[str],
+    code: int,
+    text: str,
+    log_path: Path,
+    stage: str,
+    cwd: Path | None,
+) -> None:
+    """Where a child writes, a disk may be full; not every program can say so."""
+    work = [Path(arg).parent for arg in command if ".ewq/" in arg]
+    temporary = Path(tempfile.gettempdir())
+    folders = [*([cwd] if cwd else []), *work, log_path.parent, temporary]
+    folder = None if code == -signal.SIGKILL else disk.full_folder(folders)
+    if folder or code == -signal.SIGXFSZ or _DISK_FULL.search(_tail(text)):
         raise ResourceError(
             stage,
-            program,
+            folder or Path(command[0]).name,
             "the disk is full, or a quota is",
-            f"free some space and run again; its log is {log_path}",
+            f"free some space, or {disk.advice(folder or folders[0])}; "
+            f"its log is {log_path}",
         )
-    raise _child_error(command, code, text, log_path, stage, _ending(code))
 
 
 def _ending(code: int) -> str:

@@ -6,7 +6,6 @@ a name of its own, flushed to the disk, and renamed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -16,19 +15,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 
+from ewq_gguf.disk import advice, cache_root, is_full
 from ewq_gguf.errors import LockedError, ResourceError, UsageError
 
 _HASH_CHUNK_BYTES = 8 << 20
+_WRITABLE = "that can be written"
 
 
 def cache_dir(*parts: str) -> Path:
     """A folder below the cache (`EWQ_CACHE`, else the platform's), created."""
-    root = os.environ.get("EWQ_CACHE")
-    base = Path(root) if root else Path(platformdirs.user_cache_dir("ewq-gguf"))
-    return ensure_dir(base.absolute().joinpath(*parts), "cache")
+    return ensure_dir(cache_root().joinpath(*parts), "cache")
 
 
 def ensure_dir(path: Path, stage: str) -> Path:
@@ -44,7 +42,7 @@ def ensure_dir(path: Path, stage: str) -> Path:
             stage,
             path,
             f"the folder cannot be created ({error.strerror})",
-            "choose another folder, with -o or EWQ_CACHE",
+            advice(path, _WRITABLE),
         ) from error
     return path
 
@@ -53,17 +51,33 @@ def check_writable(path: Path, stage: str) -> None:
     """Refuse early where a file at `path` could not be written.
 
     Raises:
-        UsageError: `path` is a folder.
+        UsageError: `path` is a folder, a link, a device or a pipe.
         ResourceError: its folder cannot be created or written.
     """
     if path.is_dir():
         raise UsageError(stage, path, "is a folder", "give the name of a file with -o")
+    _check_replaceable(path, stage)
     folder = ensure_dir(path.absolute().parent, stage)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _write_error(stage, folder, error) from error
+        raise write_error(stage, folder, error) from error
+
+
+def _check_replaceable(path: Path, stage: str) -> None:
+    """Refuse to put a file in the place of a link, a device or a pipe.
+
+    Raises:
+        UsageError: one is there.
+    """
+    if path.is_symlink() and not path.is_dir():
+        problem = f"is a link to {path.readlink()}"
+    elif path.exists() and not path.is_file() and not path.is_dir():
+        problem = "is no regular file"
+    else:
+        return
+    raise UsageError(stage, path, problem, "give the name of a file with -o")
 
 
 def check_distinct(path: Path, inputs: Iterable[Path], stage: str) -> None:
@@ -83,7 +97,6 @@ def check_free(
     folder: Path,
     needed_bytes: int,
     stage: str,
-    remedy: str = "choose another folder with -o",
 ) -> None:
     """Refuse early where a disk has no room.
 
@@ -96,7 +109,7 @@ def check_free(
             stage,
             folder,
             f"{needed_bytes:,} bytes are needed and {free:,} are free",
-            f"free some space or {remedy}",
+            f"free some space, or {advice(folder)}",
         )
 
 
@@ -166,7 +179,7 @@ def replacing(path: Path, *, stage: str) -> Iterator[Path]:
             yield temporary
             publish(temporary, path)
         except OSError as error:
-            raise _write_error(stage, path, error) from error
+            raise write_error(stage, path, error) from error
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -188,8 +201,10 @@ def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
     What a killed run of this host left for the same path is removed first.
 
     Raises:
+        UsageError: `path` is a link, a device or a pipe.
         ResourceError: it cannot be created.
     """
+    _check_replaceable(path, stage)
     prefix = f".{path.name}.{socket.gethostname()}."
     parent = ensure_dir(path.absolute().parent, stage)
     for stale in parent.glob(f"{_escape_glob(prefix)}*.ewq"):
@@ -198,7 +213,7 @@ def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
     try:
         folder = tempfile.mkdtemp(".ewq", f"{prefix}{os.getpid()}-", parent)
     except OSError as error:
-        raise _write_error(stage, parent, error) from error
+        raise write_error(stage, parent, error) from error
     try:
         yield Path(folder)
     finally:
@@ -270,11 +285,15 @@ def _escape_glob(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
-def _write_error(stage: str, path: Path, error: OSError) -> ResourceError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return ResourceError(
-        stage,
-        path,
-        "the disk is full" if full else f"cannot be written ({error.strerror})",
-        "free some space" if full else "choose another output with -o",
-    )
+def write_error(stage: str, path: Path, error: OSError) -> ResourceError:
+    """The error for a file that cannot be written, and where else it could go."""
+    if not is_full(error):
+        problem = f"cannot be written ({error.strerror})"
+        return ResourceError(stage, path, problem, advice(path, _WRITABLE))
+    return disk_full(stage, path)
+
+
+def disk_full(stage: str, path: Path) -> ResourceError:
+    """The error for a file whose disk is full, or a quota or limit on it is."""
+    remedy = f"free some space, or {advice(path)}"
+    return ResourceError(stage, path, "the disk is full, or a quota is", remedy)

@@ -672,3 +672,28 @@ def test_gguf_refuses_outputs_of_others_and_locked_ones(tiny, own_cache, tmp_pat
         run = run_ewq("gguf", tiny.folder, "-q", "-o", "out.gguf", cwd=tmp_path)
     assert_one_line(run, 9)
     assert f"pid {os.getpid()}" in run.stderr
+
+
+def run_unread(*args: str, cwd: Path) -> int:
+    """The exit code of `ewq` where nobody reads what it says."""
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-m", "ewq_gguf", *args]
+    try:
+        return subprocess.run(argv, stdout=write, stderr=write, cwd=cwd).returncode
+    finally:
+        os.close(write)
+
+
+def test_the_exit_code_does_not_depend_on_who_reads(tmp_path):
+    assert run_unread("scan", "nowhere", cwd=tmp_path) == 3
+    assert run_unread("scan", "--bins", "x", "nowhere", cwd=tmp_path) == 2
+    assert run_unread("scan", cwd=tmp_path) == 2
+
+
+def test_the_work_is_done_whoever_reads(tmp_path):
+    """Notes and results that nobody reads are no reason to stop."""
+    model = write_llama(tmp_path / "m", n_layers=1)
+    argv = ("scan", str(model), "-o", "s.json")
+    assert run_unread(*argv, cwd=tmp_path) == 0
+    assert (tmp_path / "s.json").exists()

@@ -440,3 +440,29 @@ def test_errors_are_one_line_in_the_form_of_the_fault_list(folder):
     assert re.fullmatch(
         r"plan: /[^;]+/a: exists [^;]+; use --force .*", str(caught.value)
     )
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "link", "dangling link"])
+def test_what_is_no_regular_file_is_never_replaced(folder, kind):
+    path = folder / "out"
+    if kind == "device":
+        path = Path(os.devnull)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        if kind == "link":
+            (folder / "a.json").write_text("old")
+        path.symlink_to("a.json")
+    before = path.lstat()
+
+    for write in (
+        lambda: store.check_writable(path, "test"),
+        lambda: store.write_text(path, "new", stage="test", force=True),
+        lambda: store.work_dir(path, stage="test").__enter__(),
+    ):
+        with pytest.raises(UsageError, match="is a link to a|is no regular file"):
+            write()
+
+    assert path.lstat().st_ino == before.st_ino
+    if kind == "link":
+        assert (folder / "a.json").read_text() == "old"

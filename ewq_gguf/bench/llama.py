@@ -31,6 +31,7 @@ from ewq_gguf.errors import (
     VerificationError,
 )
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.llamacpp.logs import engine_reason
 from ewq_gguf.records import BenchSetup, Engine
 
 #: ggml_log_level; debugging tells of every forward pass.
@@ -356,7 +357,9 @@ def context_error(path: Path, said: str) -> EwqError:
 
 
 def _reason(text: str) -> str:
-    """The last line that tells of an error, else the last one."""
+    """llama.cpp's reason, else the last line that tells of an error, else the last."""
+    if reason := engine_reason(text):
+        return reason
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line]
     return "".join((errors or lines)[-1:])

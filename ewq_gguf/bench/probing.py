@@ -29,7 +29,7 @@ def check_room(base: Path) -> None:
     """
     folder = store.cache_dir("probes")
     size = base.stat().st_size
-    store.check_free(folder, size, STAGE, "let EWQ_CACHE name a folder that has more")
+    store.check_free(folder, size, STAGE)
 
 
 def probe(

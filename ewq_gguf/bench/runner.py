@@ -55,10 +55,8 @@ _SCORED: frozenset[Task] = frozenset({"perplexity", "kld"})
 _COMPARED: frozenset[Task] = frozenset({"kld", "generation"})
 _TIMED: frozenset[Task] = frozenset({"speed", "memory"})
 
-_CHILD_ENV = {
-    "PYTHONSAFEPATH": "1",  # the working folder may hold any code
-    "GGML_NO_BACKTRACE": "1",  # forty lines in front of which the reason would stand
-}
+#: The working folder may hold any code.
+_CHILD_ENV = {"PYTHONSAFEPATH": "1"}
 #: Types of a KV cache that llama.cpp takes (common/arg.cpp, kv_cache_types).
 CACHE_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",

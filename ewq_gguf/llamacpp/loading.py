@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ewq_gguf.errors import ChildError, ResourceError
-from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.logs import child_log, engine_reason
 from ewq_gguf.llamacpp.verify import can_load
 from ewq_gguf.process import python_argv, run
 
-# llama_model_load: error loading model: check_tensor_dims: tensor 'x' not found
-_REASON = re.compile(r"(?:\w+: )*(?:error loading model: )?(?:\w+: )?(.+)")
-_TENSORS = re.compile(r"tensor '\S+' not found|missing tensor|has wrong shape|wrong number")
+_TENSORS = re.compile(
+    r"tensor '\S+' not found|missing tensor|has wrong shape|wrong number"
+)
 
 
 def tensor_refusals(headers: Sequence[Path]) -> list[str]:
@@ -25,7 +25,22 @@ def tensor_refusals(headers: Sequence[Path]) -> list[str]:
 
     Returns:
         llama.cpp's reason for each; empty where it takes them, refuses for another
-        reason, or cannot be asked because the bindings are missing.
+        reason, or cannot be asked.
+    """
+    return [
+        reason if _TENSORS.search(reason) else "" for reason in load_refusals(headers)
+    ]
+
+
+def load_refusals(headers: Sequence[Path]) -> list[str]:
+    """Why llama.cpp does not load files.
+
+    Args:
+        headers: GGUF headers, with or without their data.
+
+    Returns:
+        llama.cpp's reason for each; empty where it takes them, or cannot be asked
+        because the bindings are missing.
     """
     if not can_load():
         return [""] * len(headers)
@@ -40,9 +55,5 @@ def tensor_refusals(headers: Sequence[Path]) -> list[str]:
     except (ChildError, ResourceError):
         # What crashes here is told where the finished file is loaded.
         return [""] * len(headers)
-    return [_about_tensors(reason) for reason in json.loads(text.splitlines()[-1])]
-
-
-def _about_tensors(reason: str) -> str:
-    match = _REASON.fullmatch(reason)
-    return match[1] if match and _TENSORS.search(reason) else ""
+    said = json.loads(text.splitlines()[-1])
+    return [engine_reason(reason) or reason for reason in said]

@@ -21,7 +21,6 @@ from ewq_gguf.checkpoint.overflow import find_overflows, overflow_error
 from ewq_gguf.errors import (
     ChildError,
     InputError,
-    ResourceError,
     VerificationError,
     printable,
 )
@@ -169,9 +168,7 @@ def quantize(
         except ChildError as error:
             # All that llama-quantize says of a full disk; its folder is there.
             if any("iostream error" in text for text in error.log_tail):
-                raise ResourceError(
-                    "quantize", folder, "the disk is full", "free some space"
-                ) from error
+                raise store.disk_full("quantize", folder) from error
             raise
         verification = verify_file(plan, inside / _OUT, load=work.get("load", True))
         store.publish(inside / _OUT, out)

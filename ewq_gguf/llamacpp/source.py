@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ewq_gguf import packages, store
-from ewq_gguf.errors import ChildError, NetworkError, ResourceError, ToolError
+from ewq_gguf.errors import ChildError, NetworkError, ToolError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.process import run
 
@@ -219,12 +219,7 @@ def extract_sdist(archive: Path, target: Path) -> None:
                 "it was removed; run `ewq toolchain build` again",
             ) from error
         except OSError as error:
-            raise ResourceError(
-                STAGE,
-                folder,
-                f"cannot be written ({error.strerror})",
-                "free some space, or name another folder with EWQ_CACHE",
-            ) from error
+            raise store.write_error(STAGE, folder, error) from error
         top = archive.name.removesuffix(".tar.gz")
         tree = folder / top / SUBMODULE
         _check_recorded_commit(folder / top, archive)

@@ -124,6 +124,12 @@ class Toolchain:
         return _BUILD_REMEDY
 
 
+def _not_built() -> ToolError:
+    """The error where there is no build, but that of a cache that is no folder."""
+    store.cache_dir()
+    return ToolError(STAGE, "llama.cpp", "is not built", _BUILD_REMEDY)
+
+
 def find_toolchain(llama_cpp: Path | None = None) -> Toolchain:
     """The llama.cpp to use.
 
@@ -143,7 +149,7 @@ def find_toolchain(llama_cpp: Path | None = None) -> Toolchain:
     folder = default_build()
     record = None if folder is None else read_record(folder)
     if folder is None or record is None:
-        raise ToolError(STAGE, "llama.cpp", "is not built", _BUILD_REMEDY)
+        raise _not_built()
     if record.get("commit") != LLAMA_CPP_COMMIT:
         raise ToolError(
             STAGE,
@@ -174,7 +180,7 @@ def test_toolchain() -> SelfTest:
     folder = default_build()
     record = None if folder is None else read_record(folder)
     if folder is None or record is None:
-        raise ToolError(STAGE, "llama.cpp", "is not built", _BUILD_REMEDY)
+        raise _not_built()
     verdict = run_self_test(folder / "bin", str(record.get("backend")))
     keep_self_test(folder, record, verdict)
     if not verdict.is_ok:

@@ -131,9 +131,7 @@ def _answer(path: Path) -> str:
                 argv,
                 stage="verify",
                 log_path=log_path,
-                # The working folder may hold any code; a debugger that ggml starts
-                # where it aborts would have the last word.
-                env={"PYTHONSAFEPATH": "1", "GGML_NO_BACKTRACE": "1"},
+                env={"PYTHONSAFEPATH": "1"},  # the working folder may hold any code
             )
     except ChildError as error:
         error.subject = printable(path)
