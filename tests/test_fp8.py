@@ -359,3 +359,19 @@ def test_nvfp4_told_in_hf_quant_config_alone_is_refused(tmp_path):
     (folder / "hf_quant_config.json").write_text(told)
     with pytest.raises(InputError, match=r"quantised already \(modelopt NVFP4\)"):
         open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("ending", ["weight", "weight_packed"])
+def test_fp8_scales_of_packed_weights_are_no_weights(tmp_path, ending):
+    """NVFP4 that no config tells of."""
+    write_llama(tmp_path, n_layers=1)
+    name = "model.layers.0.mlp.up_proj"
+    write_raw(
+        tmp_path / "model.safetensors",
+        {
+            f"{name}.{ending}": ("U8", [4, 8], bytes(32)),
+            f"{name}.weight_scale": ("F8_E4M3", [4, 1], bytes(4)),
+        },
+    )
+    with pytest.raises(InputError, match="up_proj.weight_scale holds the FP8 scales"):
+        open_checkpoint(str(tmp_path))

@@ -11,7 +11,7 @@ Source: llama.cpp conversion/base.py, `dequant_model`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,15 @@ def fp8_of(
         return None
     scales = {}
     for shard, tensor in weights:
+        if f"{tensor.name}_2" in headers or _is_scale(tensor.name, headers):
+            # NVFP4 has scales of its scales, and of compressed-tensors a global one.
+            raise InputError(
+                "scan",
+                shard.path,
+                f"the weights are quantised already: {tensor.name} holds the FP8 "
+                "scales of others",
+                _REMEDY,
+            )
         endings = (e for e in (_INVERSE, _PLAIN) if tensor.name + e in headers)
         ending = next(endings, None)
         if ending is None or headers[tensor.name + ending].dtype not in _SCALE_DTYPES:
@@ -172,6 +181,11 @@ def fp8_of(
     config = _converter_config(set(scales.values()), block_size, shard.path)
     _check_unused(headers, config["quant_method"], shard.path)
     return Fp8(scales, block_size, config)
+
+
+def _is_scale(name: str, names: Collection[str]) -> bool:
+    base = name.removesuffix(_PLAIN)
+    return base != name and (base in names or f"{base}_packed" in names)
 
 
 def _block_size(
