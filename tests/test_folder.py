@@ -750,3 +750,11 @@ def test_the_signature_changes_when_weights_are_rewritten_in_place(folder):
 def test_the_signature_of_an_untouched_folder_stays(folder):
     first = open_checkpoint(str(folder)).signature
     assert open_checkpoint(str(folder)).signature == first
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_of_gguf_files_is_told_to_be_given_by_its_file(folder, missing):
+    (folder / missing).unlink()
+    (folder / "tiny-BF16.gguf").write_bytes(b"GGUF")
+    with refused(f"has no .*; give an unquantised GGUF .*{folder}/tiny-BF16.gguf"):
+        open_checkpoint(str(folder))

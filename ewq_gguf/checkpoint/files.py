@@ -45,6 +45,15 @@ def check_regular(folder: Path, path: Path) -> None:
         raise InputError("scan", path, "is not a regular file", "replace it")
 
 
+def no_checkpoint(folder: Path, problem: str) -> InputError:
+    """The error for a folder that lacks something; its GGUF files may be meant."""
+    ggufs = sorted(folder.glob("*.gguf"))
+    remedy = "give the folder of a Hugging Face checkpoint"
+    if ggufs:
+        remedy = f"give an unquantised GGUF file itself, such as {printable(ggufs[0])}"
+    return InputError("scan", folder, problem, remedy)
+
+
 def read_json_object(folder: Path, name: str) -> dict[str, Any]:
     """The object a JSON file holds; of a key that repeats the last value.
 

@@ -12,6 +12,7 @@ from typing import Any
 from ewq_gguf.checkpoint.files import (
     MAX_SMALL_BYTES,
     check_regular,
+    no_checkpoint,
     note_on_repeated_keys,
     read_json_object,
 )
@@ -223,12 +224,7 @@ def _refuse_without_config(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         adapter = read_json_object(folder, "adapter_config.json")
         raise adapter_error(folder, adapter.get("base_model_name_or_path"))
-    raise InputError(
-        "scan",
-        folder,
-        "has no config.json",
-        "give the folder of a Hugging Face checkpoint",
-    )
+    raise no_checkpoint(folder, "has no config.json")
 
 
 def adapter_error(folder: Path, base: object, example: str = "") -> InputError:

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ewq_gguf.checkpoint.files import check_regular, read_json_object
+from ewq_gguf.checkpoint.files import (
+    check_regular,
+    no_checkpoint,
+    read_json_object,
+)
 from ewq_gguf.checkpoint.header import Header, read_header, read_remote_header
 from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.errors import InputError, printable
@@ -150,15 +154,14 @@ def _refuse_without_weights(folder: Path) -> None:
     pickles = sorted(
         p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")
     )
-    found = f"; it holds pickles ({pickles[0]})" if pickles else ""
+    if not pickles:
+        raise no_checkpoint(folder, "has no *.safetensors")
     raise InputError(
         "scan",
         folder,
-        f"has no *.safetensors{found}",
+        f"has no *.safetensors; it holds pickles ({pickles[0]})",
         "use a safetensors checkpoint; https://huggingface.co/spaces/safetensors/"
-        "convert makes one"
-        if pickles
-        else "give the folder of a Hugging Face checkpoint",
+        "convert makes one",
     )
 
 
