@@ -177,7 +177,9 @@ def _missing_in_layers(
     for index in sorted(set(range(n_layers)) - layers.names.keys()):
         yield f"{layers.prefix}.{index}.*", sizes.most_common(1)[0][0]
     for index, rest in chain(
-        _missing_of_layers(layers.names, n_layers, is_uniform=_is_uniform(architecture)),
+        _missing_of_layers(
+            layers.names, n_layers, is_uniform=_is_uniform(architecture)
+        ),
         _missing_of_experts(layers, config),
     ):
         yield f"{layers.prefix}.{index}.{rest}", 1

@@ -79,8 +79,8 @@ _KINDS = (
     ),
     _Kind(
         re.compile(r"^module\."),
-        "was saved from a model in DistributedDataParallel or DeepSpeed ({n} names that "
-        "begin with module., such as {first})",
+        "was saved from DistributedDataParallel's or DeepSpeed's wrapper ({n} names "
+        "such as {first})",
         "save model.module, or rename the tensors",
     ),
     _Kind(

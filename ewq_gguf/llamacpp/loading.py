@@ -14,7 +14,9 @@ from ewq_gguf.process import python_argv, run
 
 # llama_model_load: error loading model: check_tensor_dims: tensor 'x' not found
 _REASON = re.compile(r"(?:\w+: )*(?:error loading model: )?(?:\w+: )?(.+)")
-_TENSORS = re.compile(r"tensor '\S+' not found|missing tensor|has wrong shape|wrong number")
+_TENSORS = re.compile(
+    r"tensor '\S+' not found|missing tensor|has wrong shape|wrong number"
+)
 
 
 def tensor_refusals(headers: Sequence[Path]) -> list[str]:
