@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -259,8 +260,8 @@ def test_more_layers_than_the_config_says_are_told_as_such(tmp_path):
 
 
 def buffers(n_layers: int = 2) -> Tensors:
-    kinds = (("mask", "BOOL", 1), ("causal", "U8", 1), ("q8", "I8", 1))
-    kinds += (("position_ids", "I64", 8), ("table", "U32", 4))
+    kinds = [("mask", "BOOL", 1), ("causal", "U8", 1), ("q8", "I8", 1)]
+    kinds += [("position_ids", "I64", 8), ("table", "U32", 4)]
     return {
         f"model.layers.{i}.{name}": (dtype, [4, 4], bytes(16 * size))
         for i in range(n_layers)
@@ -370,7 +371,7 @@ def test_what_stays_in_f32_may_hold_any_weight(tmp_path, monkeypatch):
 # Encoders.
 
 
-def write_sentencepiece(path: Path, **special: int) -> None:
+def write_sentencepiece(path: Path, **special: Any) -> None:
     import sentencepiece
 
     words = "the quick brown fox jumps over a lazy dog while nobody measures".split()
@@ -513,7 +514,7 @@ def write_random(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("encoders")
+    folder: Path = tmp_path_factory.mktemp("encoders")
     write_t5(folder / "t5")
     write_reranker(folder / "embed", is_reranker=False)
     write_reranker(folder / "rerank", is_reranker=True)

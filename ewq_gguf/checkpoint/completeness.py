@@ -149,7 +149,8 @@ def language_layers(names: Iterable[str], architecture: str) -> list[Layers]:
 def _layers(prefix: str, found: Mapping[int, Iterable[str]]) -> Layers:
     names, experts = {}, {}
     for index, rests in found.items():
-        plain, own = set(), defaultdict(lambda: defaultdict(set))
+        plain: set[str] = set()
+        own: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for rest in rests:
             if match := _EXPERT.fullmatch(rest):
                 own[f"{match[1]}." if match[1] else ""][int(match[2])].add(match[3])
