@@ -122,8 +122,12 @@ def test_header_scan_and_file_of_a_family_are_what_was_predicted(case, tmp_path)
 
 
 def test_llama_cpp_misses_no_tensor_of_any_family(converted):
-    refusals = tensor_refusals([folder / "base.gguf" for _, folder in converted.values()])
-    refused = {label: why for label, why in zip(converted, refusals, strict=True) if why}
+    refusals = tensor_refusals(
+        [folder / "base.gguf" for _, folder in converted.values()]
+    )
+    refused = {
+        label: why for label, why in zip(converted, refusals, strict=True) if why
+    }
     assert refused.keys() == ODD_SIZES
     assert all("has wrong shape" in why for why in refused.values())
 

@@ -10,8 +10,10 @@ from ewq_gguf import store
 from ewq_gguf.bench.precision import AppliedPlan
 from ewq_gguf.bench.reference_file import check_asked, is_reference, read_reference
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.files import model_name, read_json_object
+from ewq_gguf.checkpoint.folder import longest_context
 from ewq_gguf.checkpoint.gguf_file import read_gguf
-from ewq_gguf.errors import InputError, VerificationError
+from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.records import BenchedFile, BenchParameters
 
 #: llama_split_path in src/llama.cpp.
@@ -45,6 +47,35 @@ def identify(path: Path, plan: AppliedPlan | None = None) -> BenchedFile:
             STAGE, path, "is a reference and no model", "give it as --base"
         )
     return _hashed(path)
+
+
+def check_measurable(path: Path, n_ctx: int) -> None:
+    """Refuse a model that nothing here measures, or in such a long context.
+
+    Raises:
+        InputError: it does not write one token after another.
+        UsageError: it was made for a shorter context.
+    """
+    if path.is_dir():
+        most = longest_context(read_json_object(path, "config.json"))
+    else:
+        header = read_gguf(path)
+        most = header.n_ctx_train
+        if not header.is_writer:
+            raise InputError(
+                STAGE,
+                path,
+                f"{header.architecture} does not write one token after another, and "
+                "only models that do are measured here",
+                "measure an encoder with a test of its own task",
+            )
+    if most is not None and n_ctx > most:
+        raise UsageError(
+            STAGE,
+            path,
+            f"the model was made for {most} tokens of context, {n_ctx} are asked for",
+            f"give --ctx {most} or fewer",
+        )
 
 
 def identify_base(path: Path, asked: BenchParameters) -> BenchedFile:
@@ -90,7 +121,7 @@ def _identify_folder(path: Path) -> BenchedFile:
         for file, stat in zip(files, stats, strict=True)
     ]
     return BenchedFile(
-        name=path.resolve().name,
+        name=model_name(path),
         size_bytes=sum(file.stat().st_size for file in weights),
         sha256=store.sha256_text(" ".join(hashes)),
     )

@@ -81,12 +81,10 @@ def _check_writes(base: Path, header: GgufFile) -> None:
     Raises:
         InputError: naming the architecture.
     """
-    architecture = header.kv.get("general.architecture")
-    is_causal = header.kv.get(f"{architecture}.attention.causal", True)
-    if not is_causal or any(t.name.startswith("enc.") for t in header.tensors):
+    if not header.is_writer:
         raise InputError(
             STAGE,
             base,
-            f"{architecture} does not write one token after another",
+            f"{header.architecture} does not write one token after another",
             "give ewq imatrix a --calibration FILE; policy optimal is not for it",
         )

@@ -19,7 +19,7 @@ _NAMES = re.compile(
 )
 #: Names of masks; a bias of that name has one dimension.
 _MASK = re.compile(r".*\bat(tn|tention)\.(bias|mask|causal_mask)")
-#: Integers under these names are a quantised model's codes, or tables that a GGUF holds.
+#: Integers of these names are a quantised model's codes, or tables that a GGUF holds.
 _CODES_OR_TABLES = re.compile(
     r".*(weight|packed|qweight|qzeros|g_idx|_shape|_blocks|_scales|tid2eid|d2t|t2d)"
 )

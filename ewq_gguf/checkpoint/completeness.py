@@ -149,7 +149,8 @@ def language_layers(names: Iterable[str], architecture: str) -> list[Layers]:
 def _layers(prefix: str, found: Mapping[int, Iterable[str]]) -> Layers:
     names, experts = {}, {}
     for index, rests in found.items():
-        plain, own = set(), defaultdict(lambda: defaultdict(set))
+        plain: set[str] = set()
+        own: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for rest in rests:
             if match := _EXPERT.fullmatch(rest):
                 own[f"{match[1]}." if match[1] else ""][int(match[2])].add(match[3])
@@ -177,7 +178,9 @@ def _missing_in_layers(
     for index in sorted(set(range(n_layers)) - layers.names.keys()):
         yield f"{layers.prefix}.{index}.*", sizes.most_common(1)[0][0]
     for index, rest in chain(
-        _missing_of_layers(layers.names, n_layers, is_uniform=_is_uniform(architecture)),
+        _missing_of_layers(
+            layers.names, n_layers, is_uniform=_is_uniform(architecture)
+        ),
         _missing_of_experts(layers, config),
     ):
         yield f"{layers.prefix}.{index}.{rest}", 1

@@ -7,6 +7,7 @@ the Hub's own cache; only regular files are.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from ewq_gguf.checkpoint.header import loads_strict, repeated_keys
 from ewq_gguf.errors import InputError, printable
 
 MAX_SMALL_BYTES = 64 << 20
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def model_name(folder: Path) -> str:
+    """What people call the model in a folder: no commit's hash of the Hub's cache."""
+    *above, name = ("model", *folder.resolve().parts[1:])
+    while _HASH.fullmatch(name) or name == "snapshots":
+        *above, name = above
+    return name.rpartition("--")[2] if name.startswith("models--") else name
 
 
 def check_regular(folder: Path, path: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ewq_gguf.checkpoint.files import (
-    MAX_SMALL_BYTES,
-    check_regular,
     no_checkpoint,
     note_on_repeated_keys,
     read_json_object,
@@ -27,12 +26,15 @@ from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.checkpoint.shards import ShardFile as ShardFile
 from ewq_gguf.checkpoint.shards import open_shards
+from ewq_gguf.checkpoint.small_files import note_on_modules, small_files_of
 from ewq_gguf.errors import InputError, printable
 from ewq_gguf.records import ModelIdentity, Shard
 from ewq_gguf.tensor_names import ARCHITECTURES
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_SMALL_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"})
+_CLASSIFIER = re.compile(
+    r"For(Sequence|Token|MultiLabel)Classification$|ForQuestionAnswering$|RewardModel$"
+)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def open_folder(
     config = read_config(folder, architectures)
     architecture = _hf_architecture(config, folder)
     shards, notes = open_shards(folder, only, remote)
-    small_files = _small_files(folder)
+    small_files = small_files_of(folder)
     identity = ModelIdentity(
         name=name,
         hub_id=hub_id,
@@ -162,6 +164,7 @@ def open_folder(
     tensors = [(shard, tensor) for shard in shards for tensor in shard.header.tensors]
     fp8 = fp8_of(tensors, quantisation_of(folder, config))
     notes += _notes_on_code(folder, config) + _notes_on_keys(small_files)
+    notes += note_on_modules(folder)
     return Checkpoint(folder, config, small_files, shards, identity, fp8, notes)
 
 
@@ -210,14 +213,26 @@ def read_config(
 def _check_architecture(
     architecture: str, path: Path, supported: Collection[str] | None
 ) -> None:
-    if supported is not None and architecture not in supported:
-        near = difflib.get_close_matches(architecture, sorted(supported), 3, 0.0)
+    if supported is None or architecture in supported:
+        return
+    if match := _CLASSIFIER.search(architecture):
+        of_this_kind = sorted(name for name in supported if name.endswith(match[0]))
         raise InputError(
             "scan",
             path,
-            f"architecture {architecture} is not supported",
-            f"the nearest supported ones are {', '.join(near)}",
+            f"{architecture} is a classifier, such as a reranker or a reward model: "
+            f"llama.cpp's converter has no place for its head; it takes "
+            f"{', '.join(of_this_kind) or 'none of this kind'}",
+            "give a checkpoint of those; Qwen3's rerankers are taken as they were "
+            "published, as Qwen3ForCausalLM",
         )
+    near = difflib.get_close_matches(architecture, sorted(supported), 3, 0.0)
+    raise InputError(
+        "scan",
+        path,
+        f"architecture {architecture} is not supported",
+        f"the nearest supported ones are {', '.join(near)}",
+    )
 
 
 def _refuse_without_config(folder: Path) -> None:
@@ -240,7 +255,8 @@ def adapter_error(folder: Path, base: object, example: str = "") -> InputError:
         folder,
         f"is an adapter of {base or 'a model that it does not name'}, and no model"
         f"{example}",
-        f"give the model and the adapter: `ewq gguf {base or 'BASE'} --adapter {folder}`",
+        "give the model and the adapter: "
+        f"`ewq gguf {base or 'BASE'} --adapter {folder}`",
     )
 
 
@@ -258,6 +274,19 @@ def _hf_architecture(config: Mapping[str, Any], folder: Path) -> str:
             "download config.json again",
         )
     return architectures[0]
+
+
+def longest_context(config: Mapping[str, Any]) -> int | None:
+    """The longest context a model was made for, in tokens; None where it says none."""
+    sources = (config.get("text_config"), config)
+    found = (
+        source[key]
+        for source in sources
+        if isinstance(source, dict)
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len")
+        if key in source
+    )
+    return next((n for n in found if type(n) is int and n > 0), None)
 
 
 def _n_layers(config: Mapping[str, Any], folder: Path) -> int:
@@ -280,18 +309,3 @@ def _n_layers(config: Mapping[str, Any], folder: Path) -> int:
             "download config.json again",
         )
     return n_layers
-
-
-def _small_files(folder: Path) -> dict[str, Path]:
-    """Config, tokenizer and card; no code, so that none can run in a conversion."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if (
-            path.suffix in _SMALL_SUFFIXES
-            and not path.name.endswith(".index.json")
-            and path.is_file()
-            and path.stat().st_size <= MAX_SMALL_BYTES
-        ):
-            check_regular(folder, path)
-            files[path.name] = path
-    return files

@@ -82,10 +82,30 @@ class GgufFile:
         """What the header and every tensor are padded to."""
         return int(self.kv.get("general.alignment", 32))
 
+    @property
+    def architecture(self) -> str:
+        """Its `general.architecture`."""
+        return str(self.kv.get("general.architecture"))
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether it writes one token after another, as encoders do not.
+
+        An encoder-decoder is no writer either: it does not go on with a text.
+        """
+        is_causal = self.kv.get(f"{self.architecture}.attention.causal", True)
+        has_encoder = any(tensor.name.startswith("enc.") for tensor in self.tensors)
+        return bool(is_causal) and not has_encoder
+
+    @property
+    def n_ctx_train(self) -> int | None:
+        """The longest context it was made for, in tokens; None where it says none."""
+        most = self.kv.get(f"{self.architecture}.context_length")
+        return most if isinstance(most, int) and most > 0 else None
+
     def window(self, n_tokens: int) -> int:
         """So many tokens, or as many as the model was made for if these are fewer."""
-        most = self.kv.get(f"{self.kv.get('general.architecture')}.context_length")
-        return min(n_tokens, most) if isinstance(most, int) and most > 0 else n_tokens
+        return min(n_tokens, self.n_ctx_train or n_tokens)
 
 
 def read_gguf(path: Path, *, header_only: bool = False) -> GgufFile:

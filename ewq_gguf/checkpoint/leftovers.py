@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ewq_gguf.checkpoint.buffers import FLOATS, is_buffer
 from ewq_gguf.checkpoint.files import read_json_object
 from ewq_gguf.checkpoint.folder import Checkpoint, adapter_error
+from ewq_gguf.checkpoint.fp8 import quantisation_of
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.errors import InputError
 from ewq_gguf.tensor_names import ARCHITECTURES, gguf_name
@@ -79,8 +80,8 @@ _KINDS = (
     ),
     _Kind(
         re.compile(r"^module\."),
-        "was saved from a model in DistributedDataParallel or DeepSpeed ({n} names that "
-        "begin with module., such as {first})",
+        "was saved from DistributedDataParallel's or DeepSpeed's wrapper ({n} names "
+        "such as {first})",
         "save model.module, or rename the tensors",
     ),
     _Kind(
@@ -123,7 +124,7 @@ def check_names(checkpoint: Checkpoint) -> None:
             raise InputError("scan", checkpoint.folder, problem, kind.remedy)
     _check_integers(checkpoint, tensors)
     architecture = ARCHITECTURES.get(identity.hf_architecture)
-    if architecture and not is_quantised(checkpoint):
+    if architecture and checkpoint.is_mapped_by_name:
         known = (gguf_name(architecture, identity.n_layers, name) for name in names)
         lost = [name for name, new in zip(names, known, strict=True) if new is None]
         if lost:
@@ -159,14 +160,9 @@ def no_place(checkpoint: Checkpoint, names: Sequence[str]) -> InputError:
 
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint says that its weights are codes."""
-    config = checkpoint.config
-    text = config.get("text_config")
-    return (
-        "hf_quant_config.json" in checkpoint.small_files
-        or bool(config.get("quantization_config"))
-        or (isinstance(text, dict) and bool(text.get("quantization_config")))
-    )
+    """Whether the checkpoint says that its weights are codes, or they are FP8."""
+    told = quantisation_of(checkpoint.folder, checkpoint.config)
+    return checkpoint.fp8 is not None or bool(told)
 
 
 def _check_integers(checkpoint: Checkpoint, tensors: Collection[TensorHeader]) -> None:

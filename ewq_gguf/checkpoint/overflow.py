@@ -74,9 +74,12 @@ def find_overflows(
 def _too_large(data: NDArray[Any]) -> NDArray[np.bool_]:
     if data.dtype == np.uint16:
         codes = data & 0x7FFF
-        return (codes >= _BF16_TOO_LARGE) & (codes < _BF16_INFINITE)
-    sizes = np.abs(data)
-    return (sizes >= F16_INFINITE) & (sizes < np.inf)
+        found = (codes >= _BF16_TOO_LARGE) & (codes < _BF16_INFINITE)
+    else:
+        sizes = np.abs(data)
+        found = (sizes >= F16_INFINITE) & (sizes < np.inf)
+    result: NDArray[np.bool_] = found
+    return result
 
 
 def _value(weight: Any, dtype: str) -> float:

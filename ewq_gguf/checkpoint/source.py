@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.demo import DEMO_NAME, demo_checkpoint
+from ewq_gguf.checkpoint.files import model_name
 from ewq_gguf.checkpoint.folder import Checkpoint, open_folder, read_config
 from ewq_gguf.checkpoint.gguf_source import is_gguf, open_gguf, open_remote_gguf
 from ewq_gguf.checkpoint.hub import HUB_FILES, check_has_weights, opener, snapshot
@@ -19,6 +20,7 @@ from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import ModelIdentity
 
 _URL = re.compile(r"https?://[^/]+/")
+_REVISION = re.compile(r"/resolve/[^/]+$")
 
 #: What is asked for below a plain URL, which cannot be listed.
 _URL_FILES = (
@@ -101,7 +103,7 @@ def _open(model: str, opening: Opening) -> Checkpoint:
     if model == "demo":
         folder, name = demo_checkpoint(on_line=opening.say), DEMO_NAME
     elif path.is_dir():
-        folder, name = path, path.resolve().name
+        folder, name = path, model_name(path)
     elif path.exists():
         return _open_file(path, opening)
     elif found := hub_name(model, _endpoint()):
@@ -132,7 +134,7 @@ def _open_file(path: Path, opening: Opening) -> Checkpoint:
     folder = path.parent
     return open_folder(
         folder,
-        name=folder.resolve().name,
+        name=model_name(folder),
         only=path.name,
         architectures=opening.architectures,
     )
@@ -155,7 +157,7 @@ def _open_url(url: str, opening: Opening) -> Checkpoint:
         _keep(folder / name, data)
     return open_folder(
         folder,
-        name=url.rsplit("/", 1)[1],
+        name=_REVISION.sub("", url).rsplit("/", 1)[1],
         architectures=opening.architectures,
         remote=lambda file: RemoteFile(f"{url}/{file}"),
     )

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from ewq_gguf import store
-from ewq_gguf.bench.files import identify, identify_base
+from ewq_gguf.bench.files import check_measurable, identify, identify_base
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
 from ewq_gguf.bench.saving import save_quantised
 from ewq_gguf.bench.scorer import STAGE
@@ -82,6 +82,7 @@ def bench(
     files, out, request = _resolved(files, out, request, values, force, progress)
     for file in files:
         identify(file)
+        check_measurable(file, request.n_ctx)
     request = with_data(request, values)
     asked = request.parameters()
     base = request.base and identify_base(request.base, asked)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ewq_gguf import store
-from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.files import check_measurable, identify
 from ewq_gguf.bench.reference_run import existing_reference, make_reference
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.scorer import STAGE
@@ -51,6 +51,7 @@ def reference(
         problem = "is a folder, a reference is made of a GGUF file"
         raise UsageError(STAGE, base, problem, "make it with `ewq convert`")
     identify(base)
+    check_measurable(base, values["ctx"])
     store.check_writable(out, STAGE)
     request = Request(
         tasks=("perplexity",),

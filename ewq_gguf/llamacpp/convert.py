@@ -233,9 +233,7 @@ def header_of(
                 folder / "sources.json",
             ),
             log_path,
-            _CHILD_ENV
-            | toolchain.converter_env()
-            | left_out_env(checkpoint, folder),
+            _CHILD_ENV | toolchain.converter_env() | left_out_env(checkpoint, folder),
         )
         header = read_gguf(path, header_only=True)
         end = max(tensor.offset + tensor.size_bytes for tensor in header.tensors)
@@ -359,6 +357,7 @@ def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     told = quantisation_of(checkpoint.folder, checkpoint.config)
     in_fp8 = checkpoint.fp8 is not None or is_fp8(told)
     for name, path in checkpoint.small_files.items():
+        (staged / name).parent.mkdir(exist_ok=True)
         if in_fp8 and name == QUANT_FILE:
             continue  # config.json says it
         changed = None

@@ -11,7 +11,9 @@ from ewq_gguf.errors import ChildError, EwqError, InputError, printable
 MAX_WARNINGS = 5
 
 _EXCEPTION = re.compile(r"^([\w.]*(?:Error|Exception))(?:: (.*))?$")
-_WARNING = re.compile(r"^WARNING:(?:hf-to-gguf|gguf[\w.-]*):(.*)|\b(RuntimeWarning: .*)")
+_WARNING = re.compile(
+    r"^WARNING:(?:hf-to-gguf|gguf[\w.-]*):(.*)|\b(RuntimeWarning: .*)"
+)
 _UNKNOWN_TENSOR = re.compile(r"Can not map tensor '(.*)'")
 _HPARAM = re.compile(r"hparams\[|find_hparam")
 #: What it says of sound checkpoints.

@@ -21,7 +21,7 @@ def main(paths: list[str]) -> None:
 
     errors: list[str] = []
 
-    @llama_cpp.llama_log_callback
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def note(level: int, text: bytes, _: object) -> None:
         if level == _ERROR:
             errors.append(text.decode(errors="replace").strip())

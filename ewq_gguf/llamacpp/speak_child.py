@@ -1,7 +1,7 @@
 """Child process: load a GGUF and let it do what its family can; print one JSON line.
 
-A decoder continues a prompt greedily, an encoder-decoder reads it and writes, an encoder
-gives its embedding or score.
+A decoder continues a prompt greedily, an encoder-decoder reads it and writes, an
+encoder gives its embedding or score.
 
     python -m ewq_gguf.llamacpp.speak_child FILE PROMPT N_TOKENS
 
@@ -13,10 +13,13 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _N_CTX = 256
@@ -28,7 +31,7 @@ def main(path: str, prompt: str, n_tokens: int) -> None:
 
     errors: list[str] = []
 
-    @llama_cpp.llama_log_callback
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def note(level: int, text: bytes, _: object) -> None:
         if level == _ERROR:
             errors.append(text.decode(errors="replace").strip())
@@ -50,6 +53,13 @@ def main(path: str, prompt: str, n_tokens: int) -> None:
 def _load(path: str, *, embedding: bool = False) -> Any:
     import llama_cpp
 
+    pooling = llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED
+    if embedding and any(
+        t.name.startswith("cls") for t in read_gguf(Path(path)).tensors
+    ):
+        pooling = (
+            llama_cpp.LLAMA_POOLING_TYPE_RANK
+        )  # the user of a reranker asks for it
     return llama_cpp.Llama(
         path,
         n_ctx=_N_CTX,
@@ -57,6 +67,7 @@ def _load(path: str, *, embedding: bool = False) -> Any:
         n_ubatch=_N_CTX,
         n_gpu_layers=0,
         embedding=embedding,
+        pooling_type=pooling,
         verbose=True,  # else the bindings close stderr while llama.cpp says why
     )
 
@@ -110,7 +121,9 @@ def _embed(model: Any, prompt: str) -> tuple[str, bool]:
     if not pointer:
         raise ValueError("llama.cpp gives no embedding")
     values: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (size,))
-    return f" -> {what} of {size} numbers", bool(np.isfinite(values).all())
+    return f" -> {what} of {size} number{'s'[: size > 1]}", bool(
+        np.isfinite(values).all()
+    )
 
 
 def _encode(model: Any, tokens: list[int]) -> None:

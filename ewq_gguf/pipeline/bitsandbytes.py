@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ewq_gguf.bench.precision import SAVED_NAME, AppliedPlan, precisions_of
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.checkpoint.files import model_name
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.errors import InputError, UsageError
@@ -59,7 +60,7 @@ def for_transformers(
         if plan_path is not None:
             problem = "is quantised already, by another run's --save"
             raise UsageError(STAGE, folder, problem, "leave --plan away")
-        return ForTransformers(folder.resolve().name, folder, None)
+        return ForTransformers(model_name(folder), folder, None)
     checkpoint = open_model(model, options=options, progress=progress)
     _check_loadable(model, checkpoint)
     name = checkpoint.identity.name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.bench.comparison import estimates, pairs_of
-from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.files import check_measurable, identify
 from ewq_gguf.bench.reference_run import cached_reference
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
 from ewq_gguf.bench.scorer import STAGE
@@ -111,6 +111,7 @@ def compare(
         files = store.ensure_dir(folder / "files", STAGE)
         _check_room(files, versions)
         base = base_file(checkpoint, toolchain, progress=progress)
+        check_measurable(base, wanted.request.n_ctx)
         _check_room(files, versions)
         request = _referred(wanted.request, base, progress)
         made = []

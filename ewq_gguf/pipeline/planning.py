@@ -245,7 +245,7 @@ def measured(
     except (ToolError, ChildError, InputError) as error:
         progress.note(f"{error}; the file's size is an estimate without its header")
         laid_out = None
-    else:
+    if laid_out is not None:
         check_loadable(source, laid_out)
     scanned = scan(source, policy_measures(policy), options=options, progress=progress)
     if laid_out is not None:

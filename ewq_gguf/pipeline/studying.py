@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ewq_gguf._version import __version__
-from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.files import check_measurable, identify
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.studies import correlations, kld_difference, kld_mean, rank_among
 from ewq_gguf.checkpoint.folder import Checkpoint
@@ -249,6 +249,7 @@ def run_study(
     check_is_local(checkpoint)
     toolchain = find_toolchain(question.options.llama_cpp)
     base = base_file(checkpoint, toolchain, progress=question.progress)
+    check_measurable(base, question.request.n_ctx)
     request = replace(question.request, tasks=("perplexity", "kld"), base=base)
     known = measure_plans(
         list(plans.values()),
