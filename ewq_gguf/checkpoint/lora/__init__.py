@@ -1,0 +1,1 @@
+"""LoRA adapters, merged into a checkpoint: a copy in the cache, then the model."""
