@@ -582,7 +582,9 @@ def test_an_adapter_names_its_base_model(tmp_path):
         '{"base_model_name_or_path": "org/base"}'
     )
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with refused("is an adapter of org/base, and no model; .*ewq gguf org/base --ad"):
+    with refused(
+        "is a LoRA adapter of org/base, and no model; .*ewq gguf org/base --ad"
+    ):
         open_checkpoint(str(tmp_path))
 
 

@@ -22,9 +22,10 @@ from pydantic import ValidationError
 
 from ewq_gguf._version import __version__
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.lora.merge import open_merged
 from ewq_gguf.checkpoint.mapping import MappedTensor, map_tensors
 from ewq_gguf.checkpoint.scan import Work, deal, measure, part_of, scan_checkpoint
-from ewq_gguf.checkpoint.source import Opening, open_checkpoint
+from ewq_gguf.checkpoint.source import Opening
 from ewq_gguf.errors import (
     EwqError,
     InputError,
@@ -54,6 +55,7 @@ class _Request(Part):
     Attributes:
         run: differs between scans: a worker opens the model once in each.
         origin: the MODEL.
+        adapters: that are merged into it; each worker merges them for itself.
         is_streamed: leave the weights on their server.
         fingerprint: of the checkpoint that the client sees.
         names: of the tensors, in the GGUF.
@@ -64,6 +66,7 @@ class _Request(Part):
 
     run: str
     origin: str
+    adapters: tuple[str, ...] = ()
     is_streamed: bool
     fingerprint: str
     names: tuple[str, ...]
@@ -140,6 +143,7 @@ def scan_on_cluster(
             request = _Request(
                 run=client.id,
                 origin=checkpoint.origin,
+                adapters=checkpoint.adapters,
                 is_streamed=any(shard.remote for shard in checkpoint.shards),
                 fingerprint=checkpoint.identity.fingerprint,
                 names=(),
@@ -176,7 +180,9 @@ def measure_part(version: str, text: str) -> str:
     if version != _VERSION:
         raise _other_version(socket.gethostname(), _VERSION, version)
     request = _Request.model_validate_json(text)
-    checkpoint = _opened(request.run, request.origin, request.is_streamed)
+    checkpoint = _opened(
+        request.run, request.origin, request.adapters, request.is_streamed
+    )
     found = checkpoint.identity.fingerprint
     if found != request.fingerprint:
         raise InputError(
@@ -199,10 +205,12 @@ def measure_part(version: str, text: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def _opened(run: str, origin: str, is_streamed: bool) -> Checkpoint:
+def _opened(
+    run: str, origin: str, adapters: tuple[str, ...], is_streamed: bool
+) -> Checkpoint:
     """The model, opened once in a scan; errors say on which machine."""
     try:
-        return open_checkpoint(origin, Opening(is_streamed=is_streamed))
+        return open_merged(origin, adapters, Opening(is_streamed=is_streamed))
     except EwqError as error:
         problem = f"on worker {socket.gethostname()}: {error.problem}"
         raise type(error)(error.stage, error.subject, problem, error.remedy) from error

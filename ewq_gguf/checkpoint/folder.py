@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from ewq_gguf.errors import InputError, printable
 from ewq_gguf.records import ModelIdentity, Shard
 from ewq_gguf.tensor_names import ARCHITECTURES
 
+ADAPTER_CONFIG = "adapter_config.json"
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _CLASSIFIER = re.compile(
     r"For(Sequence|Token|MultiLabel)Classification$|ForQuestionAnswering$|RewardModel$"
@@ -51,6 +53,7 @@ class Checkpoint:
         notes: what is odd about it but no error.
         opened: the signature when the headers were read.
         origin: the MODEL that opens it again, also on another machine.
+        adapters: the DIRs or Hub ids of the adapters that are merged into it.
     """
 
     folder: Path
@@ -62,6 +65,7 @@ class Checkpoint:
     notes: tuple[str, ...] = field(default=(), compare=False)
     opened: str = field(default="", compare=False, repr=False)
     origin: str = field(default="", compare=False)
+    adapters: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Remember the files as they are now."""
@@ -236,27 +240,33 @@ def _check_architecture(
 
 
 def _refuse_without_config(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
-        adapter = read_json_object(folder, "adapter_config.json")
-        raise adapter_error(folder, adapter.get("base_model_name_or_path"))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise adapter_error(folder, read_json_object(folder, ADAPTER_CONFIG))
     raise no_checkpoint(folder, "has no config.json")
 
 
-def adapter_error(folder: Path, base: object, example: str = "") -> InputError:
+def adapter_error(
+    folder: Path, adapter: Mapping[str, Any], example: str = ""
+) -> InputError:
     """What to say of a folder with an adapter and no model.
 
     Args:
         folder: the adapter.
-        base: the model it was trained on, as it says, or None.
+        adapter: its adapter_config.json, or an empty one.
         example: of its tensors, in brackets.
     """
+    base = adapter.get("base_model_name_or_path")
+    peft_type = adapter.get("peft_type") or "LORA"
+    what = "a LoRA adapter" if peft_type == "LORA" else f"an adapter ({peft_type})"
+    command = shlex.join(["ewq", "gguf", str(base or "BASE"), "--adapter", str(folder)])
     return InputError(
         "scan",
         folder,
-        f"is an adapter of {base or 'a model that it does not name'}, and no model"
+        f"is {what} of {base or 'a model that it does not name'}, and no model"
         f"{example}",
-        "give the model and the adapter: "
-        f"`ewq gguf {base or 'BASE'} --adapter {folder}`",
+        f"give the model and the adapter: `{command}`"
+        if peft_type == "LORA"
+        else "merge it with PEFT's merge_and_unload, and give the merged folder",
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ewq_gguf.checkpoint.buffers import FLOATS, is_buffer
 from ewq_gguf.checkpoint.files import read_json_object
-from ewq_gguf.checkpoint.folder import Checkpoint, adapter_error
+from ewq_gguf.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, adapter_error
 from ewq_gguf.checkpoint.fp8 import quantisation_of
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.errors import InputError
@@ -185,8 +185,7 @@ def _check_integers(checkpoint: Checkpoint, tensors: Collection[TensorHeader]) -
 
 
 def _adapter(checkpoint: Checkpoint, names: Sequence[str]) -> InputError:
-    base = None
-    if "adapter_config.json" in checkpoint.small_files:
-        values = read_json_object(checkpoint.folder, "adapter_config.json")
-        base = values.get("base_model_name_or_path")
-    return adapter_error(checkpoint.folder, base, f" ({names[0]})")
+    values = {}
+    if ADAPTER_CONFIG in checkpoint.small_files:
+        values = read_json_object(checkpoint.folder, ADAPTER_CONFIG)
+    return adapter_error(checkpoint.folder, values, f" ({names[0]})")

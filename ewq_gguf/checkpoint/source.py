@@ -97,7 +97,7 @@ def _origin(model: str, identity: ModelIdentity) -> str:
 def _open(model: str, opening: Opening) -> Checkpoint:
     path = Path(model)
     if _URL.match(model):
-        if found := hub_name(model, _endpoint()):
+        if found := hub_name(model, hub_endpoint()):
             return _open_hub(found, opening)
         return _open_url(model.rstrip("/"), opening)
     if model == "demo":
@@ -106,7 +106,7 @@ def _open(model: str, opening: Opening) -> Checkpoint:
         folder, name = path, model_name(path)
     elif path.exists():
         return _open_file(path, opening)
-    elif found := hub_name(model, _endpoint()):
+    elif found := hub_name(model, hub_endpoint()):
         return _open_hub(found, opening)
     else:
         raise InputError(
@@ -175,7 +175,8 @@ def _keep(path: Path, data: bytes | None) -> None:
             temporary.write_bytes(data)
 
 
-def _endpoint() -> str:
+def hub_endpoint() -> str:
+    """The address of the Hub or its mirror (HF_ENDPOINT)."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT

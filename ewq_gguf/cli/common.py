@@ -130,6 +130,14 @@ stream_option = click.option(
     is_flag=True,
     help="Read the weights from their server and store nothing.",
 )
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR",
+    help="Merge a LoRA adapter (PEFT), a folder or a Hub id, into the weights first; "
+    "several are merged in their order.",
+)
 llama_cpp_option = click.option(
     "--llama-cpp",
     type=PATH,
@@ -177,6 +185,7 @@ def options_of(values: dict[str, Any]) -> Options:
         is_streamed=values.get("stream", False),
         imatrix=values.get("imatrix"),
         calibration=values.get("calibration"),
+        adapters=values.get("adapters", ()),
         scheduler=values.get("scheduler"),
     )
 

@@ -17,6 +17,7 @@ from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     DefaultGroup,
+    adapter_option,
     force_option,
     imatrix_option,
     json_option,
@@ -40,6 +41,7 @@ def compare() -> None:
 
 @compare.command(name="make", hidden=True)
 @click.argument("model")
+@adapter_option
 @click.option(
     "--plans",
     multiple=True,

@@ -11,6 +11,7 @@ import click
 from ewq_gguf import pipeline, store
 from ewq_gguf.cli.common import (
     BarProgress,
+    adapter_option,
     force_option,
     llama_cpp_option,
     options_of,
@@ -25,6 +26,7 @@ from ewq_gguf.pipeline.overflow import check_base
 
 @click.command()
 @click.argument("model")
+@adapter_option
 @out_option("the GGUF.  [default: NAME-TYPE.gguf]")
 @click.option(
     "--outtype",

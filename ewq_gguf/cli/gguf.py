@@ -12,6 +12,7 @@ from ewq_gguf import pipeline
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
+    adapter_option,
     console,
     explicit,
     force_option,
@@ -43,6 +44,7 @@ from ewq_gguf.report.made_view import made_view
 
 @click.command()
 @click.argument("model")
+@adapter_option
 @out_option("the GGUF.  [default: NAME-EWQ-<nearest preset>.gguf]")
 @policy_options
 @click.option(
@@ -140,7 +142,7 @@ def _dry_run(
         out=str(out or "out.gguf"),
         n_threads=options.n_threads,
     )
-    quoted = shlex.quote(model)
+    quoted = shlex.join([model, *(f"--adapter={a}" for a in options.adapters)])
     link = [imatrix_link(options.imatrix)] if options.imatrix else []
     lines = [
         f"# {plan.totals.file_size_bytes} bytes, {plan.totals.bpw:.3f} bits per weight",

@@ -11,6 +11,7 @@ from ewq_gguf import pipeline, store
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
+    adapter_option,
     force_option,
     json_option,
     llama_cpp_option,
@@ -23,6 +24,7 @@ from ewq_gguf.llamacpp.calibrate import STAGE
 
 @click.command()
 @click.argument("model")
+@adapter_option
 @click.option(
     "-o", "--out", type=PATH, required=True, help="Where to write the matrix, a GGUF."
 )

@@ -16,6 +16,7 @@ from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     DefaultGroup,
+    adapter_option,
     explicit,
     force_option,
     imatrix_option,
@@ -39,7 +40,7 @@ from ewq_gguf.cli.policy import (
     raw_type_option,
     rule_options,
 )
-from ewq_gguf.errors import InputError
+from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
 from ewq_gguf.llamacpp.rpc import rpc_commands
 from ewq_gguf.plan.build import make_plan
@@ -67,6 +68,7 @@ def plan() -> None:
 
 @plan.command(name="make", hidden=True)
 @click.argument("source", metavar="MODEL|SCAN")
+@adapter_option
 @policy_options
 @imatrix_option
 @out_option("the plan.  [default: plans/NAME.POLICY.json]")
@@ -103,6 +105,7 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
 @plan.command(name="import")
 @click.argument("file", type=PATH)
 @click.argument("source", metavar="MODEL|SCAN")
+@adapter_option
 @raw_type_option
 @out_option("the plan.  [default: plans/NAME.imported-HASH.json]")
 @stream_option
@@ -141,6 +144,7 @@ def _written(made: Plan, out: Path | None, *, force: bool, as_json: bool) -> Non
 
 @plan.command()
 @click.argument("source", metavar="MODEL|SCAN")
+@adapter_option
 @click.option(
     "--factors",
     default="0.3:1.5:0.05",
@@ -200,6 +204,9 @@ def _source(
     path = Path(source)
     is_other_file = path.is_file() and path.suffix not in _WEIGHT_FILES
     if is_other_file or path.suffix == ".json":
+        if options.adapters:
+            problem = "is a scan of weights as they are"
+            raise UsageError("plan", path, problem, "give MODEL with --adapter")
         return load_record(Scan, path, "plan")
     return pipeline.open_model(
         source, reads_weights=reads_weights, options=options, progress=progress

@@ -16,6 +16,7 @@ from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     DefaultGroup,
+    adapter_option,
     bins_option,
     epsilon_option,
     force_option,
@@ -54,6 +55,7 @@ def scan() -> None:
 
 @scan.command(name="make", hidden=True)
 @click.argument("model")
+@adapter_option
 @out_option("the scan.  [default: plans/NAME.scan.json]")
 @epsilon_option
 @bins_option

@@ -14,6 +14,7 @@ from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.cli.bench_options import ctx_option, device_option, named_text
 from ewq_gguf.cli.common import (
     BarProgress,
+    adapter_option,
     all_of,
     bins_option,
     epsilon_option,
@@ -42,6 +43,7 @@ from ewq_gguf.report.study_view import study_view
 #: What `run` reads.
 study_options = all_of(
     (
+        adapter_option,
         click.option(
             "--text",
             metavar="NAME=FILE",

@@ -65,6 +65,8 @@ class Options:
         imatrix: the importance matrix that files are planned and made with.
         calibration: the text that policy `optimal` computes one on, where none is
             given; None lets the model write it.
+        adapters: LoRA adapters, folders or Hub ids, merged into the model in this
+            order.
         scheduler: the Dask scheduler whose workers scan, or None for this machine.
     """
 
@@ -76,4 +78,5 @@ class Options:
     is_streamed: bool = False
     imatrix: Path | None = None
     calibration: Path | None = None
+    adapters: tuple[str, ...] = ()
     scheduler: str | None = None

@@ -302,8 +302,18 @@ def check_plan(
         force: take it nevertheless.
 
     Raises:
-        InputError: files, headers or weights differ.
+        InputError: adapters, files, headers or weights differ.
     """
+    merged, here = ([a.weights_sha256 for a in m.adapters] for m in (plan.model, model))
+    if merged != here and not force:
+        names = [adapter.name for adapter in plan.model.adapters]
+        raise InputError(
+            "plan",
+            plan.model.name,
+            f"the plan is for weights with {len(merged)} adapters merged "
+            f"({', '.join(names) or 'none'}), here are {len(here)}",
+            "give the same adapters with --adapter, in the same order, or plan again",
+        )
     planned = (plan.model.fingerprint, plan.weights_sha256)
     found = (model.fingerprint, weights_sha256)
     for what, a, b in zip(("checkpoint", "weights"), planned, found, strict=True):

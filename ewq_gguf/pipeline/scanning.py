@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
 from ewq_gguf import store
 from ewq_gguf._version import __version__
@@ -10,7 +11,8 @@ from ewq_gguf.checkpoint.buffers import note_on_buffers
 from ewq_gguf.checkpoint.completeness import check_complete
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.leftovers import check_names
-from ewq_gguf.checkpoint.source import Opening, open_checkpoint
+from ewq_gguf.checkpoint.lora.merge import open_merged
+from ewq_gguf.checkpoint.source import Opening
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.convert import (
     converter_architectures,
@@ -37,7 +39,7 @@ def open_model(
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Checkpoint:
-    """Find a model; one that neither the names nor the converter know is refused.
+    """Find a model, merge the adapters there are; an unknown architecture is refused.
 
     Args:
         model: a folder, a .safetensors or .gguf file, a Hub id, a URL, or `demo`.
@@ -51,12 +53,25 @@ def open_model(
         toolchain = find_toolchain(options.llama_cpp)
         architectures |= converter_architectures(toolchain)
     opening = Opening(architectures, options.is_streamed, reads_weights, progress.note)
-    checkpoint = open_checkpoint(model, opening)
-    check_names(checkpoint)
-    check_complete(checkpoint)
+    with ExitStack() as stack:
+        share: Callable[[float], None] | None = None
+
+        def on_bytes(done: int, total: int) -> None:
+            nonlocal share
+            if share is None:
+                share = stack.enter_context(progress.stage("merge", total))
+            share(done / total)
+
+        checkpoint = open_merged(model, options.adapters, opening, on_bytes, _check)
     if (note := note_on_buffers(checkpoint)) is not None:
         progress.note(note)
     return checkpoint
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Refuse half a checkpoint, and tensors that are no weights of it."""
+    check_names(checkpoint)
+    check_complete(checkpoint)
 
 
 def scan(

@@ -9,7 +9,7 @@ from ewq_gguf.records.base import (
     read_json,
 )
 from ewq_gguf.records.layout import Layout, LayoutTensor, PresetTypes, Source
-from ewq_gguf.records.model import ModelIdentity, Shard
+from ewq_gguf.records.model import AdapterIdentity, ModelIdentity, Shard
 from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.records.plan import (
     Budget,
@@ -71,6 +71,7 @@ from ewq_gguf.records.study import (
 from ewq_gguf.records.verification import Verification, VerifiedTensor
 
 __all__ = [
+    "AdapterIdentity",
     "AnswerPart",
     "BenchParameters",
     "BenchSetup",

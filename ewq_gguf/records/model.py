@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from ewq_gguf.records.base import Part
 
@@ -22,6 +25,24 @@ class Shard(Part):
     header_sha256: str
 
 
+class AdapterIdentity(Part):
+    """Which LoRA adapter was merged into a checkpoint.
+
+    Attributes:
+        name: the Hub repository's or the folder's name.
+        hub_id: `org/name` of a Hub adapter, else None.
+        revision: its commit, else None.
+        config_sha256: of adapter_config.json.
+        weights_sha256: of adapter_model.safetensors.
+    """
+
+    name: str
+    hub_id: str | None
+    revision: str | None
+    config_sha256: str
+    weights_sha256: str
+
+
 class ModelIdentity(Part):
     """What a checkpoint is, wherever it lies.
 
@@ -35,6 +56,7 @@ class ModelIdentity(Part):
         n_layers: transformer layers.
         files_sha256: of every small file that goes into a conversion, by name.
         shards: the weight files, by name.
+        adapters: merged into the weights, in this order; `name` ends with theirs.
     """
 
     name: str
@@ -44,6 +66,17 @@ class ModelIdentity(Part):
     n_layers: int
     files_sha256: dict[str, str]
     shards: tuple[Shard, ...]
+    adapters: tuple[AdapterIdentity, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_no_adapters(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """Leave out empty `adapters`: plans older than the field keep their hash."""
+        values: dict[str, Any] = handler(self)
+        if not self.adapters:
+            del values["adapters"]
+        return values
 
     @property
     def is_gguf(self) -> bool:
@@ -52,12 +85,12 @@ class ModelIdentity(Part):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides a conversion's layout: files, headers, name."""
-        text = repr(
-            (
-                self.name,
-                sorted(self.files_sha256.items()),
-                [(s.name, s.size_bytes, s.header_sha256) for s in self.shards],
-            )
+        """SHA-256 over what decides a conversion: files, headers, name, adapters."""
+        parts: tuple[object, ...] = (
+            self.name,
+            sorted(self.files_sha256.items()),
+            [(s.name, s.size_bytes, s.header_sha256) for s in self.shards],
         )
-        return hashlib.sha256(text.encode()).hexdigest()
+        if self.adapters:
+            parts += ([(a.config_sha256, a.weights_sha256) for a in self.adapters],)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()

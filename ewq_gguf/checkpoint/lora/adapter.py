@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from ewq_gguf import store
 from ewq_gguf.checkpoint.files import check_regular
 from ewq_gguf.checkpoint.header import DTYPE_BYTES, TensorHeader, read_header
+from ewq_gguf.checkpoint.hub import snapshot
+from ewq_gguf.checkpoint.hub_names import hub_name
 from ewq_gguf.checkpoint.lora.config import (
     CONFIG,
     MERGE_YOURSELF,
@@ -31,7 +33,7 @@ from ewq_gguf.checkpoint.lora.config import (
 from ewq_gguf.checkpoint.lora.low_rank import FLOAT_DTYPES, decode, encode
 from ewq_gguf.checkpoint.reader import RangeReader
 from ewq_gguf.checkpoint.shards import ShardFile
-from ewq_gguf.checkpoint.source import fetch_hub_files, hub_name
+from ewq_gguf.checkpoint.source import hub_endpoint
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import AdapterIdentity
 
@@ -131,11 +133,12 @@ def open_adapter(adapter: str, say: Callable[[str], None] | None = None) -> Adap
     folder, hub_id = Path(adapter), None
     if folder.is_file() and folder.name in (CONFIG, WEIGHTS):
         folder = folder.parent
-    if not folder.exists() and (hub := hub_name(adapter)):
-        hub_id, revision = hub
-        folder = fetch_hub_files(
-            hub_id, revision, (CONFIG, WEIGHTS, *TOKENIZER_FILES, "*.tiktoken"), say
-        )
+    if not folder.exists() and (hub := hub_name(adapter, hub_endpoint())):
+        hub_id = hub.hub_id
+        if say is not None:
+            say(f"fetching {hub_id} from the Hub")
+        patterns = (CONFIG, WEIGHTS, *TOKENIZER_FILES, "*.tiktoken")
+        folder = snapshot(hub_id, hub.revision, patterns)
     if not folder.is_dir():
         raise InputError(
             STAGE,

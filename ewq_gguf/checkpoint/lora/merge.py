@@ -17,6 +17,7 @@ from typing import Any
 from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.header import read_header
+from ewq_gguf.checkpoint.leftovers import is_quantised
 from ewq_gguf.checkpoint.lora.adapter import Adapter, open_adapter
 from ewq_gguf.checkpoint.lora.config import STAGE
 from ewq_gguf.checkpoint.lora.targets import Targets
@@ -36,6 +37,7 @@ def open_merged(
     adapters: Sequence[str],
     opening: Opening | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    check: Callable[[Checkpoint], None] = lambda base: None,
 ) -> Checkpoint:
     """Find a model and adapters, and merge them; or the copy that was merged before.
 
@@ -45,6 +47,7 @@ def open_merged(
             any the model is opened as it is.
         opening: how to.
         on_bytes: told the bytes done and all bytes, while weights are written.
+        check: raises where the model as it is will not do.
 
     Raises:
         UsageError: the model is to be streamed.
@@ -53,7 +56,9 @@ def open_merged(
     """
     opening = opening or Opening()
     if not adapters:
-        return open_checkpoint(model, opening)
+        base = open_checkpoint(model, opening)
+        check(base)
+        return base
     if opening.is_streamed:
         raise UsageError(
             STAGE,
@@ -64,6 +69,7 @@ def open_merged(
     # The adapters first: what is not merged is refused before a model is downloaded.
     opened = [open_adapter(adapter, opening.say) for adapter in adapters]
     base = open_checkpoint(model, replace(opening, reads_weights=True))
+    check(base)
     _check_base(base)
     targets = Targets(base)
     for adapter in opened:
@@ -84,6 +90,13 @@ def _check_base(base: Checkpoint) -> None:
             base.folder,
             "is a GGUF file, and adapters are merged into checkpoints",
             "give the checkpoint that it was made from",
+        )
+    if is_quantised(base):
+        raise InputError(
+            STAGE,
+            base.folder,
+            "has quantised weights, and adapters are merged into floats",
+            "give the BF16 or F16 checkpoint that it was made from",
         )
     for shard in base.shards:
         if shard.remote is not None:
