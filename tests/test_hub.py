@@ -20,6 +20,7 @@ import pytest
 from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.records import Plan, Scan, load_record
+from tests.adapters import factors, write_adapter
 from tests.checkpoints import write_llama
 from tests.gguf_files import write_gguf
 
@@ -368,3 +369,18 @@ def test_a_gguf_of_the_hub_is_scanned_where_it_is(tmp_path, hub, ewq):
     assert run.returncode == 0, run.stderr
     tensors = load_record(Scan, tmp_path / "s.json", "test").tensors
     assert {tensor.name for tensor in tensors} == set(names)
+
+
+def test_an_adapter_of_the_hub_is_known_by_its_commit(tmp_path, hub, ewq):
+    """The base's weights are not asked for where only the adapter is on the Hub."""
+    base = write_llama(tmp_path / "base", n_layers=1)
+    module = "model.layers.0.self_attn.q_proj"
+    write_adapter(hub.folder, factors(module, 64, 64))
+    done = ewq("scan", str(base), "--adapter", HUB_ID)
+    assert (done.returncode, done.stdout) == (0, "plans/base-tiny.scan.json\n")
+    assert "ewq: fetching org/tiny from the Hub" in done.stderr
+    fetched = {line.rpartition("/")[2] for line in hub.weights()}
+    assert fetched == {"adapter_model.safetensors"}
+    scan = load_record(Scan, tmp_path / "plans" / "base-tiny.scan.json", "test")
+    (adapter,) = scan.model.adapters
+    assert (adapter.hub_id, adapter.revision) == (HUB_ID, REVISION)
