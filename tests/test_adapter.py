@@ -733,7 +733,13 @@ def test_an_adapter_alone_says_how_to_merge_it(llama, tmp_path, has_config):
         pipeline.open_model(str(adapter))
 
 
-def test_streamed_and_gguf_models_are_refused(llama, tmp_path):
+def test_an_adapter_that_cannot_be_read_is_one_line(llama, tmp_path):
+    name = str(tmp_path / ("a" * 300))
+    with refused("cannot be read|no such adapter"):
+        open_merged(str(llama), [name])
+
+
+def test_a_streamed_model_is_refused(tmp_path):
     adapter = str(write_adapter(tmp_path / "tune", GOOD))
     with pytest.raises(UsageError, match="--stream leaves the weights on their server"):
         open_merged("org/base", [adapter], Opening(is_streamed=True))

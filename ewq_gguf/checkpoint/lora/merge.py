@@ -67,7 +67,12 @@ def open_merged(
             "leave --stream away: the model is downloaded",
         )
     # The adapters first: what is not merged is refused before a model is downloaded.
-    opened = [open_adapter(adapter, opening.say) for adapter in adapters]
+    try:
+        opened = [open_adapter(adapter, opening.say) for adapter in adapters]
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        remedy = "check its name and permissions"
+        raise InputError(STAGE, error.filename, problem, remedy) from error
     base = open_checkpoint(model, replace(opening, reads_weights=True))
     check(base)
     _check_base(base)
