@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,7 +257,7 @@ def adapter_error(folder: Path, base: object, example: str = "") -> InputError:
         f"is an adapter of {base or 'a model that it does not name'}, and no model"
         f"{example}",
         "give the model and the adapter: "
-        f"`ewq gguf {base or 'BASE'} --adapter {folder}`",
+        f"`ewq gguf {base or 'BASE'} --adapter {shlex.quote(str(folder))}`",
     )
 
 
