@@ -256,6 +256,21 @@ def test_more_layers_than_the_config_says_are_told_as_such(tmp_path):
         pipeline.open_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("__0_0.distcp", r"shards of a training run \(FSDP\); .*merge-weights"),
+        ("global_step500", r"training run's states \(DeepSpeed\); .*zero_to_fp32"),
+        ("pytorch_model.bin", r"holds pickles \(pytorch_model.bin\)"),
+    ],
+)
+def test_a_training_runs_files_are_told_from_a_checkpoint(name, message, tmp_path):
+    write_llama(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with refused(message):
+        pipeline.open_model(str(tmp_path))
+
+
 # Buffers.
 
 
@@ -620,6 +635,7 @@ TRACEBACK = """Traceback (most recent call last):
             "NotImplementedError: BPE pre-tokenizer",
             "refuses it: NotImplementedError: B",
         ),
+        ("FileNotFoundError: File not found: /a/b.ewq/m/spiece.model", "nd: spiece.mo"),
         ("    assert x == 3\nAssertionError", r"AssertionError \(assert x == 3\)"),
     ],
 )

@@ -197,6 +197,11 @@ architecture that the pinned converter takes goes this way too; {len(TAKEN)} of
 {len(FAMILIES)} families here are tested, the rest are refused by the pinned tools
 themselves, with the reason given.
 
+Encoder-decoders (T5) and encoders (BERT's kin: embedding models and rerankers) go that
+way too. Their loading check encodes a text, and writes where there is a decoder; `ewq
+bench` does not measure them. Whatever the family, tensors that are missing, left over
+or no weights at all are told before any work.
+
 | family | architecture | mapped by | notes |
 |---|---|---|---|
 {chr(10).join(rows)}

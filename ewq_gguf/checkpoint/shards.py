@@ -20,6 +20,7 @@ from ewq_gguf.errors import InputError, printable
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+_DEEPSPEED = re.compile(r"global_step\d+|(mp_rank|zero_pp_rank|bf16_zero).*\.pt")
 _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -151,18 +152,24 @@ def _note_on_total(
 
 
 def _refuse_without_weights(folder: Path) -> None:
-    pickles = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")
-    )
-    if not pickles:
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if any(name.endswith(".distcp") for name in names):
+        found = "shards of a training run (FSDP)"
+        remedy = "join them with `accelerate merge-weights`"
+    elif any(_DEEPSPEED.fullmatch(name) for name in names):
+        found = "a training run's states (DeepSpeed)"
+        remedy = "join them with the zero_to_fp32.py that lies beside them"
+    elif pickles:
+        found = f"pickles ({pickles[0]})"
+        remedy = (
+            "use a safetensors checkpoint; https://huggingface.co/spaces/safetensors/"
+            "convert makes one"
+        )
+    else:
         raise no_checkpoint(folder, "has no *.safetensors")
-    raise InputError(
-        "scan",
-        folder,
-        f"has no *.safetensors; it holds pickles ({pickles[0]})",
-        "use a safetensors checkpoint; https://huggingface.co/spaces/safetensors/"
-        "convert makes one",
-    )
+    problem = f"has no *.safetensors; it holds {found}"
+    raise InputError("scan", folder, problem, remedy)
 
 
 def _check_numbered(folder: Path, names: list[str]) -> None:

@@ -45,6 +45,8 @@ def converter_error(checkpoint: Checkpoint, error: ChildError) -> EwqError:
         return no_place(checkpoint, [unknown[1]])
     if name not in _ABOUT_INPUT:
         return error
+    if name == "FileNotFoundError":  # its folder is ours, made for the converter
+        text = re.sub(r"\S*/([^/\s']+)", r"\1", text)
     reason = f"{name}: {text}" if text else name
     if name == "KeyError" and index and _HPARAM.search(lines[index - 1]):
         reason = f"config.json has no {text}"
