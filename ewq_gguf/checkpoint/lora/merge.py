@@ -215,8 +215,7 @@ class _Merge:
         missing = [s for s in changed if not (folder / s.path.name).is_file()]
         total = sum(shard.header.file_bytes for shard in missing)
         if missing:
-            remedy = "set EWQ_CACHE to a folder on another disk"
-            store.check_free(folder, total, STAGE, remedy)
+            store.check_free(folder, total, STAGE)
         with RangeReader() as reader:
             for shard in missing:
                 self._write(shard, folder / shard.path.name, reader, on_bytes, total)
