@@ -130,7 +130,6 @@ def _write(checkpoint: Checkpoint, packing: Packing, folder: Path) -> None:
             sum(prod(w.shape_and_dtypes[0]) for w in weights) * DTYPE_BYTES[dtype]
             + sum(s.header.file_bytes for s in checkpoint.shards),
             "scan",
-            "set EWQ_CACHE to a folder on another disk",
         )
         files: dict[str, str] = {}
         for shard in checkpoint.shards:
