@@ -24,6 +24,13 @@ FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 #: (src/llama-quant.cpp, tensor_requires_imatrix).
 IMATRIX_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
 
+#: The weights of a 4-bit code, before their scale (ggml/src/ggml-common.h:
+#: kvalues_iq4nl, kvalues_mxfp4).
+IQ4_NL_VALUES = (
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+)  # fmt: skip
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
 # src/llama-quant.cpp, tensor_type_fallback: 256-wide type -> 32-wide type.
 _FALLBACK = {
     "IQ1_S": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL",

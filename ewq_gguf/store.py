@@ -194,6 +194,14 @@ def publish(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
+def publish_folder(work: Path, folder: Path) -> None:
+    """Flush a finished folder's files to the disk and rename it to its final path."""
+    for path in work.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    work.replace(folder)
+
+
 @contextmanager
 def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
     """A hidden folder beside `path`, on the same disk, removed at the end.

@@ -23,6 +23,7 @@ from ewq_gguf.records import Plan, Scan, load_record
 from tests.adapters import factors, write_adapter
 from tests.checkpoints import write_llama
 from tests.gguf_files import write_gguf
+from tests.lattices import compressed, compressed_config, write_packed_llama
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 HUB_ID = "org/tiny"
@@ -288,6 +289,20 @@ def test_a_plan_by_classifier_reads_headers_only(tmp_path, hub, ewq):
     # Of the weights nothing but the header, and a few bytes to learn the file's size.
     assert n_header <= hub.range_bytes < n_header + 100 < file.stat().st_size
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+def test_packed_weights_are_fetched_for_a_classifier_too(tmp_path, hub, ewq):
+    write_packed_llama(hub.folder, compressed, compressed_config())
+
+    run = ewq("plan", HUB_ID, "-q", "--policy", "fastewq", "-o", "plan.json")
+    streamed = ewq("scan", HUB_ID, "-q", "--stream")
+
+    assert (run.returncode, run.stderr) == (0, "")
+    plan = load_record(Plan, tmp_path / "plan.json", "test")
+    assert plan.model.hub_id == HUB_ID
+    assert sum(tensor.is_exact for tensor in plan.tensors) == 14
+    assert streamed.returncode == 3
+    assert "packed (compressed-tensors) and not on this machine" in streamed.stderr
 
 
 def test_offline_a_plan_by_classifier_takes_what_is_cached(tmp_path, hub, ewq):

@@ -34,6 +34,7 @@ from ewq_gguf.store import (
     ensure_dir,
     locked,
     publish,
+    publish_folder,
     sha256_file,
     work_dir,
     write_error,
@@ -344,17 +345,9 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
                 for path in sorted(work.iterdir()):
                     publish(path, folder / path.name)
             else:
-                _publish_folder(work, folder)
+                publish_folder(work, folder)
         except OSError as error:
             raise write_error("demo", folder, error) from error
-
-
-def _publish_folder(work: Path, folder: Path) -> None:
-    """Flush a finished folder's files to the disk and rename it to its final path."""
-    for path in work.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    work.replace(folder)
 
 
 def _tell(on_line: Callable[[str], None] | None, line: str) -> None:

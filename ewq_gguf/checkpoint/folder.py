@@ -24,6 +24,7 @@ from ewq_gguf.checkpoint.fp8 import (
     quantisation_of,
 )
 from ewq_gguf.checkpoint.header import TensorHeader
+from ewq_gguf.checkpoint.packed import packing_of
 from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.checkpoint.shards import ShardFile as ShardFile
 from ewq_gguf.checkpoint.shards import open_shards
@@ -203,7 +204,7 @@ def read_config(
         _refuse_without_config(folder)
     config = read_json_object(folder, "config.json")
     quantised = quantisation_of(folder, config)
-    if quantised and not is_fp8(quantised):
+    if quantised and not (is_fp8(quantised) or packing_of(quantised)):
         raise InputError(
             "scan",
             path,

@@ -16,11 +16,14 @@ from ewq_gguf.checkpoint.fp8 import BlockSize
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.leftovers import no_place
 from ewq_gguf.errors import InputError
-from ewq_gguf.records import Layout
+from ewq_gguf.records import Layout, LayoutTensor
 from ewq_gguf.tensor_names import ARCHITECTURES, gguf_name, layer_idx
 
 #: What the scanner reads; other dtypes (masks, token tables) are not weights.
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+
+#: Families that keep their experts as (expert, input, output).
+_TRANSPOSED_EXPERTS = frozenset({"GptOssForCausalLM"})
 
 Box = tuple[tuple[int, int, int], ...]
 
@@ -69,6 +72,13 @@ class Region:
             return self.tensor.n_weights
         return prod(len(range(*part)) for part in self.box)
 
+    @property
+    def columns(self) -> int:
+        """Weights of a row, as the checkpoint has them; 1 of a single number."""
+        if self.box is not None:
+            return len(range(*self.box[-1]))
+        return self.tensor.shape[-1] if self.tensor.shape else 1
+
 
 @dataclass(frozen=True)
 class MappedTensor:
@@ -78,11 +88,13 @@ class MappedTensor:
         name: in the GGUF.
         shape: in the GGUF, slowest dimension first.
         regions: what it is made of; at least one, all of one dtype.
+        is_transposed: whether the checkpoint has its columns where the GGUF has rows.
     """
 
     name: str
     shape: tuple[int, ...]
     regions: tuple[Region, ...]
+    is_transposed: bool = False
 
     @property
     def dtype(self) -> str:
@@ -201,8 +213,24 @@ def _map_by_layout(checkpoint: Checkpoint, layout: Layout) -> dict[str, MappedTe
                 f"{tensor.name} is made of {' and '.join(sorted(dtypes))} tensors",
                 "convert the checkpoint to one dtype",
             )
-        mapped[tensor.name] = MappedTensor(tensor.name, tensor.shape, regions)
+        mapped[tensor.name] = MappedTensor(
+            tensor.name,
+            tensor.shape,
+            regions,
+            is_transposed=_is_transposed(checkpoint, tensor, regions),
+        )
     return mapped
+
+
+def _is_transposed(
+    checkpoint: Checkpoint, tensor: LayoutTensor, regions: tuple[Region, ...]
+) -> bool:
+    """Whether the converter turns a matrix: by its shape, or where only names tell."""
+    n_columns = regions[0].columns
+    if tensor.shape[-1] != n_columns:
+        return True
+    is_stack = checkpoint.identity.hf_architecture in _TRANSPOSED_EXPERTS
+    return is_stack and tensor.name.endswith("_exps.weight")
 
 
 def _scales(

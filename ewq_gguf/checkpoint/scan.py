@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.lattice import lattice_types
 from ewq_gguf.checkpoint.mapping import (
     MappedTensor,
     Region,
@@ -248,6 +249,7 @@ class _Job(ABC):
     n_passes = 1
     summary: Statistics
     weights_crc32: int
+    lattice: tuple[str, ...] = ()
 
     def __init__(
         self, tensor: MappedTensor, reader: RangeReader, measures: Measures
@@ -264,6 +266,12 @@ class _Job(ABC):
     @abstractmethod
     def run(self, index: int) -> _State:
         """Do one part, and say how far the tensor is with it."""
+
+    def finish(self) -> None:
+        """Once the weights are summarised: are they quantised already?"""
+        found = self.summary
+        if not found.n_nonfinite and found.min < found.max:
+            self.lattice = lattice_types(self.tensor, self.reader, _scratch.buffer)
 
     def pieces(self, index: int) -> Pieces:
         return self.parts[index].pieces(self.reader, _scratch.buffer)
@@ -358,7 +366,10 @@ def _run(
     waiting = ((job, index) for job in jobs for index in range(len(job.parts)))
 
     def do(job: _Job, index: int) -> tuple[_Job, int, _State]:
-        return job, index, job.run(index)
+        state = job.run(index)
+        if state is _State.DONE:
+            job.finish()
+        return job, index, state
 
     def done(job: _Job, index: int, state: _State) -> list[tuple[_Job, int]]:
         on_bytes(job.parts[index].n_bytes // job.n_passes)
@@ -400,6 +411,7 @@ def _entry(job: _Job) -> TensorScan:
         shape=tensor.shape,
         dtype=tensor.dtype,
         weights_crc32=job.weights_crc32,
+        lattice=job.lattice,
         **job.summary.model_dump(),
     )
 

@@ -12,9 +12,11 @@ from ewq_gguf import store
 from ewq_gguf.checkpoint.demo import DEMO_NAME, demo_checkpoint
 from ewq_gguf.checkpoint.files import model_name
 from ewq_gguf.checkpoint.folder import Checkpoint, open_folder, read_config
+from ewq_gguf.checkpoint.fp8 import quantisation_of
 from ewq_gguf.checkpoint.gguf_source import is_gguf, open_gguf, open_remote_gguf
 from ewq_gguf.checkpoint.hub import HUB_FILES, check_has_weights, opener, snapshot
 from ewq_gguf.checkpoint.hub_names import HubName, hub_name
+from ewq_gguf.checkpoint.packed import packing_of
 from ewq_gguf.checkpoint.remote import RemoteFile, fetch_small
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import ModelIdentity
@@ -77,6 +79,10 @@ def open_checkpoint(model: str, opening: Opening | None = None) -> Checkpoint:
             f"cannot be read ({error.strerror})",
             "check its name and permissions",
         ) from error
+    if packing_of(quantisation_of(checkpoint.folder, checkpoint.config)) is not None:
+        from ewq_gguf.checkpoint.unpack import unpacked  # numba: not for the others
+
+        checkpoint = unpacked(checkpoint, opening.say)
     if opening.say is not None:
         for note in checkpoint.notes:
             opening.say(note)
@@ -194,9 +200,10 @@ def _open_hub(name: HubName, opening: Opening) -> Checkpoint:
     folder = snapshot(hub_id, revision, HUB_FILES)
     if not (folder / "model.safetensors.index.json").is_file():
         check_has_weights(hub_id, folder)
-    read_config(folder, opening.architectures)
+    config = read_config(folder, opening.architectures)
+    is_packed = packing_of(quantisation_of(folder, config)) is not None
     commit = folder.name
-    is_streamed = opening.is_streamed or not opening.reads_weights
+    is_streamed = opening.is_streamed or not (opening.reads_weights or is_packed)
     is_streamed &= not constants.HF_HUB_OFFLINE
     if not is_streamed:
         for weights in ("model*.safetensors", "*.safetensors"):

@@ -147,6 +147,11 @@ llama_cpp_option = click.option(
 nonfinite_option = click.option(
     "--allow-nonfinite", is_flag=True, help="Count NaN and infinities, do not refuse."
 )
+lattice_option = click.option(
+    "--no-lattice",
+    is_flag=True,
+    help="Plan matrices that are quantised already like any others.",
+)
 imatrix_option = click.option(
     "--imatrix",
     type=PATH,
@@ -187,6 +192,7 @@ def options_of(values: dict[str, Any]) -> Options:
         calibration=values.get("calibration"),
         adapters=values.get("adapters", ()),
         scheduler=values.get("scheduler"),
+        keep_lattice=not values.get("no_lattice", False),
     )
 
 

@@ -19,6 +19,7 @@ from ewq_gguf.cli.common import (
     imatrix_link,
     imatrix_option,
     json_option,
+    lattice_option,
     llama_cpp_option,
     no_load_option,
     nonfinite_option,
@@ -51,6 +52,7 @@ from ewq_gguf.report.made_view import made_view
     "--plan", "plan_path", type=PATH, metavar="PLAN", help="Use a finished plan."
 )
 @imatrix_option
+@lattice_option
 @threads_option
 @nonfinite_option
 @llama_cpp_option

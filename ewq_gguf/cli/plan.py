@@ -21,6 +21,7 @@ from ewq_gguf.cli.common import (
     force_option,
     imatrix_option,
     json_option,
+    lattice_option,
     llama_cpp_option,
     nonfinite_option,
     options_of,
@@ -71,6 +72,7 @@ def plan() -> None:
 @adapter_option
 @policy_options
 @imatrix_option
+@lattice_option
 @out_option("the plan.  [default: plans/NAME.POLICY.json]")
 @stream_option
 @threads_option

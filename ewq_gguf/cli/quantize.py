@@ -28,6 +28,7 @@ from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, load_record
+from ewq_gguf.report.made_view import exact_lines
 
 
 @click.command()
@@ -87,4 +88,6 @@ def quantize(
             imatrix=options.imatrix,
             on_progress=share,
         )
+    for line in exact_lines(verification):
+        progress.note(line)
     click.echo(verification.to_json() if as_json else out, nl=not as_json)

@@ -24,6 +24,7 @@ from ewq_gguf.errors import (
     VerificationError,
     printable,
 )
+from ewq_gguf.llamacpp.exact import write_exactly
 from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
@@ -170,7 +171,16 @@ def quantize(
             if any("iostream error" in text for text in error.log_tail):
                 raise store.disk_full("quantize", folder) from error
             raise
-        verification = verify_file(plan, inside / _OUT, load=work.get("load", True))
+        exact = write_exactly(
+            plan,
+            base,
+            inside / _OUT,
+            toolchain.lib_dir,
+            n_threads=work["n_threads"],
+        )
+        verification = verify_file(
+            plan, inside / _OUT, load=work.get("load", True), exact=exact
+        )
         store.publish(inside / _OUT, out)
     return verification
 
@@ -233,8 +243,9 @@ def export_sh(plan: Plan) -> str:
 
     It needs llama.cpp's converter (LLAMA_CPP), llama-quantize (LLAMA_BIN) and a Python
     with the converter's packages (PYTHON), the checkpoint's folder as $1, the output as
-    $2 and the plan's importance matrix, if it has one, as $3, and gives the same bytes.
-    With a GGUF source as $1, nothing is converted.
+    $2 and the plan's importance matrix, if it has one, as $3, and gives the same bytes,
+    but for what is exact because it is quantised already. With a GGUF source as $1,
+    nothing is converted.
 
     Raises:
         InputError: the plan contradicts itself.
@@ -256,9 +267,16 @@ def export_sh(plan: Plan) -> str:
     )
     usage = f"{source} OUT{' IMATRIX' if plan.imatrix else ''}"
     title = printable(plan.model.name)
+    n_exact = sum(tensor.is_exact for tensor in plan.tensors)
+    exact = (
+        f"# {n_exact} matrices that are quantised already are exact only as\n"
+        "# `ewq quantize` writes them: llama-quantize alone moves their weights\n"
+        if n_exact
+        else ""
+    )
     return f"""#!/bin/sh
 # {title}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
-# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh {usage}
+{exact}# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh {usage}
 # (`ewq toolchain info` names its source_dir and bin_dir)
 set -eu
 : "${{LLAMA_CPP:?set LLAMA_CPP to the folder of convert_hf_to_gguf.py}}"

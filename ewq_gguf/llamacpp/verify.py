@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,20 +15,27 @@ from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.plan.importance import file_keys
 from ewq_gguf.process import python_argv, run
-from ewq_gguf.records import Plan, Verification, VerifiedTensor
+from ewq_gguf.records import Exactness, Plan, Verification, VerifiedTensor
 
 #: What a file is asked when it is loaded.
 PROMPT = "The capital of France is"
 _N_TOKENS = 8
 
 
-def verify_file(plan: Plan, path: Path, *, load: bool = True) -> Verification:
+def verify_file(
+    plan: Plan,
+    path: Path,
+    *,
+    load: bool = True,
+    exact: Mapping[str, Exactness] | None = None,
+) -> Verification:
     """Compare a file with its plan; load it and let it answer.
 
     Args:
         plan: what it should be.
         path: the file.
         load: run it in a child process (where llama-cpp-python is installed).
+        exact: what was measured against the base.
 
     Raises:
         VerificationError: it is not what the plan says; all differences with it.
@@ -63,6 +70,7 @@ def verify_file(plan: Plan, path: Path, *, load: bool = True) -> Verification:
         ),
         prompt=None if answer is None else PROMPT,
         answer=answer,
+        exact=dict(exact or {}),
     )
 
 

@@ -68,6 +68,7 @@ class Options:
         adapters: LoRA adapters, folders or Hub ids, merged into the model in this
             order.
         scheduler: the Dask scheduler whose workers scan, or None for this machine.
+        keep_lattice: plan what is quantised already so that it keeps its values.
     """
 
     n_threads: int = N_CPUS
@@ -80,3 +81,4 @@ class Options:
     calibration: Path | None = None
     adapters: tuple[str, ...] = ()
     scheduler: str | None = None
+    keep_lattice: bool = True

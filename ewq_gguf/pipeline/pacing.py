@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ewq_gguf import ggml_types
 from ewq_gguf.bench.runner import Request
@@ -44,6 +45,7 @@ def measured_pace(
         ResourceError: no file can be made and run.
         EwqError: of the stage that failed, with what to do.
     """
+    subject = replace(subject, lattices={})  # each file is of its own type
     weights = needed_weights(quantizable(subject), _expert_share(request))
     plans = []
     for kind in sorted({kind for kinds in menu.values() for kind in kinds}):

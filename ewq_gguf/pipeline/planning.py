@@ -24,13 +24,21 @@ from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.overflow import check_planned
 from ewq_gguf.pipeline.presets import check_presets, preset_plan
-from ewq_gguf.pipeline.scanning import ask_layout, check_loadable, layout, scan
+from ewq_gguf.pipeline.scanning import (
+    ask_layout,
+    check_loadable,
+    found_lattices,
+    layout,
+    scan,
+)
 from ewq_gguf.pipeline.searching import check_search, search
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.fastewq import layer_features, select_layers
 from ewq_gguf.plan.importance import Importance, check_model
+from ewq_gguf.plan.lattice import Lattices, allowed, lattice_line, lattices_of
 from ewq_gguf.plan.naming import plan_label, plan_name
+from ewq_gguf.plan.optimal import menus
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.subject import Subject, check_whole, layout_tensor
 from ewq_gguf.records import (
@@ -45,6 +53,7 @@ from ewq_gguf.records import (
     PresetPolicy,
     RulePolicy,
     Scan,
+    UniformPolicy,
 )
 
 
@@ -71,15 +80,41 @@ def plan(
     if isinstance(policy, OptimalPolicy):
         assert budget is not None
         return _optimal_plan(source, policy, raw_type, budget, options, progress)
+    made, lattices = _rule_plan(
+        source, policy, raw_type, budget, importance, options, progress
+    )
+    return _told(made, lattices, options, progress)
+
+
+def _rule_plan(
+    source: Checkpoint | Scan,
+    policy: EwqPolicy | FastEwqPolicy | UniformPolicy | PresetPolicy,
+    raw_type: str,
+    budget: Ask | None,
+    importance: Importance | None,
+    options: Options,
+    progress: Progress,
+) -> tuple[Plan, Lattices]:
+    """The plan of a rule, and what is quantised already."""
     if budget is not None:
         _need_header(source, options, progress)
-    if isinstance(policy, PresetPolicy):
-        return preset_plan(
-            source, policy, raw_type=raw_type, options=options, progress=progress
-        )
-    if isinstance(policy, FastEwqPolicy):
-        subject = _unread(source, raw_type, options, progress)
-        return _fast_plan(replace(subject, importance=importance), policy, budget)
+    if isinstance(policy, PresetPolicy | FastEwqPolicy):
+        lattices = found_lattices(source, options, progress)
+        kept = lattices if options.keep_lattice else {}
+        if isinstance(policy, PresetPolicy):
+            made = preset_plan(
+                source,
+                policy,
+                raw_type=raw_type,
+                lattices=kept,
+                options=options,
+                progress=progress,
+            )
+        else:
+            subject = _unread(source, raw_type, options, progress)
+            subject = replace(subject, importance=importance, lattices=kept)
+            made = _fast_plan(subject, policy, budget)
+        return made, lattices
     scanned, laid_out = measured(source, policy, options=options, progress=progress)
     made = make_plan(
         scanned,
@@ -88,9 +123,18 @@ def plan(
         raw_type=raw_type,
         budget=budget,
         importance=importance,
+        keep_lattice=options.keep_lattice,
     )
     check_planned(made, scanned, source)
-    return made
+    return made, lattices_of(scanned)
+
+
+def _told(plan: Plan, lattices: Lattices, options: Options, progress: Progress) -> Plan:
+    """The plan; whoever follows the run is told what is quantised already."""
+    line = lattice_line(plan.tensors, lattices)
+    if line is not None:
+        progress.note(line if options.keep_lattice else f"{line} (--no-lattice)")
+    return plan
 
 
 def given_importance(
@@ -135,34 +179,33 @@ def _optimal_plan(
         )
     scanned, laid_out = measured(source, policy, options=options, progress=progress)
     subject = Subject.of_scan(scanned, laid_out, raw_type)
+    lattices = lattices_of(scanned)
+    if options.keep_lattice:
+        subject = replace(subject, lattices=allowed(lattices, menus(subject, policy)))
     check_search(subject, policy, budget, options)
     options = with_imatrix(source, options, progress)
     assert options.imatrix is not None
-    rivals = {}
+    importance, rivals = read_imatrix(options.imatrix), {}
     for rule in (EwqPolicy(), EwqPolicy(granularity="tensor"), FastEwqPolicy()):
         try:
-            made = plan(
-                source,
-                rule,
-                raw_type=raw_type,
-                budget=budget,
-                options=options,
-                progress=progress,
+            made, _ = _rule_plan(
+                source, rule, raw_type, budget, importance, options, progress
             )
         except (InputError, ToolError) as error:
             # Its ladder does not reach the size, or its library is missing.
             progress.note(f"policy {rule.name} is no rival: {error}")
             continue
         rivals[plan_label(made)] = made
-    return search(
+    made = search(
         source,
-        replace(subject, importance=read_imatrix(options.imatrix)),
+        replace(subject, importance=importance),
         policy,
         budget,
         rivals,
         options=options,
         progress=progress,
     )
+    return _told(made, lattices, options, progress)
 
 
 def _unread(

@@ -23,6 +23,7 @@ from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.scanning import layout
 from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.lattice import Lattices
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Plan, PresetPolicy, Scan
 
@@ -56,10 +57,19 @@ def preset_plan(
     policy: PresetPolicy,
     *,
     raw_type: str = "auto",
+    lattices: Lattices | None = None,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
     """A standard preset as a plan.
+
+    Args:
+        source: the model.
+        policy: the preset.
+        raw_type: what `raw` means.
+        lattices: of what is quantised already, and keeps its values.
+        options: for the whole run.
+        progress: who is told.
 
     Raises:
         InputError: the model is not there, only a scan of it, or the matrix lacks an
@@ -78,6 +88,7 @@ def preset_plan(
         raw_type=raw_type,
         presets=asked,
         needed=asked,
+        lattices=lattices,
         options=options,
         progress=progress,
     )
@@ -90,6 +101,7 @@ def preset_plans(
     raw_type: str = "auto",
     presets: Sequence[str] = PRESETS,
     needed: Collection[str] = PRESETS,
+    lattices: Lattices | None = None,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Plan]:
@@ -107,6 +119,7 @@ def preset_plans(
     subject = Subject.of_tensors(
         checkpoint.identity, laid_out.tensors, laid_out, raw_type
     )
+    subject = replace(subject, lattices=lattices or {})
     if options.imatrix:
         subject = replace(subject, importance=read_imatrix(options.imatrix))
     types = preset_types(checkpoint, toolchain, options.imatrix, presets, needed=needed)

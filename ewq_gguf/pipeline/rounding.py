@@ -117,6 +117,7 @@ def _costs(
 ) -> dict[tuple[Group, str], float]:
     """Of groups, each in a type: its file's loss beyond that of the same values."""
     tensors = quantizable(subject)
+    subject = replace(subject, lattices={})  # what is raw here stays raw
     raw = {tensor.name: subject.raw_type for tensor in tensors}
     plans = {
         (group, kind): assemble(

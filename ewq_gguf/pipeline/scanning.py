@@ -20,6 +20,7 @@ from ewq_gguf.llamacpp.convert import (
 from ewq_gguf.llamacpp.layout import cached_layout, layout_of
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.plan.lattice import lattices_of
 from ewq_gguf.records import (
     Layout,
     Measures,
@@ -147,6 +148,26 @@ def scan(
         store.write_text(path, result.to_json(), stage="scan", force=True)
         journal.unlink(missing_ok=True)
     return result
+
+
+def found_lattices(
+    source: Checkpoint | Scan, options: Options, progress: Progress = SILENT
+) -> dict[str, tuple[str, ...]]:
+    """Types that hold tensors exactly, where nothing else is measured of them.
+
+    Of weights that stay on their server nothing is known.
+    """
+    if isinstance(source, Scan):
+        return lattices_of(source)
+    if any(shard.remote for shard in source.shards):
+        return {}
+    from ewq_gguf.checkpoint.lattice import find_lattices  # numba: not for other plans
+
+    laid_out = None
+    if not source.is_mapped_by_name:
+        laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
+    with progress.stage("look for what is quantised already"):
+        return find_lattices(source, laid_out, n_threads=options.n_threads)
 
 
 def layout(

@@ -37,6 +37,7 @@ from ewq_gguf.pipeline.rounding import measured_rounding
 from ewq_gguf.pipeline.throwaway import types_sha256
 from ewq_gguf.plan.ask import Ask, Limit
 from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.lattice import without_loss
 from ewq_gguf.plan.optimal import (
     cheapest,
     keeps_bounds,
@@ -278,11 +279,13 @@ def _searched(
     )
 
     def choose(costs: Costs) -> Mapping[str, str]:
+        costs = without_loss(costs, subject.lattices)
         now = Predictor(costs, rounding=rounding).costs_now()
         allowed = {n: {k: now[n][k] for k in kinds} for n, kinds in menu.items()}
         return cheapest(subject, allowed, limit.n_bytes, pace) or {}
 
     costs = measured_costs(prober, errors, choose, _PROBE_SHARE * effort)
+    costs = without_loss(costs, subject.lattices)
     contest = Contest(
         subject=subject,
         limit=limit,

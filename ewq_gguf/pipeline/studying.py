@@ -192,11 +192,12 @@ def study_factor(
 
 
 def _plan(question: Question, policy: RulePolicy, raw_type: str = "auto") -> Plan:
+    """What a policy says, with nothing kept for being quantised already."""
     return plan(
         question.checkpoint,
         policy,
         raw_type=raw_type,
-        options=question.options,
+        options=replace(question.options, keep_lattice=False),
         progress=question.progress,
     )
 

@@ -178,7 +178,8 @@ def _file(
 
 
 def types_sha256(plan: Plan) -> str:
-    """What a file's numbers depend on, besides its base: types and importance."""
+    """What a file's numbers depend on, besides its base."""
     types = [(tensor.name, tensor.written_type) for tensor in plan.tensors]
     imatrix = plan.imatrix and plan.imatrix.file_sha256
-    return store.sha256_text(repr((imatrix, types)))
+    exact = [tensor.name for tensor in plan.tensors if tensor.is_exact]
+    return store.sha256_text(repr((imatrix, types, *([exact] if exact else []))))

@@ -10,6 +10,7 @@ from ewq_gguf import ggml_types
 from ewq_gguf._version import __version__
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.plan.importance import check_entries
+from ewq_gguf.plan.lattice import exact_types
 from ewq_gguf.plan.sizes import header_bytes, padded, string_kv_bytes
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import (
@@ -60,11 +61,13 @@ def assemble(
         InputError: the importance matrix is another model's, or lacks an entry.
     """
     entropies = entropies or {}
+    types = exact_types(subject.tensors, types, subject.raw_type, subject.lattices)
     tensors = tuple(
         plan_tensor(
             tensor,
-            types.get(tensor.name, subject.raw_type),
+            asked := types.get(tensor.name, subject.raw_type),
             entropies.get(tensor.name),
+            is_exact=asked in subject.lattices.get(tensor.name, ()),
         )
         for tensor in subject.tensors
     )
@@ -82,8 +85,25 @@ def assemble(
         budget=budget,
         imatrix=importance.record if importance else None,
         tensors=tensors,
-        layers=tuple(layers) or layers_of(tensors),
+        layers=_layers(layers, tensors),
         totals=totals_of(tensors, header_of(subject)),
+    )
+
+
+def _layers(
+    decided: Sequence[PlanLayer], tensors: Iterable[PlanTensor]
+) -> tuple[PlanLayer, ...]:
+    """The decisions, with the types that the tensors have after all."""
+    found = layers_of(tensors)
+    types = {layer.layer_idx: layer.ggml_type for layer in found}
+    return (
+        tuple(
+            layer.model_copy(
+                update={"ggml_type": types.get(layer.layer_idx, layer.ggml_type)}
+            )
+            for layer in decided
+        )
+        or found
     )
 
 
@@ -130,7 +150,11 @@ def provenance(
 
 
 def plan_tensor(
-    tensor: LayoutTensor, asked: str, entropy: float | None = None
+    tensor: LayoutTensor,
+    asked: str,
+    entropy: float | None = None,
+    *,
+    is_exact: bool = False,
 ) -> PlanTensor:
     """A tensor of the file, given the type asked for it."""
     quantizable = is_quantizable(tensor.name, n_dims(tensor.shape))
@@ -147,6 +171,7 @@ def plan_tensor(
         written_type=written,
         size_bytes=ggml_types.tensor_bytes(written, tensor.shape),
         entropy=entropy,
+        is_exact=is_exact and quantizable,
     )
 
 

@@ -12,6 +12,7 @@ from ewq_gguf.plan.assemble import assemble, header_of
 from ewq_gguf.plan.budget import fit, unit_bytes
 from ewq_gguf.plan.cluster import can_place, place
 from ewq_gguf.plan.importance import Importance
+from ewq_gguf.plan.lattice import Lattices, lattices_of
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.plan.subject import Subject
@@ -37,6 +38,7 @@ def make_plan(
     raw_type: str = "auto",
     budget: Ask | None = None,
     importance: Importance | None = None,
+    keep_lattice: bool = True,
 ) -> Plan:
     """Plan every tensor of the file and predict its size.
 
@@ -47,6 +49,7 @@ def make_plan(
         raw_type: what `raw` means: `F16`, `BF16`, or `auto` for the source's own.
         budget: what the file may take; only of policy `ewq`.
         importance: the matrix the file is made with.
+        keep_lattice: what is quantised already keeps its values.
 
     Raises:
         UsageError: the policy names an unknown type or an impossible ladder.
@@ -56,7 +59,8 @@ def make_plan(
     has_budget, has_imatrix = budget is not None, importance is not None
     check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
     subject = Subject.of_scan(scan, layout, raw_type)
-    subject = replace(subject, importance=importance)
+    lattices = lattices_of(scan) if keep_lattice else {}
+    subject = replace(subject, importance=importance, lattices=lattices)
     if isinstance(policy, UniformPolicy):
         wanted = subject.plain(policy.ggml_type)
         layers = [
@@ -176,7 +180,30 @@ def _decided(
     decision: Decision,
     ask: Ask | None,
 ) -> Plan:
-    """A decision's plan, fitted to a budget if there is one."""
+    """A decision's plan, fitted to a budget if there is one.
+
+    What is quantised already is exact first, and the budget is for the rest; where the
+    rest would then be demoted below the ladder, all are fitted alike.
+    """
+    if ask is not None and subject.lattices:
+        try:
+            plan = _fitted_plan(subject, policy, decision, ask, subject.lattices)
+        except InputError:
+            pass  # they alone take more than there is
+        else:
+            if plan.budget is not None and plan.budget.case != 4:
+                return plan
+    return _fitted_plan(subject, policy, decision, ask, {})
+
+
+def _fitted_plan(
+    subject: Subject,
+    policy: EwqPolicy | FastEwqPolicy,
+    decision: Decision,
+    ask: Ask | None,
+    kept: Lattices,
+) -> Plan:
+    """A decision's plan where some tensors are exact, whatever else is decided."""
     raw = subject.raw_type
     units = [
         replace(unit, fixed=unit.fixed and subject.plain(unit.fixed))
@@ -187,12 +214,12 @@ def _decided(
     types = [unit.fixed or name for unit, name in zip(units, decided, strict=True)]
     budget = None
     if ask is not None:
-        types, budget = _fitted(subject, policy, units, ask)
+        types, budget = _fitted(subject, policy, units, ask, kept)
     asked = {
         tensor.name: name
         for unit, name in zip(units, types, strict=True)
         for tensor in unit.tensors
-    }
+    } | {name: types[0] for name, types in kept.items()}
     by_tensor = isinstance(policy, EwqPolicy) and policy.granularity == "tensor"
     entropies = {str(u.key): u.entropy for u in units} if by_tensor else {}
     layers = [
@@ -221,11 +248,18 @@ def _fitted(
     policy: EwqPolicy | FastEwqPolicy,
     units: Sequence[Unit],
     ask: Ask,
+    kept: Lattices,
 ) -> tuple[list[str], Budget]:
-    """Each unit's type under a budget."""
+    """Each unit's type under a budget; what is kept as it is takes its own bytes."""
+    units = [
+        replace(unit, tensors=tuple(t for t in unit.tensors if t.name not in kept))
+        for unit in units
+    ]
     in_units = {tensor.name for unit in units for tensor in unit.tensors}
     other_bytes = (header_of(subject) or 0) + sum(
-        padded(tensor_bytes(tensor.ggml_type, tensor.shape))
+        padded(
+            tensor_bytes(kept.get(tensor.name, (tensor.ggml_type,))[0], tensor.shape)
+        )
         for tensor in subject.tensors
         if tensor.name not in in_units
     )

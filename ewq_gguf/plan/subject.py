@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.plan.importance import Importance
+from ewq_gguf.plan.lattice import Lattices
 from ewq_gguf.records import Layout, LayoutTensor, ModelIdentity, Scan, Source
 from ewq_gguf.tensor_names import is_quantizable
 
@@ -29,6 +30,8 @@ class Subject:
         weights_sha256: which weights, or None where none was read.
         layout: the converter's, or None: then the header's bytes are not known.
         importance: the matrix the file is made with, or None.
+        lattices: types that hold a tensor exactly, small to large, by its name; empty
+            where nothing is quantised already, or it is not to be kept.
     """
 
     model: ModelIdentity
@@ -37,6 +40,7 @@ class Subject:
     weights_sha256: str | None
     layout: Layout | None
     importance: Importance | None = None
+    lattices: Lattices = field(default_factory=dict)
 
     @classmethod
     def of_scan(cls, scan: Scan, layout: Layout | None, raw_type: str) -> Subject:

@@ -68,7 +68,7 @@ from ewq_gguf.records.study import (
     StudyFile,
     StudyPart,
 )
-from ewq_gguf.records.verification import Verification, VerifiedTensor
+from ewq_gguf.records.verification import Exactness, Verification, VerifiedTensor
 
 __all__ = [
     "AdapterIdentity",
@@ -85,6 +85,7 @@ __all__ = [
     "Controls",
     "Engine",
     "EwqPolicy",
+    "Exactness",
     "FactorFile",
     "FactorSweep",
     "FastEwqPolicy",

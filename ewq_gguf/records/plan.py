@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ewq_gguf.records.base import Part, Record
 from ewq_gguf.records.model import ModelIdentity
@@ -234,6 +234,8 @@ class PlanTensor(Part):
         written_type: what is written, after llama-quantize's fallback.
         size_bytes: of its data, without padding.
         entropy: that decided, where tensors are decided one by one, else None.
+        is_exact: whether the scan found every weight on the type's lattice, so that
+            nothing is lost; left out of the JSON where not, as by older versions.
     """
 
     name: str
@@ -246,6 +248,15 @@ class PlanTensor(Part):
     written_type: str
     size_bytes: int
     entropy: float | None = None
+    is_exact: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans without exact tensors keep the hash that older versions gave them."""
+        values: dict[str, Any] = handler(self)
+        if not self.is_exact:
+            del values["is_exact"]
+        return values
 
 
 class PlanLayer(Part):

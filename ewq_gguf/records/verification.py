@@ -21,6 +21,21 @@ class VerifiedTensor(Part):
     found_type: str
 
 
+class Exactness(Part):
+    """How far a tensor that a plan calls exact is from the base's.
+
+    Attributes:
+        n_wrong: weights that, rounded to the base's dtype, are not the base's.
+        max_error: the farthest of them.
+        max_rounding: how far the others are before they are rounded; 0 where the base
+            holds the type's own values.
+    """
+
+    n_wrong: int
+    max_error: float
+    max_rounding: float
+
+
 class Verification(Record):
     """A file that is what its plan says; another raises VerificationError.
 
@@ -32,6 +47,8 @@ class Verification(Record):
         tensors: every tensor.
         prompt: what the file was asked; None where it was not loaded.
         answer: its greedy continuation.
+        exact: by tensor, how exact those are that were planned so; empty where there
+            is none, or the base was not at hand.
     """
 
     schema_name: Literal["ewq.verification"] = "ewq.verification"
@@ -44,3 +61,4 @@ class Verification(Record):
     tensors: tuple[VerifiedTensor, ...]
     prompt: str | None
     answer: str | None
+    exact: dict[str, Exactness] = {}

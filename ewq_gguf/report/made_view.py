@@ -56,10 +56,33 @@ def made_view(
         table.add_row("fallback", line)
     count = len(verification.tensors)
     table.add_row("verified", f"{count} tensors, each of its planned type")
+    if verification.exact:
+        for line in exact_lines(verification):
+            table.add_row("exact", Text(line))
     table.add_row("presets", _presets(size, preset_bytes))
     table.add_row("answers", _answer(verification))
     table.add_row("run", Text(f"llama-cli -m {path}"))
     return Group(Text(), table, Text())
+
+
+def exact_lines(verification: Verification) -> list[str]:
+    """How exact the matrices are that were quantised already; those that are not."""
+    found = verification.exact
+    wrong = {name: one for name, one in found.items() if one.n_wrong}
+    lines = [
+        f"{name}: {one.n_wrong} weights are not the base's, by up to "
+        f"{one.max_error:.3g}"
+        for name, one in wrong.items()
+    ]
+    if len(wrong) < len(found):
+        rounding = max(one.max_rounding for one in found.values())
+        after = f", once rounded to its dtype (by up to {rounding:.3g})"
+        lines.insert(
+            0,
+            f"{len(found) - len(wrong)} matrices that were quantised already are the "
+            f"base's, error 0{after if rounding else ''}",
+        )
+    return lines
 
 
 def _others(plan: Plan) -> str:

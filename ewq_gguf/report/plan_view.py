@@ -37,6 +37,8 @@ from ewq_gguf.report.text import (
     type_style,
 )
 
+_TERNARY = frozenset({"TQ1_0", "TQ2_0"})
+
 
 def plan_view(plan: Plan) -> RenderableType:
     """The whole view, for a rich console."""
@@ -77,8 +79,20 @@ def fallback_lines(plan: Plan) -> list[str]:
 def notes(plan: Plan) -> list[str]:
     """What a user should know of a plan before trusting it."""
     policy, lines = plan.policy, []
-    types = {t.ggml_type for t in plan.tensors if t.is_quantizable}
-    if ternary := types & {"TQ1_0", "TQ2_0"}:
+    exact = sum(tensor.is_exact for tensor in plan.tensors)
+    if exact:
+        count = sum(tensor.is_quantizable for tensor in plan.tensors)
+        lines.append(
+            f"{exact} of {count} matrices are quantised already, in values of the type "
+            "that they get: nothing of them is lost"
+        )
+    if any(t.is_exact and t.written_type in _TERNARY for t in plan.tensors):
+        lines.append(
+            "llama.cpp has no CUDA kernels for TQ1_0 and TQ2_0: there the CPU computes "
+            "these matrices (--no-lattice plans them like any others)"
+        )
+    types = {t.ggml_type for t in plan.tensors if t.is_quantizable and not t.is_exact}
+    if ternary := types & _TERNARY:
         lines.append(
             f"{' and '.join(sorted(ternary))} is for weights trained to be ternary; "
             "others lose nearly all of their meaning in it"

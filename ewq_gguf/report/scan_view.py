@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from math import fsum, sqrt
 
@@ -30,6 +30,12 @@ def bar(share: float, cells: int = _BAR_CELLS) -> str:
     return ("█" * full + (_BAR[rest] if rest else "")).ljust(cells)
 
 
+def _lattice_line(scan: Scan) -> str:
+    """Matrices that hold the values of a ggml type already, by the smallest type."""
+    counts = Counter(tensor.lattice[0] for tensor in scan.tensors if tensor.lattice)
+    return ", ".join(f"{n} matrices hold {name} values" for name, n in counts.items())
+
+
 def _head(scan: Scan) -> Table:
     table = Table.grid(padding=(0, 2))
     n_weights = sum(tensor.n_weights for tensor in scan.tensors)
@@ -43,6 +49,8 @@ def _head(scan: Scan) -> Table:
     lossless = _mean_by_weights(scan.tensors, lambda t: t.code_entropy_bits)
     if lossless is not None:
         table.add_row("lossless", f"{lossless:.2f} bits per weight, code by code")
+    if line := _lattice_line(scan):
+        table.add_row("quantised", line)
     if scan.dropped:
         table.add_row("left out", f"{len(scan.dropped)} tensors that are no weights")
     return table

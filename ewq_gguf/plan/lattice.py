@@ -1,0 +1,91 @@
+"""What is quantised already keeps its values in every policy, where the size allows.
+
+A tensor is exact in a type whose lattice it is on: nothing is lost by it, so a type of
+no more bytes replaces whatever a policy chose.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from ewq_gguf.ggml_types import tensor_bytes, written_type
+from ewq_gguf.records import LayoutTensor, PlanTensor, Scan
+
+#: Types that can hold a tensor exactly (entropy.lattice.LATTICES).
+EXACT_TYPES = (
+    "TQ1_0", "TQ2_0", "MXFP4", "Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q8_0",
+)  # fmt: skip
+
+#: By tensor, the types that hold it exactly, small to large.
+Lattices = Mapping[str, tuple[str, ...]]
+
+
+def lattices_of(scan: Scan) -> dict[str, tuple[str, ...]]:
+    """Those that a scan has found."""
+    return {tensor.name: tensor.lattice for tensor in scan.tensors if tensor.lattice}
+
+
+def exact_types(
+    tensors: Iterable[LayoutTensor],
+    types: Mapping[str, str],
+    raw_type: str,
+    lattices: Lattices,
+) -> dict[str, str]:
+    """The types of a plan where an exact one takes no more bytes than what was chosen.
+
+    Args:
+        tensors: of the file.
+        types: that were chosen, by name; raw without one.
+        raw_type: what `raw` means.
+        lattices: of the tensors.
+    """
+    found = dict(types)
+    for tensor in tensors:
+        exact = lattices.get(tensor.name, ())
+        chosen = written_type(types.get(tensor.name, raw_type), tensor.shape[-1])
+        if exact and tensor_bytes(exact[0], tensor.shape) <= tensor_bytes(
+            chosen, tensor.shape
+        ):
+            found[tensor.name] = exact[0]
+    return found
+
+
+def allowed(
+    lattices: Lattices, menus: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Those types that a tensor may have."""
+    found = {
+        name: tuple(kind for kind in types if kind in menus.get(name, ()))
+        for name, types in lattices.items()
+    }
+    return {name: types for name, types in found.items() if types}
+
+
+def without_loss(
+    costs: Mapping[str, Mapping[str, float]], lattices: Lattices
+) -> dict[str, dict[str, float]]:
+    """Costs by tensor and type, where a type that holds the tensor exactly costs 0."""
+    return {
+        name: {
+            kind: 0.0 if kind in lattices.get(name, ()) else cost
+            for kind, cost in one.items()
+        }
+        for name, one in costs.items()
+    }
+
+
+def lattice_line(tensors: Iterable[PlanTensor], lattices: Lattices) -> str | None:
+    """What is said of a plan of a model that is quantised already; None of others."""
+    matrices = [tensor for tensor in tensors if tensor.is_quantizable]
+    on = [tensor for tensor in matrices if tensor.name in lattices]
+    if not on:
+        return None
+    counts = Counter(lattices[tensor.name][0] for tensor in on)
+    values = " and ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+    exact = sum(tensor.is_exact for tensor in on)
+    they = "they go" if exact == len(on) else f"{exact} of them go"
+    return (
+        f"quantised already: {len(on)} of {len(matrices)} matrices hold the values of "
+        f"a ggml type ({values}); {they} over exactly"
+    )

@@ -1,0 +1,207 @@
+"""Packed checkpoints become plain ones: every weight is the integer times its scale."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from ewq_gguf.checkpoint.header import read_header
+from ewq_gguf.checkpoint.source import Opening, open_checkpoint
+from ewq_gguf.errors import InputError, ResourceError
+from tests import lattices as made
+from tests.checkpoints import write_llama, write_raw
+from tests.range_server import Faults, serve
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+W8 = made.compressed_config(8, format="int-quantized")
+
+#: How it is packed, its config, the stem of names, the dtype that holds every product,
+#: the smallest type that holds every matrix.
+KINDS: dict[str, tuple[Any, dict[str, object], str, str]] = {
+    "int4-groups": (made.compressed, made.compressed_config(), ".weight", "F16"),
+    "int4-rows": (
+        partial(made.compressed, group=None),
+        made.compressed_config(),
+        ".weight",
+        "F16",
+    ),
+    "int4-zeros": (
+        partial(made.compressed, symmetric=False),
+        made.compressed_config(),
+        ".weight",
+        "F32",
+    ),
+    "int4-ordered": (
+        partial(made.compressed, order=True),
+        made.compressed_config(),
+        ".weight",
+        "F16",
+    ),
+    "int8-packed": (
+        partial(made.compressed, bits=8),
+        made.compressed_config(8),
+        ".weight",
+        "F32",
+    ),
+    "int3-packed": (
+        partial(made.compressed, bits=3),
+        made.compressed_config(3),
+        ".weight",
+        "F16",
+    ),
+    "int8-rows": (made.int8_rows, W8, ".weight", "F32"),
+    "gptq": (made.gptq, GPTQ, ".", "F32"),
+    "gptq-zeros": (partial(made.gptq, symmetric=False), GPTQ, ".", "F32"),
+    "gptq-8": (partial(made.gptq, bits=8), GPTQ | {"bits": 8}, ".", "F32"),
+    "awq": (made.awq, AWQ, ".", "F32"),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EWQ_CACHE", str(tmp_path / "cache"))
+
+
+def read(folder, name):
+    """By another reader than ours, in float64."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensor = file.get_tensor(name)
+        return str(tensor.dtype), tensor.double().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_checkpoint_is_read_as_its_exact_products(tmp_path, kind):
+    pack, quantised, stem, dtype = KINDS[kind]
+    truth = made.write_packed_llama(tmp_path / "model", pack, quantised, stem=stem)
+
+    opened = open_checkpoint(str(tmp_path / "model"))
+
+    names = {tensor.name for _, tensor in opened.tensors}
+    assert len(names) == 21
+    assert "quantization_config" not in opened.config
+    assert opened.is_mapped_by_name
+    assert opened.identity.name == "model"
+    assert opened.origin == str(tmp_path / "model")
+    for name, values in truth.items():
+        found, weights = read(opened.folder, name)
+        assert found == {"F32": "torch.float32", "F16": "torch.float16"}[dtype]
+        np.testing.assert_array_equal(weights, values)
+
+
+def test_it_is_unpacked_once_and_again_when_it_changes(tmp_path):
+    folder = tmp_path / "model"
+    made.write_packed_llama(folder, made.compressed, made.compressed_config())
+    said: list[str] = []
+    opening = Opening(say=said.append)
+
+    first = open_checkpoint(str(folder), opening)
+    again = open_checkpoint(str(folder), opening)
+    made.set_config(folder, rope_theta=20000.0)
+    changed = open_checkpoint(str(folder), opening)
+
+    assert first.folder == again.folder != changed.folder
+    assert sum("unpacks compressed-tensors weights" in line for line in said) == 2
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    made.write_packed_llama(folder, made.compressed, made.compressed_config())
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    with pytest.raises(ResourceError, match="EWQ_CACHE") as caught:
+        open_checkpoint(str(folder))
+
+    assert "1,000 are free" in str(caught.value)
+    assert not list((tmp_path / "cache" / "unpacked").rglob("*.safetensors"))
+
+
+def test_weights_on_a_server_are_not_unpacked(tmp_path):
+    folder = tmp_path / "model"
+    made.write_packed_llama(folder, made.compressed, made.compressed_config())
+
+    with serve(tmp_path, Faults()) as url:
+        with pytest.raises(InputError, match="not on this machine"):
+            open_checkpoint(f"{url}/model")
+
+
+def test_several_shards_may_share_a_weight(tmp_path):
+    folder = tmp_path / "model"
+    truth = made.write_packed_llama(folder, made.compressed, made.compressed_config())
+    with safe_open(folder / "model.safetensors", framework="np") as file:
+        names = list(file.keys())
+    whole = {}
+    path = folder / "model.safetensors"
+    with path.open("rb") as file:
+        for tensor in read_header(file.fileno(), path).tensors:
+            file.seek(tensor.begin)
+            data = file.read(tensor.end - tensor.begin)
+            whole[tensor.name] = (tensor.dtype, list(tensor.shape), data)
+    path.unlink()
+    weight_map: dict[str, str] = {}
+    for i in range(2):
+        part = {name: whole[name] for name in sorted(names)[i::2]}
+        file_name = f"model-0000{i + 1}-of-00002.safetensors"
+        write_raw(folder / file_name, part)
+        weight_map |= dict.fromkeys(part, file_name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    opened = open_checkpoint(str(folder))
+
+    assert len(opened.shards) == 2
+    assert {tensor.name for _, tensor in opened.tensors} >= truth.keys()
+
+
+@pytest.mark.parametrize(
+    ("quantised", "said"),
+    [
+        pytest.param(GPTQ | {"bits": 3}, "gptq", id="gptq-3"),
+        pytest.param(AWQ | {"version": "gemv"}, "awq", id="awq-gemv"),
+        pytest.param({"quant_method": "bitsandbytes"}, "bitsandbytes", id="bnb"),
+        pytest.param(made.compressed_config(format="marlin-24"), "compressed", id="24"),
+    ],
+)
+def test_other_packings_stay_refused_with_the_remedy(tmp_path, quantised, said):
+    made.write_packed_llama(tmp_path / "model", made.compressed, quantised)
+
+    with pytest.raises(InputError, match=said) as caught:
+        open_checkpoint(str(tmp_path / "model"))
+
+    assert "use the BF16 or F16 checkpoint" in str(caught.value)
+
+
+def test_gptq_in_the_order_of_activations_is_refused(tmp_path):
+    made.write_packed_llama(
+        tmp_path / "model", partial(made.gptq, order=True), GPTQ, stem="."
+    )
+
+    with pytest.raises(InputError, match="another order"):
+        open_checkpoint(str(tmp_path / "model"))
+
+
+def test_a_config_that_no_tensor_follows_is_refused(tmp_path):
+    write_llama(tmp_path / "model")
+    made.set_config(tmp_path / "model", quantization_config=GPTQ)
+
+    with pytest.raises(InputError, match="no tensor is packed so"):
+        open_checkpoint(str(tmp_path / "model"))
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path):
+    def broken(shape, rng):
+        values, parts = made.compressed(shape, rng)
+        parts["_scale"] = made.raw_bf16(np.ones((shape[0], 5)))
+        return values, parts
+
+    made.write_packed_llama(tmp_path / "model", broken, made.compressed_config())
+
+    with pytest.raises(InputError, match="do not fit together"):
+        open_checkpoint(str(tmp_path / "model"))
