@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ewq_gguf import store
-from ewq_gguf.checkpoint.files import check_regular
+from ewq_gguf.checkpoint.files import check_regular, model_name
 from ewq_gguf.checkpoint.header import DTYPE_BYTES, TensorHeader, read_header
 from ewq_gguf.checkpoint.hub import snapshot
 from ewq_gguf.checkpoint.hub_names import hub_name
@@ -154,7 +154,7 @@ def open_adapter(adapter: str, say: Callable[[str], None] | None = None) -> Adap
     parts, whole = _sorted_tensors(folder, shard)
     _check_finite(folder, shard)
     identity = AdapterIdentity(
-        name=hub_id.split("/")[1] if hub_id else folder.resolve().name,
+        name=hub_id.rpartition("/")[2] if hub_id else model_name(folder),
         hub_id=hub_id,
         revision=folder.name if hub_id else None,
         config_sha256=store.sha256_file(folder / CONFIG),

@@ -145,10 +145,13 @@ class _Merge:
             small_files = self._small_files(folder)
             shards = self._shards(folder, on_bytes)
             # Whole for a converter that is started by hand (`convert --dry-run`).
-            for path in (*small_files.values(), *(shard.path for shard in shards)):
-                if path.parent != folder and not (folder / path.name).exists():
-                    (folder / path.name).unlink(missing_ok=True)
-                    (folder / path.name).symlink_to(path.resolve())
+            files = small_files | {shard.path.name: shard.path for shard in shards}
+            for file, path in files.items():
+                link = folder / file
+                if not path.is_relative_to(folder) and not link.exists():
+                    link.unlink(missing_ok=True)
+                    store.ensure_dir(link.parent, STAGE)
+                    link.symlink_to(path.resolve())
         return replace(
             base,
             folder=folder,
