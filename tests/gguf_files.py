@@ -113,7 +113,7 @@ def write_gguf(
 ) -> Path:
     """A GGUF of tensors of zeros that llama-quantize opens as a Llama."""
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(64)
+    writer.add_context_length(512)
     writer.add_embedding_length(256)
     writer.add_block_count(n_layers)
     writer.add_feed_forward_length(256)

@@ -492,8 +492,7 @@ def test_without_a_network_a_text_must_be_given(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", {"token_embd.weight": (8, 256)})
     code = (
         "import sys; from ewq_gguf.cli import main; "
-        f"sys.exit(main(['bench', {str(path)!r}, '--tasks', 'perplexity', "
-        "'--ctx', '64']))"
+        f"sys.exit(main(['bench', {str(path)!r}, '--tasks', 'perplexity']))"
     )
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "EWQ_TEXT_DIR": ""}
     env["EWQ_CACHE"] = str(tmp_path / "cache")
