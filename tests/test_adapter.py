@@ -27,6 +27,7 @@ from ewq_gguf.checkpoint.lora.merge import open_merged
 from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.errors import InputError, ResourceError, UsageError
+from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline import Options
 from ewq_gguf.pipeline.planning import check_plan
 from ewq_gguf.records import EwqPolicy, Measures, ModelIdentity, TensorScan
@@ -39,6 +40,7 @@ from tests.adapters import (
     write_adapter,
 )
 from tests.checkpoints import write_llama, write_raw, write_shard
+from tests.gguf_files import make_cache
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
@@ -829,6 +831,9 @@ def test_the_gguf_is_the_converters_of_the_merged_checkpoint(
 ):
     """Byte for byte that of a checkpoint which was merged without ewq."""
     monkeypatch.delenv("EWQ_CACHE")
+    (tmp_path / "own").mkdir()
+    cache = make_cache(tmp_path / "own", find_toolchain())
+    monkeypatch.setenv("EWQ_CACHE", str(cache))
     parts = factors(Q, 64, 64) | factors(DOWN, 64, 96) | factors(HEAD, 320, 64)
     adapter = write_adapter(tmp_path / "tune", parts)
     independent = Path(shutil.copytree(llama, tmp_path / "tiny-tune"))
