@@ -28,7 +28,6 @@ from ewq_gguf.errors import (
     InputError,
     ResourceError,
     UsageError,
-    VerificationError,
 )
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.logs import engine_reason
@@ -80,7 +79,7 @@ class LlamaModel:
         ToolError: a device was asked for and there is none, or none was used.
         UsageError: there is no such device, or one layer too few for the devices.
         ResourceError: it does not fit.
-        VerificationError: it does not load.
+        ChildError: it does not load.
     """
 
     def __init__(self, path: Path, setup: BenchSetup, log: Log) -> None:
@@ -341,7 +340,8 @@ def load_error(path: Path, said: str) -> EwqError:
     if is_out_of_memory(said):
         return too_large(path, "does not fit into memory")
     problem = f"does not load: {_reason(said)}"
-    return VerificationError(STAGE, path, problem, "make it again")
+    remedy = "check it with `ewq verify`, or make it again"
+    return ChildError(STAGE, path, problem, remedy)
 
 
 def context_error(path: Path, said: str) -> EwqError:

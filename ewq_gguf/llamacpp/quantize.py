@@ -27,6 +27,7 @@ from ewq_gguf.errors import (
 from ewq_gguf.llamacpp.exact import write_exactly
 from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.plan.assemble import provenance
@@ -170,7 +171,7 @@ def quantize(
             # All that llama-quantize says of a full disk; its folder is there.
             if any("iostream error" in text for text in error.log_tail):
                 raise store.disk_full("quantize", folder) from error
-            raise
+            raise (explain_failure(error) if toolchain.lib_dir else error) from error
         exact = write_exactly(
             plan,
             base,
