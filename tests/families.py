@@ -62,16 +62,23 @@ class Family:
 
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of each tensor."""
-        result: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for line in self.tensors.split("\n"):
-            pattern, *rest = line.split()
-            dtype = rest.pop() if rest and rest[-1] == "F32" else "BF16"
-            shape = tuple(self.vocab if size == "V" else int(size) for size in rest)
-            layers = f"{{0..{self.n_layers - 1}}}"
-            for name in _expand(pattern.replace("*", layers)):
-                assert name not in result, name
-                result[name] = (dtype, shape)
-        return result
+        return expanded(self.tensors, self.n_layers, self.vocab)
+
+
+def expanded(
+    tensors: str, n_layers: int, vocab: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor that lines of names and shapes stand for."""
+    result: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for line in tensors.split("\n"):
+        pattern, *rest = line.split()
+        dtype = rest.pop() if rest and rest[-1] == "F32" else "BF16"
+        shape = tuple(vocab if size == "V" else int(size) for size in rest)
+        layers = f"{{0..{n_layers - 1}}}"
+        for name in _expand(pattern.replace("*", layers)):
+            assert name not in result, name
+            result[name] = (dtype, shape)
+    return result
 
 
 def _expand(pattern: str) -> Iterator[str]:

@@ -62,7 +62,7 @@ RESERVED = {
     "pyarrow": {"bench"},
     "rouge_score": {"bench"},
     "bitsandbytes": {"bench"},
-    "transformers": {"bench"},
+    "transformers": {"bench", "llamacpp"},
     "sacrebleu": {"bench"},
 }
 HEAVY = (

@@ -62,6 +62,24 @@ def render(
     return texts
 
 
+def syntax_error(template: str) -> str | None:
+    """What is wrong with a template's syntax; nothing of it runs.
+
+    None where it is sound, or where jinja2 is not installed.
+    """
+    try:
+        from jinja2 import TemplateSyntaxError
+    except ImportError:
+        return None
+    try:
+        environment().parse(template)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except RecursionError:
+        return "it is nested too deeply"
+    return None
+
+
 def environment() -> Any:
     """A sandbox with what chat templates rely on, as transformers defines it."""
     from datetime import datetime

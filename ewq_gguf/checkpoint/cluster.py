@@ -145,7 +145,7 @@ def scan_on_cluster(
                 origin=checkpoint.origin,
                 adapters=checkpoint.adapters,
                 is_streamed=any(shard.remote for shard in checkpoint.shards),
-                fingerprint=checkpoint.identity.fingerprint,
+                fingerprint=checkpoint.identity.as_found.fingerprint,
                 names=(),
                 measures=measures,
                 allow_nonfinite=work.allow_nonfinite,

@@ -211,14 +211,21 @@ def read_config(
             f"the weights are quantised already ({method_name(quantised)})",
             "use the BF16 or F16 checkpoint it was made from",
         )
-    _check_architecture(_hf_architecture(config, folder), path, architectures)
+    _check_architecture(_hf_architecture(config, folder), path, architectures, config)
     return config
 
 
 def _check_architecture(
-    architecture: str, path: Path, supported: Collection[str] | None
+    architecture: str,
+    path: Path,
+    supported: Collection[str] | None,
+    config: Mapping[str, Any],
 ) -> None:
-    if supported is None or architecture in supported:
+    # A model for images or sounds may name its text model's architecture apart.
+    text = config.get("text_config")
+    named = text.get("architectures") if isinstance(text, dict) else None
+    names = {architecture, *(named[:1] if isinstance(named, list) else ())}
+    if supported is None or not names.isdisjoint(supported):
         return
     if match := _CLASSIFIER.search(architecture):
         of_this_kind = sorted(name for name in supported if name.endswith(match[0]))

@@ -142,7 +142,9 @@ def _boxed(rows: NDArray[Any], first_row: int, region: Region) -> NDArray[Any]:
     if region.box is None:
         return rows.ravel()
     *leading, columns = region.box
-    shape = region.tensor.shape[:-1] or (1,)
+    shape = region.tensor.shape[:-1]
+    if not shape:  # one row
+        return np.ascontiguousarray(rows[0, slice(*columns)])
     indices = np.unravel_index(np.arange(first_row, first_row + len(rows)), shape)
     taken = np.ones(len(rows), bool)
     for index, (start, stop, step) in zip(indices, leading, strict=True):

@@ -158,6 +158,41 @@ imatrix_option = click.option(
     metavar="FILE",
     help="An importance matrix of the model, as llama-imatrix writes it.",
 )
+#: What the converter is told beside the checkpoint's files.
+CHOICES = ("chat_template", "pre", "mtp")
+choice_options = all_of(
+    [
+        click.option(
+            "--chat-template",
+            type=PATH,
+            metavar="FILE",
+            help="A jinja chat template for the GGUF, in place of the model's.",
+        ),
+        click.option(
+            "--pre",
+            metavar="NAME",
+            help="llama.cpp's pre-tokenizer, for a tokenizer its converter does not "
+            "know.",
+        ),
+        click.option(
+            "--mtp",
+            type=click.Choice(["keep", "drop", "separate"]),
+            default="keep",
+            show_default=True,
+            help="Heads that draft further tokens; separate is a file beside.",
+        ),
+    ]
+)
+mmproj_option = click.option(
+    "--mmproj",
+    type=click.Choice(
+        ["auto", "none", "f16", "bf16", "f32", "q8_0"], case_sensitive=False
+    ),
+    default="auto",
+    show_default=True,
+    help="The file for images and sounds beside the text model; auto is the "
+    "checkpoint's own type.",
+)
 no_load_option = click.option(
     "--no-load", is_flag=True, help="Do not load the file and let it answer."
 )
@@ -193,6 +228,10 @@ def options_of(values: dict[str, Any]) -> Options:
         adapters=values.get("adapters", ()),
         scheduler=values.get("scheduler"),
         keep_lattice=not values.get("no_lattice", False),
+        chat_template=values.get("chat_template"),
+        pre=values.get("pre"),
+        mtp=values.get("mtp", "keep"),
+        mmproj=values.get("mmproj", "auto"),
     )
 
 

@@ -18,6 +18,7 @@ from ewq_gguf.cli.common import (
     BarProgress,
     DefaultGroup,
     adapter_option,
+    choice_options,
     force_option,
     imatrix_option,
     json_option,
@@ -67,6 +68,7 @@ def compare() -> None:
 )
 @bench_options
 @nonfinite_option
+@choice_options
 @llama_cpp_option
 @force_option
 @quiet_option

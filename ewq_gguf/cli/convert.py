@@ -12,16 +12,24 @@ from ewq_gguf import pipeline, store
 from ewq_gguf.cli.common import (
     BarProgress,
     adapter_option,
+    choice_options,
     force_option,
     llama_cpp_option,
+    mmproj_option,
+    no_load_option,
     options_of,
     out_option,
     quiet_option,
 )
-from ewq_gguf.llamacpp.convert import base_type, check_is_no_gguf, convert_argv
-from ewq_gguf.llamacpp.convert import convert as convert_checkpoint
+from ewq_gguf.llamacpp.convert import (
+    base_type,
+    check_is_no_gguf,
+    convert_argv,
+)
+from ewq_gguf.llamacpp.converter import content_flags
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.overflow import check_base
+from ewq_gguf.report.companion_view import companion_line
 
 
 @click.command()
@@ -35,26 +43,36 @@ from ewq_gguf.pipeline.overflow import check_base
     show_default=True,
     help="auto is the checkpoint's own type.",
 )
+@mmproj_option
+@choice_options
 @llama_cpp_option
+@no_load_option
 @click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
 @force_option
 @quiet_option
 def convert(
     model: str, out: Path | None, outtype: str, dry_run: bool, **values: Any
 ) -> None:
-    """Write the 16- or 32-bit base GGUF of MODEL; prints its path."""
+    """Write the 16- or 32-bit base GGUF of MODEL; prints its path.
+
+    A model that reads images or hears sounds gets its mmproj beside it.
+    """
     progress = BarProgress(quiet=values["quiet"])
-    toolchain = find_toolchain(values["llama_cpp"])
-    checkpoint = pipeline.open_model(
-        model, options=options_of(values), progress=progress
-    )
+    options = options_of(values)
+    toolchain = find_toolchain(options.llama_cpp)
+    checkpoint = pipeline.open_model(model, options=options, progress=progress)
     check_is_no_gguf(checkpoint)
     kind = base_type(checkpoint) if outtype == "auto" else outtype.upper()
     name = checkpoint.identity.name
     out = out or Path(f"{name}-{kind}.gguf")
     if dry_run:
-        argv = convert_argv(toolchain, checkpoint.folder, name, kind, out)
+        flags = content_flags(checkpoint, "text")
+        argv = convert_argv(toolchain, checkpoint.folder, name, kind, out, flags)
+        if options.pre:
+            click.echo(f"# the converter has no option for --pre {options.pre}")
         click.echo(shlex.join(["python3", *argv]))
+        if pipeline.needs_companions(checkpoint, options):
+            click.echo("# and again with --mmproj or --mtp for what goes beside it")
         return
     store.check_writable(out, "convert")
     if not checkpoint.is_mapped_by_name:  # whether it is whole, before the long work
@@ -62,10 +80,9 @@ def convert(
     check_base(checkpoint, toolchain, kind)
     if out.exists() and not values["force"]:
         raise store.already_exists(out, "convert")
-    with store.locked(out, stage="convert"), progress.stage("convert") as share:
-        warnings = convert_checkpoint(
-            checkpoint, toolchain, out, outtype=kind, on_progress=share
-        )
-    for warning in warnings:
-        progress.note(f"llama.cpp's converter: {warning}")
+    beside = pipeline.convert_model(
+        checkpoint, toolchain, out, kind, options=options, progress=progress
+    )
+    for each in beside:
+        progress.note(companion_line(each.path, each.found))
     click.echo(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import click
 
 from ewq_gguf import pipeline
 from ewq_gguf.cli.common import (
+    CHOICES,
     PATH,
     BarProgress,
     adapter_option,
+    choice_options,
     console,
     explicit,
     force_option,
@@ -21,6 +24,7 @@ from ewq_gguf.cli.common import (
     json_option,
     lattice_option,
     llama_cpp_option,
+    mmproj_option,
     no_load_option,
     nonfinite_option,
     options_of,
@@ -53,6 +57,8 @@ from ewq_gguf.report.made_view import made_view
 )
 @imatrix_option
 @lattice_option
+@mmproj_option
+@choice_options
 @threads_option
 @nonfinite_option
 @llama_cpp_option
@@ -99,9 +105,12 @@ def gguf(
                 made.preset_bytes,
                 plan_path=made.plan_path,
                 is_reused=made.is_reused,
+                companions=[(each.path, each.found) for each in made.companions],
             )
         )
-    click.echo(made.verification.to_json() if as_json else made.path, nl=not as_json)
+    found = tuple(each.found for each in made.companions)
+    result = made.verification.model_copy(update={"companions": found})
+    click.echo(result.to_json() if as_json else made.path, nl=not as_json)
 
 
 def _dry_run(
@@ -117,13 +126,8 @@ def _dry_run(
     if isinstance(plan, Plan):
         check_imatrix(plan, options.imatrix)
     else:
-        names = explicit((*POLICY_OPTIONS, "imatrix"))
+        typed = _typed((*POLICY_OPTIONS, *CHOICES, "imatrix"))
         context = click.get_current_context()
-        typed = " ".join(
-            f" {name} {shlex.quote(str(value))}"
-            for name in names
-            for value in _each(context.params[name[2:].replace("-", "_")])
-        )
         checkpoint = pipeline.open_model(model, options=options, progress=progress)
         if isinstance(plan, OptimalPolicy):
             options = with_imatrix(checkpoint, options, progress)
@@ -148,7 +152,7 @@ def _dry_run(
     link = [imatrix_link(options.imatrix)] if options.imatrix else []
     lines = [
         f"# {plan.totals.file_size_bytes} bytes, {plan.totals.bpw:.3f} bits per weight",
-        f"ewq convert {quoted} -o base.gguf",
+        f"ewq convert {quoted}{_typed((*CHOICES, 'mmproj'))} -o base.gguf",
         f"ewq plan {quoted}{typed} -o {shlex.quote(path)}",
         f"ewq plan export {shlex.quote(path)} --format tensor-type-file "
         "-o tensor-types.txt",
@@ -160,6 +164,16 @@ def _dry_run(
     if plan.model.is_gguf:
         del lines[1]
     return "\n".join(lines)
+
+
+def _typed(names: Iterable[str]) -> str:
+    """Those of some options that were given, as they are typed."""
+    params = click.get_current_context().params
+    return "".join(
+        f" {name} {shlex.quote(str(value))}"
+        for name in explicit(names)
+        for value in _each(params[name[2:].replace("-", "_")])
+    )
 
 
 def _each(value: Any) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     adapter_option,
+    choice_options,
     force_option,
     json_option,
     llama_cpp_option,
@@ -44,6 +45,7 @@ from ewq_gguf.llamacpp.calibrate import STAGE
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of `self`."
 )
 @threads_option
+@choice_options
 @llama_cpp_option
 @force_option
 @quiet_option

@@ -17,6 +17,7 @@ from ewq_gguf.cli.common import (
     BarProgress,
     DefaultGroup,
     adapter_option,
+    choice_options,
     explicit,
     force_option,
     imatrix_option,
@@ -77,6 +78,7 @@ def plan() -> None:
 @stream_option
 @threads_option
 @nonfinite_option
+@choice_options
 @llama_cpp_option
 @force_option
 @quiet_option
@@ -111,6 +113,7 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
 @raw_type_option
 @out_option("the plan.  [default: plans/NAME.imported-HASH.json]")
 @stream_option
+@choice_options
 @llama_cpp_option
 @force_option
 @quiet_option
@@ -158,6 +161,7 @@ def _written(made: Plan, out: Path | None, *, force: bool, as_json: bool) -> Non
 @stream_option
 @threads_option
 @nonfinite_option
+@choice_options
 @llama_cpp_option
 @quiet_option
 @json_option

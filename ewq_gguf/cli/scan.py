@@ -18,6 +18,7 @@ from ewq_gguf.cli.common import (
     DefaultGroup,
     adapter_option,
     bins_option,
+    choice_options,
     epsilon_option,
     force_option,
     json_option,
@@ -74,6 +75,7 @@ def scan() -> None:
 @stream_option
 @threads_option
 @nonfinite_option
+@choice_options
 @llama_cpp_option
 @force_option
 @quiet_option

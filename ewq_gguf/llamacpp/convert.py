@@ -27,25 +27,15 @@ from ewq_gguf.checkpoint.fp8 import (
     without_quantisation,
 )
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
-from ewq_gguf.errors import ChildError, InputError, ToolError
-from ewq_gguf.llamacpp.converter_words import converter_error, converter_warnings
+from ewq_gguf.errors import InputError, ToolError
+from ewq_gguf.llamacpp.converter import Content, content_flags, run_converter
 from ewq_gguf.llamacpp.left_out_child import VARIABLE as LEFT_OUT
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.toolchain import Toolchain
-from ewq_gguf.process import python_argv, run
+from ewq_gguf.process import python_argv
 from ewq_gguf.records import Source
 from ewq_gguf.tensor_names import is_dropped
 
-#: The converter must not reach the network nor import from the working folder, which
-#: may be the checkpoint's own.
-_CHILD_ENV = {
-    "PYTHONSAFEPATH": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-}
 _EMBEDDING = "model.embed_tokens.weight"
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -63,7 +53,12 @@ def base_type(checkpoint: Checkpoint) -> str:
 
 
 def convert_argv(
-    toolchain: Toolchain, staged: Path, name: str, outtype: str, out: Path
+    toolchain: Toolchain,
+    staged: Path,
+    name: str,
+    outtype: str,
+    out: Path,
+    flags: Sequence[str] = (),
 ) -> list[str]:
     """The converter's command line, without the Python in front."""
     return [
@@ -74,6 +69,7 @@ def convert_argv(
         "--outtype",
         outtype.lower(),
         f"--model-name={name}",
+        *flags,
     ]
 
 
@@ -83,15 +79,17 @@ def convert(
     out: Path,
     *,
     outtype: str,
+    content: Content = "text",
     on_progress: Callable[[float], None] | None = None,
 ) -> list[str]:
-    """Write the base GGUF.
+    """Write the base GGUF, or what goes beside it.
 
     Args:
         checkpoint: opened by `open_checkpoint`.
         toolchain: whose converter to use.
         out: the final path; replaced when the new file is whole.
-        outtype: `F16`, `BF16` or `F32`.
+        outtype: `F16`, `BF16`, `F32` or `Q8_0`.
+        content: what is written.
         on_progress: told the finished share, 0 to 1.
 
     Returns:
@@ -99,13 +97,13 @@ def convert(
 
     Raises:
         ToolError: the converter's own packages are missing.
-        InputError: the checkpoint has no tokenizer, the converter refuses it, or it is
-            a GGUF file already.
+        InputError: the checkpoint has no tokenizer, the converter refuses it or does
+            not know its tokenizer, or it is a GGUF file already.
         ChildError: the converter failed.
         ResourceError: the disk is full.
     """
     check_is_no_gguf(checkpoint)
-    _check_packages()
+    check_packages()
     check_tokenizer(checkpoint)
     check_is_local(checkpoint)
     checkpoint.check_unchanged("convert")
@@ -124,48 +122,22 @@ def convert(
     ):
         staged = stage_checkpoint(checkpoint, folder)
         temporary = folder / "base.gguf"
+        flags = content_flags(checkpoint, content)
         argv = convert_argv(
-            toolchain, staged, checkpoint.identity.name, outtype, temporary
+            toolchain, staged, checkpoint.identity.name, outtype, temporary, flags
         )
         left_out = left_out_env(checkpoint, folder)
-        if left_out:
+        if left_out or "pre" in checkpoint.identity.chosen:
             argv = python_argv("ewq_gguf.llamacpp.left_out_child", *argv)
         else:
             argv = [_python(), *argv]
-        warnings = _run_converter(
-            checkpoint,
-            argv,
-            log_path,
-            _CHILD_ENV | toolchain.converter_env() | left_out,
-            on_line=line,
+        warnings = run_converter(
+            checkpoint, toolchain, argv, log_path, env=left_out, on_line=line
         )
         read_gguf(temporary)  # a whole file, or an error
         checkpoint.check_unchanged("convert")
         store.publish(temporary, out)
     return warnings
-
-
-def _run_converter(
-    checkpoint: Checkpoint,
-    argv: Sequence[str | Path],
-    log_path: Path,
-    env: Mapping[str, str],
-    on_line: Callable[[str], None] | None = None,
-) -> list[str]:
-    """Run the converter, or the child that stops it before it writes data.
-
-    Returns:
-        What it warned of.
-
-    Raises:
-        InputError: it names what in the checkpoint it cannot read.
-        ChildError: it failed otherwise.
-    """
-    try:
-        text = run(argv, stage="convert", log_path=log_path, env=env, on_line=on_line)
-    except ChildError as error:
-        raise converter_error(checkpoint, error) from error
-    return converter_warnings(text)
 
 
 def left_out_env(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
@@ -187,17 +159,23 @@ class BaseHeader:
         gguf: its header.
         sources: what each GGUF tensor is made of, by its name.
         warnings: what the converter warned of.
+        computed: the tensors whose weights are not the checkpoint's own.
     """
 
     path: Path
     gguf: GgufFile
     sources: Mapping[str, tuple[Source, ...]]
     warnings: tuple[str, ...] = ()
+    computed: frozenset[str] = frozenset()
 
 
 @contextmanager
 def header_of(
-    checkpoint: Checkpoint, toolchain: Toolchain, *, outtype: str
+    checkpoint: Checkpoint,
+    toolchain: Toolchain,
+    *,
+    outtype: str,
+    content: Content = "text",
 ) -> Iterator[BaseHeader]:
     """The base GGUF's header as the converter would write it, with a hole for data.
 
@@ -210,10 +188,10 @@ def header_of(
 
     Raises:
         ToolError: the converter's own packages are missing.
-        InputError: the checkpoint has no tokenizer.
+        InputError: the checkpoint has no tokenizer, or one the converter does not know.
         ChildError: the converter refuses the checkpoint.
     """
-    _check_packages()
+    check_packages()
     check_tokenizer(checkpoint)
     out = store.cache_dir("layouts") / f"{checkpoint.identity.fingerprint}.gguf"
     with (
@@ -222,32 +200,47 @@ def header_of(
     ):
         staged = stage_checkpoint(checkpoint, folder)
         path = folder / "header.gguf"
-        warnings = _run_converter(
-            checkpoint,
-            python_argv(
-                "ewq_gguf.llamacpp.header_child",
-                staged,
-                checkpoint.identity.name,
-                outtype,
-                path,
-                folder / "sources.json",
-            ),
-            log_path,
-            _CHILD_ENV | toolchain.converter_env() | left_out_env(checkpoint, folder),
+        argv = python_argv(
+            "ewq_gguf.llamacpp.header_child",
+            staged,
+            checkpoint.identity.name,
+            outtype,
+            path,
+            folder / "sources.json",
+            *content_flags(checkpoint, content),
         )
+        left_out = left_out_env(checkpoint, folder)
+        warnings = run_converter(checkpoint, toolchain, argv, log_path, env=left_out)
         header = read_gguf(path, header_only=True)
+        if not header.tensors:
+            raise InputError(
+                "convert",
+                checkpoint.folder,
+                "llama.cpp's converter knows none of its tensors by name",
+                "check the checkpoint's files, or use a newer llama.cpp",
+            )
         end = max(tensor.offset + tensor.size_bytes for tensor in header.tensors)
         with path.open("r+b") as file:
             file.truncate(-(-end // 32) * 32)
-        sources = read_sources(checkpoint, folder / "sources.json")
-        yield BaseHeader(path, header, sources, tuple(warnings))
+        sources = folder / "sources.json"
+        entries = json.loads(sources.read_text())
+        yield BaseHeader(
+            path,
+            header,
+            read_sources(checkpoint, sources),
+            tuple(warnings),
+            frozenset(e["name"] for e in entries if not e["moved"]),
+        )
 
 
-def converter_architectures(toolchain: Toolchain) -> frozenset[str]:
-    """The Hugging Face text architectures that the converter knows.
+def converter_architectures(
+    toolchain: Toolchain, content: Content = "text"
+) -> frozenset[str]:
+    """The Hugging Face architectures of which the converter can write a content.
 
     Read from its source, because importing it imports torch.
     """
+    table = "MMPROJ_MODEL_MAP" if content == "mmproj" else "TEXT_MODEL_MAP"
     path = toolchain.source_dir / "conversion" / "__init__.py"
     if not path.is_file():
         return frozenset()
@@ -255,7 +248,7 @@ def converter_architectures(toolchain: Toolchain) -> frozenset[str]:
         if (
             isinstance(node, ast.AnnAssign)
             and isinstance(node.target, ast.Name)
-            and node.target.id == "TEXT_MODEL_MAP"
+            and node.target.id == table
             and isinstance(node.value, ast.Dict)
         ):
             return frozenset(
@@ -350,7 +343,8 @@ def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     """Make the converter's view of a checkpoint: links under fixed names.
 
     JSON files that name code to run (`auto_map`) are copied without it, and config.json
-    with what the converter understands of the FP8 weights' scales.
+    with what the converter understands of the FP8 weights' scales. A chat template that
+    was chosen stands alone.
     """
     staged = folder / (checkpoint.identity.name or "model")
     staged.mkdir()
@@ -416,16 +410,19 @@ def _changed(
     checkpoint: Checkpoint, name: str, path: Path, *, is_fp8: bool
 ) -> dict[str, Any] | None:
     """A JSON file's values as the converter gets them, None where it gets the file."""
+    hidden = ["auto_map"]
+    if "chat_template" in checkpoint.identity.chosen:
+        hidden.append("chat_template")
     text = path.read_bytes()
-    if name != "config.json" and b'"auto_map"' not in text:
+    if name != "config.json" and not any(f'"{key}"'.encode() in text for key in hidden):
         return None
     try:
-        values = json.loads(text)
+        values: Any = json.loads(text)
     except ValueError:
         return None  # the converter reports it, with its own words
     if not isinstance(values, dict):
         return None
-    changed = {key: value for key, value in values.items() if key != "auto_map"}
+    changed = {key: value for key, value in values.items() if key not in hidden}
     if name == "config.json" and is_fp8:
         changed = without_quantisation(changed)
         if checkpoint.fp8 is not None:
@@ -433,7 +430,12 @@ def _changed(
     return None if changed == values else changed
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Refuse where the converter's own packages are missing.
+
+    Raises:
+        ToolError: naming them.
+    """
     missing = [
         name
         for name in ("torch", "transformers", "sentencepiece")

@@ -17,7 +17,7 @@ _WARNING = re.compile(
 _UNKNOWN_TENSOR = re.compile(r"Can not map tensor '(.*)'")
 _HPARAM = re.compile(r"hparams\[|find_hparam")
 #: What it says of sound checkpoints.
-_NOISE = ("Unknown RoPE type: default",)
+_NOISE = ("Unknown RoPE type: default", "Duplicated key name ")
 #: What it raises about a checkpoint; anything else is about the machine, or a mistake.
 _ABOUT_INPUT = (
     "ValueError", "KeyError", "NotImplementedError", "FileNotFoundError",
@@ -70,7 +70,7 @@ def converter_warnings(output: str) -> list[str]:
     for line in output.splitlines():
         if match := _WARNING.search(line):
             text = (match[1] or match[2] or "").strip(" *")
-            if text and text not in _NOISE:
+            if text and not text.startswith(_NOISE):
                 found.setdefault(re.sub(r"\d+", "N", text), text)
     texts = [printable(text) for text in found.values()]
     if len(texts) <= MAX_WARNINGS:

@@ -5,12 +5,13 @@ converter's `ModelBase.write` does, up to and without the tensors' data. The con
 works on lazy tensors, so the graph behind each GGUF tensor tells which checkpoint
 tensors feed it; no weight is read for that.
 
-    python -m ewq_gguf.llamacpp.header_child STAGED NAME OUTTYPE OUT SOURCES
+    python -m ewq_gguf.llamacpp.header_child STAGED NAME OUTTYPE OUT SOURCES [FLAG...]
 
-OUT is the header; SOURCES is JSON: for each GGUF tensor its name and sources, each as
-{"file", "offset", "box"}. `offset` is the checkpoint tensor's first byte in its file,
-`box` the part of it that is used: one [start, stop, step] per dimension, or null for
-all of it.
+OUT is the header; SOURCES is JSON: for each GGUF tensor its name, whether its weights
+are `moved` only, and its sources, each as {"file", "offset", "box"}. `offset` is the
+checkpoint tensor's first byte in its file, `box` the part of it that is used: one
+[start, stop, step] per dimension, or null for all of it. A FLAG is one of the
+converter's own that choose what it writes.
 """
 
 from __future__ import annotations
@@ -19,40 +20,50 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ewq_gguf.llamacpp.left_out_child import leave_out
+from ewq_gguf.llamacpp.pre_child import use_named_pre
 
 Box = list[list[int]]
 Key = tuple[str, int]
 
+#: Functions of torch that move or widen weights and compute none.
+_MOVES = frozenset({
+    "__getitem__", "broadcast_to", "cat", "chunk", "concat", "concatenate",
+    "contiguous", "expand", "flatten", "float", "flip", "movedim", "narrow", "numpy",
+    "permute", "repeat_interleave", "reshape", "select", "split", "squeeze", "stack",
+    "swapaxes", "t", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+})  # fmt: skip
 
-def main(staged: Path, name: str, outtype: str, out: Path, sources: Path) -> None:
+
+def main(
+    staged: Path,
+    name: str,
+    outtype: str,
+    out: Path,
+    sources: Path,
+    flags: Sequence[str] = (),
+) -> None:
     """Write the header of `staged`'s GGUF to `out`, and its sources."""
     import gguf
     import torch
-    from conversion import (  # type: ignore[import-not-found]
-        ModelBase,
-        ModelType,
-        get_model_architecture,
-        get_model_class,
-    )
 
     logging.basicConfig(level=logging.INFO)
     leave_out()
+    use_named_pre()
     ftypes = {
         "F32": gguf.LlamaFileType.ALL_F32,
         "F16": gguf.LlamaFileType.MOSTLY_F16,
         "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+        "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     }
     with torch.inference_mode():
-        hparams = ModelBase.load_hparams(staged, False)
-        architecture = get_model_architecture(hparams, ModelType.TEXT)
-        model_class: Any = get_model_class(architecture)
+        model_class = _model_class(staged, flags)
         model = model_class(staged, ftypes[outtype], out, model_name=name)
         writer = model.gguf_writer
         written: dict[str, Any] = {}
@@ -72,6 +83,33 @@ def main(staged: Path, name: str, outtype: str, out: Path, sources: Path) -> Non
         sources.write_text(json.dumps(_sources(written, staged)))
 
 
+def _model_class(staged: Path, flags: Sequence[str]) -> Any:
+    """The converter's class for a checkpoint, told what the flags tell.
+
+    Raises:
+        SystemExit: the class has no such choice.
+    """
+    from conversion import (  # type: ignore[import-not-found]
+        ModelBase,
+        ModelType,
+        get_model_architecture,
+        get_model_class,
+    )
+
+    is_mmproj = "--mmproj" in flags
+    hparams = ModelBase.load_hparams(staged, False)
+    architecture = get_model_architecture(
+        hparams, ModelType.MMPROJ if is_mmproj else ModelType.TEXT
+    )
+    model_class: Any = get_model_class(architecture, mmproj=is_mmproj)
+    for flag, attribute in (("--mtp", "mtp_only"), ("--no-nextn", "no_mtp")):
+        if flag in flags:
+            if not model_class.supports_mtp_export:
+                raise SystemExit(f"{flag} is not supported for {architecture}")
+            setattr(model_class, attribute, True)
+    return model_class
+
+
 def _sources(written: dict[str, Any], staged: Path) -> list[dict[str, Any]]:
     """Each GGUF tensor's sources, in the order they were combined."""
     scales = _scales(staged)
@@ -88,8 +126,45 @@ def _sources(written: dict[str, Any], staged: Path) -> list[dict[str, Any]]:
                 else [None]
             )
         ]
-        result.append({"name": name, "sources": entries})
+        moved = _is_moved(tensor)
+        result.append({"name": name, "moved": moved, "sources": entries})
     return result
+
+
+def _is_moved(node: Any) -> bool:
+    """Whether the weights of a GGUF tensor are the files', only in another order."""
+    import gguf
+
+    todo: list[Any] = [_torch_node(node)]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, (list, tuple)):
+            todo.extend(item)
+        elif isinstance(item, gguf.LazyBase):
+            is_leaf = any(isinstance(a, gguf.utility.LocalTensor) for a in item._args)
+            if not is_leaf and _function_name(item._func) not in _MOVES:
+                return False
+            todo.extend(() if is_leaf else item._args)
+        elif type(item).__name__ == "Tensor":
+            return False  # a constant takes part
+    return True
+
+
+def _function_name(function: Any) -> str:
+    """The name of the function that a node of the graph calls.
+
+    gguf's LazyBase wraps it: a method is called by a lambda that holds its `name`, and
+    one of several results is taken by a function that holds `fn`.
+    """
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        held = dict(zip(code.co_freevars, cells, strict=True))
+        if "fn" in held:
+            return _function_name(held["fn"])
+        if "name" in held:
+            return str(held["name"])
+    return getattr(function, "__name__", "")
 
 
 def _scales(staged: Path) -> set[Key]:
@@ -213,4 +288,5 @@ if __name__ == "__main__":
         sys.argv[3],
         Path(sys.argv[4]),
         Path(sys.argv[5]),
+        sys.argv[6:],
     )

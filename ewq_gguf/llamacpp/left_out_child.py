@@ -1,11 +1,12 @@
-"""Child process: run the converter without a checkpoint's buffers.
+"""Child process: run the converter without a checkpoint's buffers, and as told.
 
 The converter stops at a tensor that it has no name for. Buffers that PyTorch saved
 beside the weights are passed over instead; every other unknown tensor still stops it.
 
     python -m ewq_gguf.llamacpp.left_out_child convert_hf_to_gguf.py ARGUMENT...
 
-The environment names a JSON file of (name, dtype), so that header_child is told alike.
+The environment names a JSON file of (name, dtype), so that header_child is told alike;
+it may name a pre-tokenizer too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
+
+from ewq_gguf.llamacpp.pre_child import use_named_pre
 
 VARIABLE = "EWQ_LEFT_OUT"
 Modify = Callable[[Any, str, "int | None"], Iterable[Any]]
@@ -63,6 +66,7 @@ def main(script: str, arguments: list[str]) -> None:
     """Run the converter's script as Python would."""
     sys.path.insert(0, str(Path(script).parent))
     leave_out()
+    use_named_pre()
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 

@@ -9,7 +9,9 @@ run does only what changed.
 from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
 from ewq_gguf.pipeline.calibrating import make_imatrix
+from ewq_gguf.pipeline.companions import needs_companions
 from ewq_gguf.pipeline.comparing import Wanted, compare
+from ewq_gguf.pipeline.converting import convert_model
 from ewq_gguf.pipeline.importing import import_plan
 from ewq_gguf.pipeline.making import (
     Made,
@@ -45,11 +47,13 @@ __all__ = [
     "check_plan",
     "check_presets",
     "compare",
+    "convert_model",
     "for_transformers",
     "import_plan",
     "layout",
     "layout_bytes",
     "machine_budget",
+    "needs_companions",
     "make_gguf",
     "make_imatrix",
     "measured",

@@ -23,7 +23,10 @@ from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
 from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.calibrating import with_imatrix
+from ewq_gguf.pipeline.choosing import as_planned
+from ewq_gguf.pipeline.companions import plan_companions
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
+from ewq_gguf.pipeline.placing import CompanionFile, place_companions
 from ewq_gguf.pipeline.planning import (
     check_weights,
     plan,
@@ -59,6 +62,7 @@ class Made:
         verification: of the file.
         preset_bytes: sizes of the standard presets, by name, and of the base type.
         is_reused: whether the file was there already, valid and of the same plan.
+        companions: the files beside it, such as an mmproj.
     """
 
     path: Path
@@ -67,6 +71,7 @@ class Made:
     verification: Verification
     preset_bytes: dict[str, int]
     is_reused: bool
+    companions: tuple[CompanionFile, ...] = ()
 
 
 def make_gguf(
@@ -101,14 +106,9 @@ def make_gguf(
         check_sound(policy)
         if note := check_imatrix(policy, options.imatrix):
             progress.note(note)
+        options = as_planned(options, policy)
     else:
-        check_policy(
-            policy,
-            has_budget=budget is not None,
-            has_imatrix=options.imatrix is not None,
-        )
-        if isinstance(policy, PresetPolicy):
-            check_presets([policy.preset], has_imatrix=options.imatrix is not None)
+        _check_policy(policy, budget, options)
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)
@@ -116,6 +116,7 @@ def make_gguf(
     if out is not None:
         store.check_distinct(out, inputs, "gguf")
     laid_out = layout(checkpoint, toolchain, progress)
+    beside = plan_companions(checkpoint, laid_out, toolchain, options, progress)
     plan_path = None
     if isinstance(policy, Plan):
         made_plan = policy
@@ -154,6 +155,7 @@ def make_gguf(
             options,
             progress,
         )
+    companions = place_companions(checkpoint, toolchain, beside, out, options, progress)
     return Made(
         path=out,
         plan=made_plan,
@@ -161,7 +163,20 @@ def make_gguf(
         verification=verification,
         preset_bytes=presets,
         is_reused=reused is not None,
+        companions=companions,
     )
+
+
+def _check_policy(policy: RulePolicy, budget: Ask | None, options: Options) -> None:
+    """Refuse what a policy cannot do without, before any work.
+
+    Raises:
+        UsageError: it lacks a size, a matrix, or is a preset that nobody knows.
+    """
+    has_imatrix = options.imatrix is not None
+    check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
+    if isinstance(policy, PresetPolicy):
+        check_presets([policy.preset], has_imatrix=has_imatrix)
 
 
 def planned_file(

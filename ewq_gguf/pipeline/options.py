@@ -69,6 +69,11 @@ class Options:
             order.
         scheduler: the Dask scheduler whose workers scan, or None for this machine.
         keep_lattice: plan what is quantised already so that it keeps its values.
+        chat_template: a jinja file that goes into the GGUF in place of the
+            checkpoint's own.
+        pre: the pre-tokenizer's name, where the converter does not know the tokenizer.
+        mtp: `keep`, `drop` or `separate`: the heads for further tokens.
+        mmproj: `auto`, `none` or a ggml type: the file for images and sounds.
     """
 
     n_threads: int = N_CPUS
@@ -82,3 +87,7 @@ class Options:
     adapters: tuple[str, ...] = ()
     scheduler: str | None = None
     keep_lattice: bool = True
+    chat_template: Path | None = None
+    pre: str | None = None
+    mtp: str = "keep"
+    mmproj: str = "auto"

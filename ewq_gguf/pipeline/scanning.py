@@ -19,6 +19,11 @@ from ewq_gguf.llamacpp.convert import (
 )
 from ewq_gguf.llamacpp.layout import cached_layout, layout_of
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
+from ewq_gguf.pipeline.choosing import (
+    naming_the_nearest,
+    say_fit,
+    with_choices,
+)
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.plan.lattice import lattices_of
 from ewq_gguf.records import (
@@ -66,7 +71,7 @@ def open_model(
         checkpoint = open_merged(model, options.adapters, opening, on_bytes, _check)
     if (note := note_on_buffers(checkpoint)) is not None:
         progress.note(note)
-    return checkpoint
+    return with_choices(checkpoint, options, progress)
 
 
 def _check(checkpoint: Checkpoint) -> None:
@@ -192,10 +197,12 @@ def ask_layout(
     known = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
     if known is not None:
         return known
-    with progress.stage("ask llama.cpp for the file's header"):
-        found = layout_of(checkpoint, toolchain)
+    with naming_the_nearest(checkpoint, toolchain, progress):
+        with progress.stage("ask llama.cpp for the file's header"):
+            found = layout_of(checkpoint, toolchain)
     for warning in found.warnings:
         progress.note(f"llama.cpp's converter: {warning}")
+    say_fit(checkpoint, toolchain, progress)
     return found
 
 

@@ -8,6 +8,7 @@ from ewq_gguf.records.base import (
     read_journal,
     read_json,
 )
+from ewq_gguf.records.companion import Companion
 from ewq_gguf.records.layout import Layout, LayoutTensor, PresetTypes, Source
 from ewq_gguf.records.model import AdapterIdentity, ModelIdentity, Shard
 from ewq_gguf.records.placement import Machine, Placement, Stage
@@ -80,6 +81,7 @@ __all__ = [
     "Budget",
     "Chunk",
     "ChunkPart",
+    "Companion",
     "Control",
     "ControlPolicy",
     "Controls",
@@ -148,4 +150,5 @@ __all__ = [
     "open_journal",
     "read_journal",
     "read_json",
+    "Companion",
 ]

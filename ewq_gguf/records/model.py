@@ -57,6 +57,8 @@ class ModelIdentity(Part):
         files_sha256: of every small file that goes into a conversion, by name.
         shards: the weight files, by name.
         adapters: merged into the weights, in this order; `name` ends with theirs.
+        chosen: what the converter is told beside the files, by option: `pre`, `mtp`,
+            and `chat_template` (the SHA-256 of the file that was given).
     """
 
     name: str
@@ -67,15 +69,17 @@ class ModelIdentity(Part):
     files_sha256: dict[str, str]
     shards: tuple[Shard, ...]
     adapters: tuple[AdapterIdentity, ...] = ()
+    chosen: dict[str, str] = {}
 
     @model_serializer(mode="wrap")
-    def _without_no_adapters(
+    def _without_what_is_empty(
         self, handler: SerializerFunctionWrapHandler
     ) -> dict[str, Any]:
-        """Leave out empty `adapters`: plans older than the field keep their hash."""
+        """Leave out empty `adapters` and `chosen`: older plans keep their hash."""
         values: dict[str, Any] = handler(self)
-        if not self.adapters:
-            del values["adapters"]
+        for name in ("adapters", "chosen"):
+            if not values[name]:
+                del values[name]
         return values
 
     @property
@@ -84,8 +88,13 @@ class ModelIdentity(Part):
         return not self.files_sha256
 
     @property
+    def as_found(self) -> ModelIdentity:
+        """The same files without a choice."""
+        return self.model_copy(update={"chosen": {}})
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides a conversion: files, headers, name, adapters."""
+        """SHA-256 over what decides a conversion: files, name, adapters, choices."""
         parts: tuple[object, ...] = (
             self.name,
             sorted(self.files_sha256.items()),
@@ -93,4 +102,6 @@ class ModelIdentity(Part):
         )
         if self.adapters:
             parts += ([(a.config_sha256, a.weights_sha256) for a in self.adapters],)
+        if self.chosen:
+            parts += (sorted(self.chosen.items()),)
         return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ewq_gguf.records.base import Part, Record
+from ewq_gguf.records.companion import Companion
 
 
 class VerifiedTensor(Part):
@@ -49,6 +50,7 @@ class Verification(Record):
         answer: its greedy continuation.
         exact: by tensor, how exact those are that were planned so; empty where there
             is none, or the base was not at hand.
+        companions: the verified files beside it.
     """
 
     schema_name: Literal["ewq.verification"] = "ewq.verification"
@@ -62,3 +64,4 @@ class Verification(Record):
     prompt: str | None
     answer: str | None
     exact: dict[str, Exactness] = {}
+    companions: tuple[Companion, ...] = ()

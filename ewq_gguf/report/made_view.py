@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ewq_gguf.errors import printable
-from ewq_gguf.records import Plan, Verification
+from ewq_gguf.records import Companion, Plan, Verification
+from ewq_gguf.report.companion_view import companion_line
 from ewq_gguf.report.plan_view import fallback_lines, layer_counts
 from ewq_gguf.report.search_view import search_line
 from ewq_gguf.report.text import size_text
@@ -27,6 +28,7 @@ def made_view(
     *,
     plan_path: Path | None = None,
     is_reused: bool = False,
+    companions: Sequence[tuple[Path, Companion]] = (),
 ) -> RenderableType:
     """Size, layers, neighbours, and how to run it.
 
@@ -37,6 +39,7 @@ def made_view(
         preset_bytes: file sizes of the standard presets, by name.
         plan_path: where the plan was written.
         is_reused: whether the file was there already.
+        companions: the files beside it, and what was found in them.
     """
     table = Table.grid(padding=(0, 2))
     reused = " (was there already, still valid)" if is_reused else ""
@@ -61,7 +64,9 @@ def made_view(
             table.add_row("exact", Text(line))
     table.add_row("presets", _presets(size, preset_bytes))
     table.add_row("answers", _answer(verification))
-    table.add_row("run", Text(f"llama-cli -m {path}"))
+    for other, found in companions:
+        table.add_row(found.content, Text(companion_line(other, found)))
+    table.add_row("run", Text(_command(path, companions)))
     return Group(Text(), table, Text())
 
 
@@ -83,6 +88,18 @@ def exact_lines(verification: Verification) -> list[str]:
             f"base's, error 0{after if rounding else ''}",
         )
     return lines
+
+
+def _command(path: Path, companions: Sequence[tuple[Path, Companion]]) -> str:
+    """How to run it, with the files beside it."""
+    files = {found.content: other for other, found in companions}
+    if "mtp" in files:
+        mmproj = f" --mmproj {files['mmproj']}" if "mmproj" in files else ""
+        draft = f"-md {files['mtp']} --spec-type draft-mtp"
+        return f"llama-server -m {path}{mmproj} {draft}"
+    if "mmproj" in files:
+        return f"llama-mtmd-cli -m {path} --mmproj {files['mmproj']}"
+    return f"llama-cli -m {path}"
 
 
 def _others(plan: Plan) -> str:

@@ -1,0 +1,290 @@
+"""What a user tells the converter: a chat template, a pre-tokenizer, what of heads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ewq_gguf import pipeline, store
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
+from ewq_gguf.pipeline import Options, make_gguf
+from ewq_gguf.pipeline.choosing import say_heads
+from ewq_gguf.records import ModelIdentity, UniformPolicy
+from tests.checkpoints import write_llama
+from tests.families import FAMILIES, write_family
+
+pytest_plugins = ["tests.toolchain_fixtures"]
+pytestmark = [
+    pytest.mark.llamacpp,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("own_cache"),
+]
+
+POLICY = UniformPolicy(ggml_type="Q8_0")
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+
+
+class Notes(pipeline.Silent):
+    """Progress that keeps what it was told."""
+
+    def __init__(self):
+        self.texts = []
+
+    def note(self, text):
+        self.texts.append(text)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+
+def made(model: Path, out: Path, notes: Notes | None = None, **options):
+    """A file of a model, not loaded."""
+    return make_gguf(
+        str(model),
+        out,
+        POLICY,
+        options=Options(load=False, **options),
+        progress=notes or Notes(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Plans are written where the command runs."""
+    monkeypatch.chdir(tmp_path)
+
+
+def converted(model: Path, out: Path, toolchain, **options) -> str:
+    """What is said while a model is converted."""
+    notes, chosen = Notes(), Options(load=False, **options)
+    checkpoint = pipeline.open_model(str(model), options=chosen, progress=notes)
+    pipeline.convert_model(
+        checkpoint, toolchain, out, "BF16", options=chosen, progress=notes
+    )
+    return notes.text
+
+
+# Chat templates.
+
+
+def test_a_missing_chat_template_is_said_and_a_gguf_source_takes_none(
+    toolchain, tmp_path
+):
+    out, template = tmp_path / "o.gguf", tmp_path / "mine.jinja"
+    template.write_text(TEMPLATE)
+
+    said = converted(write_llama(tmp_path / "model"), out, toolchain)
+
+    assert "has no chat template, as the model has none" in said
+    assert "--chat-template FILE" in said
+    options = Options(chat_template=template, pre="qwen2")
+    with pytest.raises(UsageError, match="--chat-template and --pre"):
+        pipeline.open_model(str(out), options=options)
+
+
+def test_a_chosen_chat_template_stands_before_every_other(toolchain, tmp_path):
+    model, out = write_llama(tmp_path / "model"), tmp_path / "o.gguf"
+    config = model / "tokenizer_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "chat_template": "of the config"}))
+    (model / "chat_template.jinja").write_text("of the file")
+    (model / "chat_template.json").write_text('{"chat_template": "of the json"}')
+    files = {path: path.read_bytes() for path in model.iterdir()}
+    template = tmp_path / "mine.jinja"
+    template.write_text(TEMPLATE)
+
+    said = converted(model, out, toolchain, chat_template=template)
+
+    assert f"chat template: {template}, in place of its own" in said
+    assert "has no chat template" not in said
+    assert read_gguf(out).kv["tokenizer.chat_template"] == TEMPLATE
+    assert {path: path.read_bytes() for path in model.iterdir()} == files
+
+
+def test_a_plan_with_a_template_is_made_again_byte_by_byte_or_asks_for_it(tmp_path):
+    model = write_llama(tmp_path / "model")
+    template = tmp_path / "mine.jinja"
+    template.write_text(TEMPLATE)
+    one = made(model, tmp_path / "one.gguf", chat_template=template)
+    options = Options(load=False, chat_template=template)
+
+    two = make_gguf(str(model), tmp_path / "two.gguf", one.plan, options=options)
+
+    assert one.plan.model.chosen == {"chat_template": store.sha256_file(template)}
+    assert two.path.read_bytes() == one.path.read_bytes()
+    with pytest.raises(InputError, match="give it with --chat-template"):
+        make_gguf(str(model), tmp_path / "three.gguf", one.plan)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{% for x in %}", "is no jinja template: line 1"),
+        (b" \n", "is empty"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"x" * (1 << 20) + b"x", "1,048,577 bytes are more than"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_is_no_chat_template_is_refused_before_any_work(content, why, tmp_path):
+    model = write_llama(tmp_path / "model")
+    template = tmp_path / "mine.jinja"
+    if content is not None:
+        template.write_bytes(content)
+
+    with pytest.raises(InputError, match=why):
+        made(model, tmp_path / "o.gguf", chat_template=template)
+
+
+# Pre-tokenizers.
+
+
+@pytest.fixture(scope="module")
+def unknown(tmp_path_factory) -> Path:
+    """A tokenizer that cuts as deepseek-coder's and has fewer merges."""
+    model = write_family(tmp_path_factory.mktemp("pre") / "model", "Qwen2")
+    path = model / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["merges"] = values["model"]["merges"][:-40]
+    path.write_text(json.dumps(values))
+    return model
+
+
+def test_an_unknown_pre_tokenizer_is_told_with_its_hash_and_the_nearest(
+    unknown, tmp_path
+):
+    with pytest.raises(UnknownPreTokenizerError) as caught:
+        made(unknown, tmp_path / "o.gguf")
+
+    assert caught.value.exit_code == 3
+    assert len(caught.value.hash) == 64
+    assert caught.value.hash in str(caught.value)
+    assert "the nearest known one is deepseek-coder: all 263 tokens" in str(
+        caught.value
+    )
+    assert "--pre deepseek-coder" in str(caught.value)
+
+
+def test_a_chosen_pre_tokenizer_goes_into_the_file_and_the_plan(unknown, tmp_path):
+    notes = Notes()
+    one = made(unknown, tmp_path / "o.gguf", notes, pre="qwen2")
+
+    assert read_gguf(one.path).kv["tokenizer.ggml.pre"] == "qwen2"
+    assert one.plan.model.chosen == {"pre": "qwen2"}
+    assert "pre-tokenizer: qwen2, as chosen" in notes.text
+    assert "pre-tokenizer qwen2: all 263 tokens" in notes.text
+    # A plan tells it by itself.
+    options = Options(load=False)
+    two = make_gguf(str(unknown), tmp_path / "p.gguf", one.plan, options=options)
+    assert two.path.read_bytes() == one.path.read_bytes()
+
+
+def test_a_name_that_llama_cpp_does_not_know_is_refused(unknown, tmp_path):
+    with pytest.raises(UsageError, match="the nearest name is qwen2"):
+        made(unknown, tmp_path / "o.gguf", pre="qwenn2")
+
+
+# Heads for further tokens.
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory) -> Path:
+    """GLM-4.5: two layers, and one that drafts."""
+    return write_family(tmp_path_factory.mktemp("mtp") / "glm", "GLM-4.5")
+
+
+def laid_out(model: Path, toolchain, mtp: str) -> tuple[set[str], str]:
+    """The names in the text model's file, and what is said of heads."""
+    notes, options = Notes(), Options(mtp=mtp)
+    checkpoint = pipeline.open_model(str(model), options=options, progress=notes)
+    layout = pipeline.layout(checkpoint, toolchain)
+    say_heads(checkpoint, layout, options, notes)
+    return {tensor.name for tensor in layout.tensors}, notes.text
+
+
+def test_heads_are_kept_dropped_or_a_file_of_their_own(glm, toolchain, tmp_path):
+    said = "34 tensors of heads for further tokens (MTP; 4.25 MB in the checkpoint) "
+    notes = Notes()
+    kept, said_of_kept = laid_out(glm, toolchain, "keep")
+    dropped, said_of_dropped = laid_out(glm, toolchain, "drop")
+    apart = make_gguf(
+        str(glm),
+        tmp_path / "o.gguf",
+        POLICY,
+        options=Options(mtp="separate"),
+        progress=notes,
+    )
+    (beside,) = apart.companions
+    drafting = {name for name in kept if name.startswith("blk.2.")}
+
+    assert f"{said}are kept" in said_of_kept
+    assert f"{said}are left out (--mtp drop)" in said_of_dropped
+    assert f"{said}become a file of their own" in notes.text
+    assert drafting
+    assert dropped == kept - drafting
+    assert {tensor.name for tensor in read_gguf(apart.path).tensors} == dropped
+    assert apart.verification.answer is not None
+    assert beside.path.name == "mtp-glm-BF16.gguf"
+    assert drafting <= {tensor.name for tensor in read_gguf(beside.path).tensors}
+    assert beside.found.n_equal == beside.found.n_tensors
+    assert beside.found.is_loaded
+
+
+def test_heads_that_config_promises_and_nobody_has_are_left_out(
+    toolchain, tmp_path, monkeypatch
+):
+    family = FAMILIES["GLM-4.5"]
+    lines = family.tensors.replace("{0..2}", "{0..1}").replace("{1..2}", "1")
+    kept = [line for line in lines.split("\n") if ".layers.2." not in line]
+    monkeypatch.setitem(FAMILIES, "headless", replace(family, tensors="\n".join(kept)))
+    model = write_family(tmp_path / "model", "headless")
+
+    said = converted(model, tmp_path / "o.gguf", toolchain)
+
+    assert "config.json promises 1 heads for further tokens" in said
+    kv = read_gguf(tmp_path / "o.gguf").kv
+    assert kv["glm4moe.block_count"] == 2
+    assert "glm4moe.nextn_predict_layers" not in kv
+
+
+def test_heads_that_the_converter_cannot_set_apart_are_said(toolchain, tmp_path):
+    model = write_family(tmp_path / "model", "DeepSeek V3")
+
+    with pytest.raises(UsageError, match="cannot write the 4 tensors"):
+        pipeline.open_model(str(model), options=Options(mtp="separate"))
+    assert "are left out (--mtp drop)" in laid_out(model, toolchain, "drop")[1]
+
+
+def test_a_model_without_heads_has_none_to_drop(tmp_path):
+    notes, options = Notes(), Options(mtp="drop")
+    model = write_llama(tmp_path / "model")
+    pipeline.open_model(str(model), options=options, progress=notes)
+
+    assert notes.text == "--mtp drop: the model has no heads to leave out"
+
+
+# What is kept of a choice.
+
+
+def test_a_model_without_a_choice_is_recorded_as_before():
+    plain = ModelIdentity(
+        name="m",
+        hub_id=None,
+        revision=None,
+        hf_architecture="LlamaForCausalLM",
+        n_layers=1,
+        files_sha256={"config.json": "0" * 64},
+        shards=(),
+    )
+    chosen = plain.model_copy(update={"chosen": {"pre": "qwen2"}})
+
+    assert "chosen" not in plain.model_dump()
+    assert chosen.model_dump()["chosen"] == {"pre": "qwen2"}
+    assert chosen.fingerprint != plain.fingerprint == chosen.as_found.fingerprint
+    assert ModelIdentity.model_validate(plain.model_dump()) == plain
