@@ -196,9 +196,10 @@ def publish(temporary: Path, path: Path) -> None:
 
 def publish_folder(work: Path, folder: Path) -> None:
     """Flush a finished folder's files to the disk and rename it to its final path."""
-    for path in work.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in work.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     work.replace(folder)
 
 

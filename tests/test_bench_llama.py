@@ -311,7 +311,7 @@ def test_memory_that_runs_out_is_said_with_what_to_do(small, said):
     for error in (llama.load_error(small, said), llama.context_error(small, said)):
         assert isinstance(error, ResourceError)
         assert "fewer layers on the devices with -ngl" in str(error)
-    assert isinstance(llama.load_error(small, "no such type\n"), VerificationError)
+    assert isinstance(llama.load_error(small, "no such type\n"), ChildError)
 
 
 @pytest.mark.fault(92)

@@ -193,7 +193,7 @@ def test_an_adapter_with_a_copied_config_names_its_base_and_what_to_do(tmp_path)
         '{"base_model_name_or_path": "org/base"}'
     )
     write_raw(tmp_path / "adapter_model.safetensors", lora())
-    with refused("is an adapter of org/base, .* `ewq gguf org/base --adapter "):
+    with refused("is a LoRA adapter of org/base, .* `ewq gguf org/base --adapter "):
         pipeline.open_model(str(tmp_path))
 
 

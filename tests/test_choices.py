@@ -95,7 +95,10 @@ def test_a_chosen_chat_template_stands_before_every_other(toolchain, tmp_path):
     config.write_text(json.dumps({**values, "chat_template": "of the config"}))
     (model / "chat_template.jinja").write_text("of the file")
     (model / "chat_template.json").write_text('{"chat_template": "of the json"}')
-    files = {path: path.read_bytes() for path in model.iterdir()}
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tool_use.jinja").write_text("of the folder")
+    paths = [path for path in model.rglob("*") if path.is_file()]
+    files = {path: path.read_bytes() for path in paths}
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE)
 
@@ -103,8 +106,10 @@ def test_a_chosen_chat_template_stands_before_every_other(toolchain, tmp_path):
 
     assert f"chat template: {template}, in place of its own" in said
     assert "has no chat template" not in said
-    assert read_gguf(out).kv["tokenizer.chat_template"] == TEMPLATE
-    assert {path: path.read_bytes() for path in model.iterdir()} == files
+    keys = read_gguf(out).kv
+    assert keys["tokenizer.chat_template"] == TEMPLATE
+    assert not any(name.startswith("tokenizer.chat_template.") for name in keys)
+    assert {path: path.read_bytes() for path in paths} == files
 
 
 def test_a_plan_with_a_template_is_made_again_byte_by_byte_or_asks_for_it(tmp_path):

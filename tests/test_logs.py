@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ewq_gguf.bench.runner import Request, bench_file
-from ewq_gguf.errors import ChildError, EwqError, VerificationError
+from ewq_gguf.errors import ChildError
 from ewq_gguf.llamacpp.calibrate import calibrate
 from ewq_gguf.llamacpp.logs import child_log, engine_reason
 from ewq_gguf.llamacpp.verify import PROMPT
@@ -96,17 +96,13 @@ def test_a_matrix_that_cannot_be_computed_is_told_so(broken, toolchain, tmp_path
 
 @pytest.mark.llamacpp
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("a tensor is missing", VerificationError), ("it aborts", ChildError)],
-)
-def test_a_bench_that_fails_is_told_in_llama_cpps_words(broken, tmp_path, name, kind):
+@pytest.mark.parametrize("name", ["a tensor is missing", "it aborts"])
+def test_a_bench_that_fails_is_told_in_llama_cpps_words(broken, tmp_path, name):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over a lazy dog " * 200)
     request = Request(tasks=("perplexity",), texts=(("t", text),), n_ctx=64)
-    with pytest.raises(EwqError) as caught:
+    with pytest.raises(ChildError) as caught:
         bench_file(broken[name], request, lambda _share, _use: None)
-    assert isinstance(caught.value, kind)
     assert WORDS[name] in caught.value.problem
 
 

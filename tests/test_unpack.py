@@ -95,6 +95,18 @@ def test_a_packed_checkpoint_is_read_as_its_exact_products(tmp_path, kind):
         np.testing.assert_array_equal(weights, values)
 
 
+def test_files_in_subfolders_come_along(tmp_path):
+    folder = tmp_path / "model"
+    made.write_packed_llama(folder, made.compressed, made.compressed_config())
+    template = "additional_chat_templates/tool_use.jinja"
+    (folder / template).parent.mkdir()
+    (folder / template).write_text("of the folder")
+
+    opened = open_checkpoint(str(folder))
+
+    assert (opened.folder / template).read_text() == "of the folder"
+
+
 def test_it_is_unpacked_once_and_again_when_it_changes(tmp_path):
     folder = tmp_path / "model"
     made.write_packed_llama(folder, made.compressed, made.compressed_config())

@@ -224,7 +224,8 @@ def _check_architecture(
     # A model for images or sounds may name its text model's architecture apart.
     text = config.get("text_config")
     named = text.get("architectures") if isinstance(text, dict) else None
-    names = {architecture, *(named[:1] if isinstance(named, list) else ())}
+    first = named[0] if isinstance(named, list) and named else None
+    names = {architecture, *([first] if isinstance(first, str) else ())}
     if supported is None or not names.isdisjoint(supported):
         return
     if match := _CLASSIFIER.search(architecture):

@@ -12,7 +12,7 @@ from ewq_gguf.errors import InputError, printable
 
 _SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"})
 #: Where the converter reads more chat templates.
-_TEMPLATES = "additional_chat_templates"
+MORE_TEMPLATES = "additional_chat_templates"
 _SUBFOLDER = re.compile(r"\w[\w.-]*")
 
 
@@ -40,7 +40,7 @@ def small_files_of(folder: Path) -> dict[str, Path]:
 
 def _subfolders(folder: Path) -> list[str]:
     """Of more chat templates, and of sentence-transformers' modules (`1_Pooling`)."""
-    return [_TEMPLATES, *(str(module["path"]) for module in _modules(folder))]
+    return [MORE_TEMPLATES, *(str(module["path"]) for module in _modules(folder))]
 
 
 def _modules(folder: Path) -> list[dict[str, Any]]:

@@ -149,6 +149,7 @@ def _write(checkpoint: Checkpoint, packing: Packing, folder: Path) -> None:
             config = without_quantisation(checkpoint.config)
             (folder / name).write_text(json.dumps(config, indent=1))
         elif name != QUANT_FILE:
+            store.ensure_dir((folder / name).parent, "scan")
             (folder / name).write_bytes(path.read_bytes())
 
 

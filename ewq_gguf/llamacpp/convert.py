@@ -27,6 +27,7 @@ from ewq_gguf.checkpoint.fp8 import (
     without_quantisation,
 )
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
+from ewq_gguf.checkpoint.small_files import MORE_TEMPLATES
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.converter import Content, content_flags, run_converter
 from ewq_gguf.llamacpp.left_out_child import VARIABLE as LEFT_OUT
@@ -350,10 +351,13 @@ def stage_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     staged.mkdir()
     told = quantisation_of(checkpoint.folder, checkpoint.config)
     in_fp8 = checkpoint.fp8 is not None or is_fp8(told)
+    has_template = "chat_template" in checkpoint.identity.chosen
     for name, path in checkpoint.small_files.items():
         (staged / name).parent.mkdir(exist_ok=True)
         if in_fp8 and name == QUANT_FILE:
             continue  # config.json says it
+        if has_template and name.startswith(f"{MORE_TEMPLATES}/"):
+            continue
         changed = None
         if path.suffix == ".json":
             changed = _changed(checkpoint, name, path, is_fp8=in_fp8)
