@@ -26,7 +26,9 @@ from ewq_gguf.checkpoint.lora.low_rank import encode, exact_product, row_norms
 from ewq_gguf.checkpoint.lora.merge import open_merged
 from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
+from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ResourceError, UsageError
+from ewq_gguf.llamacpp.quantize import export_sh
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline import Options
 from ewq_gguf.pipeline.planning import check_plan
@@ -784,6 +786,22 @@ def test_a_plan_is_for_the_merged_model_or_for_its_base(llama, tmp_path):
         check_plan(plans[1], base.identity, plans[1].weights_sha256)
     with refused(r"with 0 adapters merged \(none\), here are 1"):
         check_plan(plans[0], tuned.identity, plans[0].weights_sha256)
+
+
+def test_no_script_and_no_dry_run_makes_the_base_of_a_merged_plan(
+    llama, tmp_path, capsys
+):
+    tuned = merged(llama, write_adapter(tmp_path / "tune", GOOD))
+    plan = pipeline.plan(pipeline.scan(tuned), EwqPolicy())
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+
+    with refused("--adapter tune, .*`ewq gguf MODEL --plan PLAN --adapter DIR`"):
+        export_sh(plan)
+    assert main(["gguf", str(llama), "--plan", str(path), "--dry-run", "-q"]) == 3
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert "give the same adapters with --adapter" in found.err
 
 
 def test_a_worker_of_a_cluster_merges_for_itself(llama, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import pytest
 
 from ewq_gguf import pipeline, store
 from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
+from ewq_gguf.llamacpp.quantize import export_sh
 from ewq_gguf.pipeline import Options, make_gguf
 from ewq_gguf.pipeline.choosing import say_heads
+from ewq_gguf.process import run
 from ewq_gguf.records import ModelIdentity, UniformPolicy
 from tests.checkpoints import write_llama
 from tests.families import FAMILIES, write_family
@@ -112,7 +116,9 @@ def test_a_chosen_chat_template_stands_before_every_other(toolchain, tmp_path):
     assert {path: path.read_bytes() for path in paths} == files
 
 
-def test_a_plan_with_a_template_is_made_again_byte_by_byte_or_asks_for_it(tmp_path):
+def test_a_plan_with_a_template_is_made_again_byte_by_byte_or_asks_for_it(
+    tmp_path, capsys
+):
     model = write_llama(tmp_path / "model")
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE)
@@ -125,6 +131,16 @@ def test_a_plan_with_a_template_is_made_again_byte_by_byte_or_asks_for_it(tmp_pa
     assert two.path.read_bytes() == one.path.read_bytes()
     with pytest.raises(InputError, match="give it with --chat-template"):
         make_gguf(str(model), tmp_path / "three.gguf", one.plan)
+    with pytest.raises(InputError, match="--plan PLAN --chat-template FILE`"):
+        export_sh(one.plan)
+    dry = ["gguf", str(model), "--plan", str(one.plan_path), "--dry-run", "-q"]
+    capsys.readouterr()
+    assert main(dry) == 3
+    assert "give it with --chat-template" in capsys.readouterr().err
+    assert main([*dry, "--chat-template", str(template)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"ewq convert {model} --chat-template {template} -o base.gguf"
+    assert not any(line.startswith("ewq plan /") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +192,9 @@ def test_an_unknown_pre_tokenizer_is_told_with_its_hash_and_the_nearest(
     assert "--pre deepseek-coder" in str(caught.value)
 
 
-def test_a_chosen_pre_tokenizer_goes_into_the_file_and_the_plan(unknown, tmp_path):
+def test_a_chosen_pre_tokenizer_goes_into_the_file_and_the_plan(
+    unknown, tmp_path, capsys
+):
     notes = Notes()
     one = made(unknown, tmp_path / "o.gguf", notes, pre="qwen2")
 
@@ -188,6 +206,12 @@ def test_a_chosen_pre_tokenizer_goes_into_the_file_and_the_plan(unknown, tmp_pat
     options = Options(load=False)
     two = make_gguf(str(unknown), tmp_path / "p.gguf", one.plan, options=options)
     assert two.path.read_bytes() == one.path.read_bytes()
+    capsys.readouterr()
+    dry = ["gguf", str(unknown), "--plan", str(one.plan_path), "--dry-run", "-q"]
+    assert main(dry) == 0
+    assert f"ewq convert {unknown} --pre qwen2 -o base" in capsys.readouterr().out
+    with pytest.raises(InputError, match="with --pre qwen2, .* another file; make"):
+        export_sh(one.plan)
 
 
 def test_a_name_that_llama_cpp_does_not_know_is_refused(unknown, tmp_path):
@@ -241,6 +265,46 @@ def test_heads_are_kept_dropped_or_a_file_of_their_own(glm, toolchain, tmp_path)
     assert beside.found.is_loaded
 
 
+def test_the_script_of_a_plan_without_heads_gives_the_same_bytes(
+    glm, toolchain, tmp_path
+):
+    ours, script = made(glm, tmp_path / "ours.gguf", mtp="drop"), tmp_path / "make.sh"
+    script.write_text(export_sh(ours.plan))
+
+    run(
+        ["sh", script, glm, "theirs.gguf"],
+        stage="test",
+        log_path=tmp_path / "sh.log",
+        cwd=tmp_path,
+        env={
+            "LLAMA_CPP": str(toolchain.source_dir),
+            "LLAMA_BIN": str(toolchain.bin_dir),
+            "PYTHON": sys.executable,
+        },
+    )
+
+    theirs = tmp_path / "theirs.gguf"
+    assert theirs.stat().st_size == ours.plan.totals.file_size_bytes
+    assert theirs.read_bytes() == ours.path.read_bytes()
+
+
+def test_a_dry_run_says_what_the_converter_is_not_told(glm, tmp_path, capsys):
+    template = tmp_path / "mine.jinja"
+    template.write_text(TEMPLATE)
+    said = {}
+    for mtp in ("keep", "drop", "separate"):
+        args = ["convert", str(glm), "--mtp", mtp, "--chat-template", str(template)]
+        assert main([*args, "--dry-run", "-q"]) == 0
+        said[mtp] = capsys.readouterr().out
+        told = f"# the converter has no option for --chat-template {template}\n"
+        assert said[mtp].startswith(told)
+
+    beside = "# and again with --mtp for what goes beside it"
+    assert said["separate"].endswith(f" --no-nextn\n{beside}\n")
+    assert said["drop"].endswith(" --no-nextn\n")
+    assert "again" not in said["keep"]
+
+
 def test_heads_that_config_promises_and_nobody_has_are_left_out(
     toolchain, tmp_path, monkeypatch
 ):
@@ -256,6 +320,13 @@ def test_heads_that_config_promises_and_nobody_has_are_left_out(
     kv = read_gguf(tmp_path / "o.gguf").kv
     assert kv["glm4moe.block_count"] == 2
     assert "glm4moe.nextn_predict_layers" not in kv
+    # A plan tells it again as --mtp drop.
+    kept, dropped, apart = (
+        pipeline.open_model(str(model), options=Options(mtp=mtp)).identity
+        for mtp in ("keep", "drop", "separate")
+    )
+    assert kept.chosen == {"mtp": "drop"}
+    assert kept == dropped == apart
 
 
 def test_heads_that_the_converter_cannot_set_apart_are_said(toolchain, tmp_path):

@@ -383,6 +383,34 @@ def test_no_lattice_plans_such_matrices_like_any_others(base, tmp_path, capsys):
     assert [bool(exact_names(plan)) for plan in plans] == [True, False]
 
 
+def test_a_dry_run_names_the_command_that_keeps_them(base, tmp_path, capsys):
+    path, _, _ = base
+    policy = ["--policy", "uniform:Q8_0"]
+    dry = ["gguf", str(path), "--dry-run", "-q"]
+    plan = str(tmp_path / "plan.json")
+    assert main(["plan", str(path), *policy, "-o", plan, "-q"]) == 0
+    capsys.readouterr()
+
+    assert main([*dry, *policy]) == 0
+    kept = capsys.readouterr().out
+    assert main([*dry, "--plan", plan]) == 0
+    planned = capsys.readouterr().out
+    assert main([*dry, *policy, "--no-lattice"]) == 0
+    plain = capsys.readouterr().out
+    assert main(["quantize", plan, str(path), "-o", "o.gguf", "--dry-run"]) == 0
+    alone = capsys.readouterr().out
+    assert main([*dry, "--plan", plan, "--no-lattice"]) == 2
+
+    assert "--no-lattice is in the plan already" in capsys.readouterr().err
+    assert kept.endswith(f".json {path} -o out.gguf\n")
+    assert planned.endswith(f"\newq quantize {plan} {path} -o out.gguf\n")
+    for text in (kept, planned, alone):
+        assert "# 6 matrices that are quantised already are exact only as" in text
+    assert " --policy uniform:Q8_0 --no-lattice -o " in plain
+    assert "# 6 matrices" not in plain
+    assert "llama-quantize --tensor-type-file" in plain
+
+
 def test_people_are_told_what_is_exact_and_what_is_not():
     right = Exactness(n_wrong=0, max_error=0.0, max_rounding=0.0)
     rounded = Exactness(n_wrong=0, max_error=0.0, max_rounding=1e-5)

@@ -208,6 +208,16 @@ def explicit(names: Iterable[str]) -> list[str]:
     ]
 
 
+def chosen_options(options: Options, names: Iterable[str] = CHOICES) -> list[str]:
+    """Those of a run's choices that are not the defaults, each as a shell takes it."""
+    default = Options()
+    return [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name in names
+        if (value := getattr(options, name)) != getattr(default, name)
+    ]
+
+
 def imatrix_link(path: Path) -> str:
     """The shell command that gives an importance matrix its name in every file."""
     return shlex.join(["ln", "-s", str(path), IMATRIX_FILE])

@@ -13,6 +13,7 @@ from ewq_gguf.cli.common import (
     BarProgress,
     adapter_option,
     choice_options,
+    chosen_options,
     force_option,
     llama_cpp_option,
     mmproj_option,
@@ -68,11 +69,11 @@ def convert(
     if dry_run:
         flags = content_flags(checkpoint, "text")
         argv = convert_argv(toolchain, checkpoint.folder, name, kind, out, flags)
-        if options.pre:
-            click.echo(f"# the converter has no option for --pre {options.pre}")
+        for option in chosen_options(options, ("chat_template", "pre")):
+            click.echo(f"# the converter has no option for {option}")
         click.echo(shlex.join(["python3", *argv]))
-        if pipeline.needs_companions(checkpoint, options):
-            click.echo("# and again with --mmproj or --mtp for what goes beside it")
+        for content in pipeline.companion_contents(checkpoint, options):
+            click.echo(f"# and again with --{content} for what goes beside it")
         return
     store.check_writable(out, "convert")
     if not checkpoint.is_mapped_by_name:  # whether it is whole, before the long work

@@ -16,6 +16,7 @@ from ewq_gguf.cli.common import (
     BarProgress,
     adapter_option,
     choice_options,
+    chosen_options,
     console,
     explicit,
     force_option,
@@ -39,12 +40,15 @@ from ewq_gguf.cli.policy import (
     policy_options,
     raw_type_of,
 )
-from ewq_gguf.llamacpp.imatrix import check_imatrix
-from ewq_gguf.llamacpp.quantize import quantize_argv
+from ewq_gguf.llamacpp.quantize import exact_comment, quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.records import OptimalPolicy, Plan, RulePolicy, load_record
 from ewq_gguf.report.made_view import made_view
+
+#: What `ewq convert` and `ewq plan` are told too, beside the policy.
+_CONVERTING = (*CHOICES, "mmproj")
+_PLANNING = ("no_lattice", "allow_nonfinite", "llama_cpp")
 
 
 @click.command()
@@ -80,7 +84,7 @@ def gguf(
     What is there already and still valid is used again. Prints the file's path.
     """
     progress = BarProgress(quiet=values["quiet"])
-    if plan_path and (given := explicit(POLICY_OPTIONS)):
+    if plan_path and (given := explicit((*POLICY_OPTIONS, "no_lattice"))):
         raise click.BadParameter(f"{given[0]} is in the plan already; give one of them")
     policy = load_record(Plan, plan_path, "gguf") if plan_path else policy_of(values)
     options = options_of(values)
@@ -122,55 +126,83 @@ def _dry_run(
     progress: BarProgress,
 ) -> str:
     """The commands that do the same, for a shell; the plan is made to show its size."""
-    plan, typed = policy, ""
-    if isinstance(plan, Plan):
-        check_imatrix(plan, options.imatrix)
-    else:
-        typed = _typed((*POLICY_OPTIONS, *CHOICES, "imatrix"))
-        context = click.get_current_context()
+    if isinstance(policy, Plan):
+        plan, path = policy, str(plan_path)
+        options = pipeline.as_planned(options, plan, progress)
         checkpoint = pipeline.open_model(model, options=options, progress=progress)
-        if isinstance(plan, OptimalPolicy):
+        pipeline.check_weights(plan, checkpoint, options=options, progress=progress)
+        lines = _making_base(model, plan, options)
+    else:
+        given = options
+        checkpoint = pipeline.open_model(model, options=options, progress=progress)
+        if isinstance(policy, OptimalPolicy):
             options = with_imatrix(checkpoint, options, progress)
+        context = click.get_current_context()
         plan = pipeline.plan(
             checkpoint,
-            plan,
+            policy,
             raw_type=raw_type_of(context.params),
             budget=ask_of(context.params),
             options=options,
             progress=progress,
         )
-    path = str(plan_path or pipeline.plan_file(plan))
+        path = str(pipeline.plan_file(plan))
+        typed = _typed((*POLICY_OPTIONS, *CHOICES, "imatrix", *_PLANNING))
+        lines = [
+            *_making_base(model, plan, given),
+            f"ewq plan {_quoted(model, given)}{typed} -o {shlex.quote(path)}",
+        ]
+    return "\n".join([*lines, *_making_file(model, out, plan, path, options)])
+
+
+def _quoted(model: str, options: pipeline.Options) -> str:
+    """The model and its adapters, for a shell."""
+    return shlex.join([model, *(f"--adapter={a}" for a in options.adapters)])
+
+
+def _making_base(model: str, plan: Plan, options: pipeline.Options) -> list[str]:
+    """What is made, and the command that makes its base GGUF where it is none."""
+    totals = plan.totals
+    size = f"# {totals.file_size_bytes} bytes, {totals.bpw:.3f} bits per weight"
+    if plan.model.is_gguf:
+        return [size]
+    chosen = "".join(f" {each}" for each in chosen_options(options, _CONVERTING))
+    typed = _typed(("llama_cpp", "no_load"))
+    return [size, f"ewq convert {_quoted(model, options)}{chosen}{typed} -o base.gguf"]
+
+
+def _making_file(
+    model: str, out: Path | None, plan: Plan, path: str, options: pipeline.Options
+) -> list[str]:
+    """The commands from a plan and its base to the file."""
+    base = model if plan.model.is_gguf else "base.gguf"
+    to = str(out or "out.gguf")
+    if any(tensor.is_exact for tensor in plan.tensors):
+        imatrix = ["--imatrix", str(options.imatrix)] if plan.imatrix else []
+        command = shlex.join(["ewq", "quantize", path, base, "-o", to, *imatrix])
+        typed = _typed(("threads", "llama_cpp", "no_load"))
+        return [*exact_comment(plan).splitlines(), f"{command}{typed}"]
     argv = quantize_argv(
         plan,
         find_toolchain(options.llama_cpp).tool("llama-quantize"),
-        base=model if plan.model.is_gguf else "base.gguf",
+        base=base,
         types="tensor-types.txt",
-        out=str(out or "out.gguf"),
+        out=to,
         n_threads=options.n_threads,
     )
-    quoted = shlex.join([model, *(f"--adapter={a}" for a in options.adapters)])
-    link = [imatrix_link(options.imatrix)] if options.imatrix else []
-    lines = [
-        f"# {plan.totals.file_size_bytes} bytes, {plan.totals.bpw:.3f} bits per weight",
-        f"ewq convert {quoted}{_typed((*CHOICES, 'mmproj'))} -o base.gguf",
-        f"ewq plan {quoted}{typed} -o {shlex.quote(path)}",
+    return [
         f"ewq plan export {shlex.quote(path)} --format tensor-type-file "
         "-o tensor-types.txt",
-        *link,
+        *([imatrix_link(options.imatrix)] if plan.imatrix and options.imatrix else []),
         shlex.join(argv),
     ]
-    if isinstance(policy, Plan):
-        del lines[2]
-    if plan.model.is_gguf:
-        del lines[1]
-    return "\n".join(lines)
 
 
 def _typed(names: Iterable[str]) -> str:
     """Those of some options that were given, as they are typed."""
     params = click.get_current_context().params
     return "".join(
-        f" {name} {shlex.quote(str(value))}"
+        f" {name}" if value is True else f" {name} {shlex.quote(str(value))}"
         for name in explicit(names)
         for value in _each(params[name[2:].replace("-", "_")])
     )

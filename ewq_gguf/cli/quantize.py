@@ -23,8 +23,8 @@ from ewq_gguf.cli.common import (
     threads_option,
 )
 from ewq_gguf.llamacpp.imatrix import check_imatrix
+from ewq_gguf.llamacpp.quantize import exact_comment, quantize_argv
 from ewq_gguf.llamacpp.quantize import quantize as quantize_plan
-from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, load_record
@@ -72,7 +72,7 @@ def quantize(
         click.echo(f"{export} --format tensor-type-file -o tensor-types.txt")
         if options.imatrix:
             click.echo(imatrix_link(options.imatrix))
-        click.echo(shlex.join(argv))
+        click.echo(f"{exact_comment(record)}{shlex.join(argv)}")
         return
     store.check_writable(out, "quantize")
     if out.exists() and not options.force:

@@ -13,6 +13,7 @@ from ewq_gguf.llamacpp.converter_words import converter_error, converter_warning
 from ewq_gguf.llamacpp.pre_child import VARIABLE as PRE_VARIABLE
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import run
+from ewq_gguf.records import ModelIdentity
 
 #: The converter must not reach the network nor import from the working folder, which
 #: may be the checkpoint's own.
@@ -43,9 +44,12 @@ class UnknownPreTokenizerError(InputError):
 
 def content_flags(checkpoint: Checkpoint, content: Content) -> list[str]:
     """The converter's options for what it is to write of a checkpoint."""
-    if content != "text":
-        return [f"--{content}"]
-    return ["--no-nextn"] if checkpoint.identity.chosen.get("mtp") == "drop" else []
+    return [f"--{content}"] if content != "text" else text_flags(checkpoint.identity)
+
+
+def text_flags(model: ModelIdentity) -> list[str]:
+    """The converter's options for the text model's file."""
+    return ["--no-nextn"] if model.chosen.get("mtp") == "drop" else []
 
 
 def run_converter(

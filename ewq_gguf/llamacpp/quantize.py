@@ -24,6 +24,7 @@ from ewq_gguf.errors import (
     VerificationError,
     printable,
 )
+from ewq_gguf.llamacpp.converter import text_flags
 from ewq_gguf.llamacpp.exact import write_exactly
 from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.logs import child_log
@@ -249,9 +250,11 @@ def export_sh(plan: Plan) -> str:
     nothing is converted.
 
     Raises:
-        InputError: the plan contradicts itself.
+        InputError: the plan contradicts itself, or the converter alone cannot make its
+            base.
     """
     types = tensor_types(plan)
+    _check_scriptable(plan)
     argv = quantize_argv(
         plan,
         '"$quantize"',
@@ -267,14 +270,7 @@ def export_sh(plan: Plan) -> str:
         else ("FOLDER", _convert_sh(plan))
     )
     usage = f"{source} OUT{' IMATRIX' if plan.imatrix else ''}"
-    title = printable(plan.model.name)
-    n_exact = sum(tensor.is_exact for tensor in plan.tensors)
-    exact = (
-        f"# {n_exact} matrices that are quantised already are exact only as\n"
-        "# `ewq quantize` writes them: llama-quantize alone moves their weights\n"
-        if n_exact
-        else ""
-    )
+    title, exact = printable(plan.model.name), exact_comment(plan)
     return f"""#!/bin/sh
 # {title}, policy {plan.policy.name}: {plan.totals.file_size_bytes} bytes
 {exact}# usage: LLAMA_CPP=SOURCE [LLAMA_BIN=BIN] [PYTHON=python3] sh {title}.sh {usage}
@@ -295,6 +291,42 @@ cd "$work"
 """
 
 
+def exact_comment(plan: Plan) -> str:
+    """Lines for a shell on the tensors that llama-quantize alone would not keep."""
+    n_exact = sum(tensor.is_exact for tensor in plan.tensors)
+    return (
+        f"# {n_exact} matrices that are quantised already are exact only as\n"
+        "# `ewq quantize` writes them: llama-quantize alone moves their weights\n"
+        if n_exact
+        else ""
+    )
+
+
+def _check_scriptable(plan: Plan) -> None:
+    """Refuse a plan whose base llama.cpp's converter does not make by itself.
+
+    Raises:
+        InputError: adapters are merged first, or the converter has no option for what
+            was chosen.
+    """
+    model = plan.model
+    needs = [f"--adapter {adapter.name}" for adapter in model.adapters]
+    again = ["--adapter DIR"] * len(needs)
+    if "chat_template" in model.chosen:
+        needs.append("--chat-template")
+        again.append("--chat-template FILE")
+    if "pre" in model.chosen:  # the plan tells it to `ewq gguf`
+        needs.append(f"--pre {model.chosen['pre']}")
+    if needs:
+        raise InputError(
+            "plan",
+            model.name,
+            f"is planned with {', '.join(needs)}, which llama.cpp's converter has no "
+            "option for: a script would make another file",
+            f"make the file with `{' '.join(['ewq gguf MODEL --plan PLAN', *again])}`",
+        )
+
+
 def _imatrix_sh(plan: Plan) -> str:
     """The lines of the script that check and place the importance matrix."""
     if plan.imatrix is None:
@@ -310,11 +342,12 @@ def _convert_sh(plan: Plan) -> str:
     """The lines of the script that make the base GGUF."""
     outtype = plan_outtype(plan).lower()
     name = shlex.quote(plan.model.name)
+    flags = "".join(f" {flag}" for flag in text_flags(plan.model))
     return f"""mkdir "$work"/{name}
 ln -s "$(cd "$1" && pwd)"/* "$work"/{name}/
 "${{PYTHON:-python3}}" "$LLAMA_CPP/convert_hf_to_gguf.py" "$work"/{name} \\
   --outfile "$work/{_BASE}" --outtype {outtype} \\
-  --model-name={name}
+  --model-name={name}{flags}
 """
 
 

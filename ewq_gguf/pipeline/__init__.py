@@ -9,7 +9,8 @@ run does only what changed.
 from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
 from ewq_gguf.pipeline.calibrating import make_imatrix
-from ewq_gguf.pipeline.companions import needs_companions
+from ewq_gguf.pipeline.choosing import as_planned
+from ewq_gguf.pipeline.companions import companion_contents
 from ewq_gguf.pipeline.comparing import Wanted, compare
 from ewq_gguf.pipeline.converting import convert_model
 from ewq_gguf.pipeline.importing import import_plan
@@ -23,6 +24,7 @@ from ewq_gguf.pipeline.options import SILENT, Options, Progress, Silent
 from ewq_gguf.pipeline.planning import (
     check_layout,
     check_plan,
+    check_weights,
     machine_budget,
     measured,
     plan,
@@ -46,6 +48,9 @@ __all__ = [
     "check_layout",
     "check_plan",
     "check_presets",
+    "check_weights",
+    "as_planned",
+    "companion_contents",
     "compare",
     "convert_model",
     "for_transformers",
@@ -53,7 +58,6 @@ __all__ = [
     "layout",
     "layout_bytes",
     "machine_budget",
-    "needs_companions",
     "make_gguf",
     "make_imatrix",
     "measured",

@@ -21,10 +21,12 @@ from ewq_gguf.checkpoint.heads import n_promised as promised_heads
 from ewq_gguf.errors import EwqError, InputError, UsageError
 from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
 from ewq_gguf.llamacpp.heads import can_leave_heads_out
+from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.pretokenizer import check_name, fits
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load
 from ewq_gguf.pipeline.options import Options, Progress
+from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Layout, Plan
 from ewq_gguf.report.text import size_text
 
@@ -72,12 +74,16 @@ def with_choices(
     return replace(checkpoint, identity=identity, small_files=files, opened="")
 
 
-def as_planned(options: Options, plan: Plan) -> Options:
-    """The options with what a plan was made with; only a file has to be given again.
+def as_planned(options: Options, plan: Plan, progress: Progress) -> Options:
+    """The options with what a plan was made with; only files have to be given again.
 
     Raises:
-        InputError: the plan's chat template is not given.
+        InputError: the plan contradicts itself, or its chat template or importance
+            matrix is not given.
     """
+    check_sound(plan)
+    if note := check_imatrix(plan, options.imatrix):
+        progress.note(note)
     chosen = plan.model.chosen
     if "chat_template" in chosen and options.chat_template is None:
         raise InputError(
@@ -146,9 +152,9 @@ def _leaves_heads_out(
     """
     heads = head_tensors(checkpoint)
     n_promised = promised_heads(checkpoint.config)
-    if bool(heads) == (options.mtp == "keep") or not (heads or n_promised):
-        if options.mtp != "keep":
-            progress.note(f"--mtp {options.mtp}: the model has no heads to leave out")
+    if not heads and options.mtp != "keep":
+        progress.note(f"--mtp {options.mtp}: the model has no heads to leave out")
+    if (heads and options.mtp == "keep") or not (heads or n_promised):
         return False
     can = can_leave_heads_out(checkpoint, find_toolchain(options.llama_cpp))
     if not heads:

@@ -20,6 +20,7 @@ from ewq_gguf.llamacpp.companion import (
     companion_layout,
 )
 from ewq_gguf.llamacpp.convert import base_type, converter_architectures
+from ewq_gguf.llamacpp.converter import Content
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.pipeline.choosing import say_heads
 from ewq_gguf.pipeline.options import Options, Progress
@@ -48,7 +49,7 @@ def plan_companions(
         return []
     say_heads(checkpoint, laid_out, options, progress)
     layouts = []
-    if checkpoint.identity.chosen.get("mtp") and options.mtp == "separate":
+    if _sets_heads_apart(checkpoint, options):
         ggml_type = base_type(checkpoint)
         layouts.append(companion_layout(checkpoint, toolchain, "mtp", ggml_type))
     left = unused_tensors(checkpoint, laid_out)
@@ -91,6 +92,26 @@ def needs_companions(checkpoint: Checkpoint, options: Options) -> bool:
         options.mmproj not in ("auto", "none")
         or any(is_media(tensor) for _, tensor in checkpoint.tensors)
         or bool(head_tensors(checkpoint))
+    )
+
+
+def companion_contents(checkpoint: Checkpoint, options: Options) -> list[Content]:
+    """What the converter is to write beside the text model, from names alone."""
+    has_media = any(is_media(tensor) for _, tensor in checkpoint.tensors)
+    contents: list[Content] = []
+    if has_media and options.mmproj != "none":
+        contents.append("mmproj")
+    if _sets_heads_apart(checkpoint, options):
+        contents.append("mtp")
+    return contents
+
+
+def _sets_heads_apart(checkpoint: Checkpoint, options: Options) -> bool:
+    """Whether heads for further tokens become a file of their own."""
+    return (
+        options.mtp == "separate"
+        and "mtp" in checkpoint.identity.chosen
+        and bool(head_tensors(checkpoint))
     )
 
 

@@ -17,7 +17,6 @@ from ewq_gguf.llamacpp.convert import (
     base_type,
     check_is_local,
 )
-from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
@@ -35,7 +34,6 @@ from ewq_gguf.pipeline.planning import (
 from ewq_gguf.pipeline.presets import check_presets
 from ewq_gguf.pipeline.scanning import layout, open_model
 from ewq_gguf.plan.ask import Ask
-from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.naming import nearest_preset
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
@@ -103,10 +101,7 @@ def make_gguf(
     if out is not None:
         store.check_writable(out, "gguf")
     if isinstance(policy, Plan):
-        check_sound(policy)
-        if note := check_imatrix(policy, options.imatrix):
-            progress.note(note)
-        options = as_planned(options, policy)
+        options = as_planned(options, policy, progress)
     else:
         _check_policy(policy, budget, options)
     toolchain = find_toolchain(options.llama_cpp)
