@@ -321,12 +321,12 @@ def test_heads_that_config_promises_and_nobody_has_are_left_out(
     assert kv["glm4moe.block_count"] == 2
     assert "glm4moe.nextn_predict_layers" not in kv
     # A plan tells it again as --mtp drop.
-    kept, dropped, apart = (
+    found, dropped, apart = (
         pipeline.open_model(str(model), options=Options(mtp=mtp)).identity
         for mtp in ("keep", "drop", "separate")
     )
-    assert kept.chosen == {"mtp": "drop"}
-    assert kept == dropped == apart
+    assert found.chosen == {"mtp": "drop"}
+    assert found == dropped == apart
 
 
 def test_heads_that_the_converter_cannot_set_apart_are_said(toolchain, tmp_path):
