@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ewq_gguf import pipeline, store
+from ewq_gguf.bench.runner import Request
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, UsageError
@@ -17,8 +18,9 @@ from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
 from ewq_gguf.llamacpp.quantize import export_sh
 from ewq_gguf.pipeline import Options, make_gguf
 from ewq_gguf.pipeline.choosing import say_heads
+from ewq_gguf.pipeline.planning import check_plan
 from ewq_gguf.process import run
-from ewq_gguf.records import ModelIdentity, UniformPolicy
+from ewq_gguf.records import AdapterIdentity, ModelIdentity, UniformPolicy
 from tests.checkpoints import write_llama
 from tests.families import FAMILIES, write_family
 
@@ -143,6 +145,109 @@ def test_a_plan_with_a_template_is_made_again_byte_by_byte_or_asks_for_it(
     assert not any(line.startswith("ewq plan /") for line in lines)
 
 
+def test_a_plan_with_another_template_is_refused_by_its_option_though_forced(
+    tmp_path, capsys
+):
+    model = write_llama(tmp_path / "model")
+    files = [tmp_path / name for name in ("mine.jinja", "other.jinja")]
+    for path in files:
+        path.write_text(f"{TEMPLATE}{path.name}")
+    options = Options(chat_template=files[0])
+    checkpoint = pipeline.open_model(str(model), options=options)
+    plan = tmp_path / "plan.json"
+    plan.write_text(pipeline.plan(checkpoint, POLICY, options=options).to_json())
+    hashes = [store.sha256_file(path)[:12] for path in files]
+    argv = ["gguf", str(model), "--plan", str(plan), "--force", "-o", "o.gguf"]
+
+    assert main([*argv, "--chat-template", str(files[1])]) == 3
+
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"the plan was made with --chat-template {hashes[0]}, here is" in said
+    assert f"a checkpoint with --chat-template {hashes[1]}; give the same" in said
+    assert "--force" not in said
+    assert not Path("o.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("planned", "found", "why"),
+    [
+        ({}, {"pre": "qwen2"}, "without --pre, .* with --pre qwen2; leave --pre away"),
+        ({"pre": "a"}, {"pre": "b"}, "with --pre a, .* with --pre b; give the same"),
+        ({"mtp": "drop"}, {}, "with --mtp drop, .* without --mtp; give the same"),
+    ],
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_choices_that_differ_are_named_though_forced(
+    planned, found, why, force, tmp_path
+):
+    plan = pipeline.plan(pipeline.open_model(str(write_llama(tmp_path / "m"))), POLICY)
+    one, two = (
+        plan.model.model_copy(update={"chosen": chosen}) for chosen in (planned, found)
+    )
+
+    with pytest.raises(InputError, match=why):
+        check_plan(plan.model_copy(update={"model": one}), two, None, force=force)
+
+
+@pytest.mark.parametrize(
+    "choice", [("--chat-template", "mine.jinja"), ("--pre", "qwen2"), ("--mtp", "drop")]
+)
+def test_a_scan_takes_no_choice(choice, tmp_path, capsys):
+    checkpoint = pipeline.open_model(str(write_llama(tmp_path / "model")))
+    scan = tmp_path / "scan.json"
+    scan.write_text(pipeline.scan(checkpoint).to_json())
+
+    assert main(["plan", str(scan), *choice]) == 2
+    assert f"give MODEL with {choice[0]}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plan_with_choices_is_compared_and_measured_in_transformers(
+    unknown, tmp_path, monkeypatch
+):
+    template = tmp_path / "mine.jinja"
+    template.write_text(TEMPLATE)
+    options = Options(chat_template=template, pre="qwen2")
+    checkpoint = pipeline.open_model(str(unknown), options=options)
+    plan = pipeline.plan(checkpoint, POLICY, options=options)
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+
+    applied = pipeline.for_transformers(str(unknown), path).plan
+    assert applied is not None
+    assert applied.sha256 == plan.sha256
+
+    opened = []
+
+    def versions(checkpoint, *_):
+        opened.append(checkpoint.identity)
+        raise InputError("test", "versions", "are not made", "stop here")
+
+    monkeypatch.setattr("ewq_gguf.pipeline.comparing.choose_versions", versions)
+    wanted = pipeline.Wanted(
+        (pipeline.WantedPlan(plan),), (), Request(tasks=("speed",))
+    )
+    with pytest.raises(InputError, match="--chat-template"):
+        pipeline.compare(str(unknown), wanted)
+    with pytest.raises(InputError, match="stop here"):
+        pipeline.compare(str(unknown), wanted, options=Options(chat_template=template))
+    assert opened == [plan.model]
+
+
+def test_a_plan_of_merged_weights_is_not_for_a_checkpoint_in_transformers(tmp_path):
+    model = write_llama(tmp_path / "model")
+    plan = pipeline.plan(pipeline.open_model(str(model)), POLICY)
+    adapter = AdapterIdentity(
+        name="tune", hub_id=None, revision=None, config_sha256="", weights_sha256=""
+    )
+    tuned = plan.model.model_copy(update={"adapters": (adapter,)})
+    path = tmp_path / "plan.json"
+    path.write_text(plan.model_copy(update={"model": tuned}).to_json())
+
+    with pytest.raises(InputError, match=r"adapters merged \(tune\)") as caught:
+        pipeline.for_transformers(str(model), path)
+    assert "--adapter" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -190,6 +295,30 @@ def test_an_unknown_pre_tokenizer_is_told_with_its_hash_and_the_nearest(
         caught.value
     )
     assert "--pre deepseek-coder" in str(caught.value)
+
+
+@pytest.mark.parametrize("command", [["study", "sensitivity"], ["frontier"]])
+def test_a_study_names_the_nearest_pre_tokenizer_and_takes_it(
+    command, unknown, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "text.txt").write_text("a text")
+    argv = [*command, str(unknown), "--text", "t=text.txt", "-q", "-o", "s.json"]
+
+    assert main(argv) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "if it is right, give --pre deepseek-coder" in said
+
+    found = []
+
+    def measured(question, *_):
+        found.append(question.checkpoint.identity.chosen)
+        raise InputError("test", "study", "is not measured", "stop here")
+
+    for name in ("study.study_sensitivity", "frontier.study_frontier"):
+        monkeypatch.setattr(f"ewq_gguf.cli.{name}", measured)
+    more = ["--budgets", "30%"] if command == ["frontier"] else []
+    assert main([*argv, "--pre", "deepseek-coder", *more]) == 3
+    assert found == [{"pre": "deepseek-coder"}]
 
 
 def test_a_chosen_pre_tokenizer_goes_into_the_file_and_the_plan(

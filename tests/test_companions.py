@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -198,6 +199,30 @@ def test_another_file_under_the_mmprojs_name_is_not_lost(
     assert other.read_bytes() == b"somebody's"
 
 
+def test_another_file_under_the_mmprojs_name_is_found_before_any_work(
+    gemma, toolchain, tmp_path, monkeypatch
+):
+    (tmp_path / "mmproj-tiny-vlm-BF16.gguf").write_bytes(b"somebody's")
+
+    def work(*_, **__):
+        raise AssertionError("a file is made")
+
+    monkeypatch.setattr("ewq_gguf.pipeline.making.base_file", work)
+    monkeypatch.setattr("ewq_gguf.pipeline.converting.convert", work)
+
+    why = "exists and is not this checkpoint's mmproj"
+    for out in (tmp_path / "out.gguf", None):
+        with pytest.raises(UsageError, match=why):
+            make_gguf(str(gemma[0]), out, POLICY)
+    with pytest.raises(UsageError, match=why):
+        pipeline.convert_model(
+            pipeline.open_model(str(gemma[0])),
+            *(toolchain, tmp_path / "out.gguf", "BF16"),
+            options=Options(),
+        )
+    assert leftovers(tmp_path) == []
+
+
 def damaged(path: Path, name: str, out: Path) -> Path:
     """A copy with one bit of a value, or of a block's scale, turned over."""
     (tensor,) = [t for t in read_gguf(path).tensors if t.name == name]
@@ -334,6 +359,28 @@ def test_an_mmproj_of_a_model_that_only_reads_is_refused(toolchain, tmp_path):
 
     with pytest.raises(UsageError, match="no weights for images or sounds"):
         left_out(model, toolchain, mmproj="f16")
+
+
+def test_an_mmproj_of_a_gguf_is_refused_by_its_own_reason(gemma, toolchain):
+    checkpoint = pipeline.open_model(str(gemma[0]))
+    source = pipeline.base_file(checkpoint, toolchain)
+
+    with pytest.raises(UsageError, match="is a GGUF file, which is not converted"):
+        left_out(source, toolchain, mmproj="f16")
+
+
+def test_buffers_of_a_tower_are_no_tensors_for_images(gemma, toolchain, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from torch import arange
+
+    model = shutil.copytree(gemma[0], tmp_path / "tiny-vlm")
+    path, name = model / "model.safetensors", "vision_tower.vision_model.embeddings"
+    save_file({**load_file(path), f"{name}.position_ids": arange(4)[None]}, path)
+    same_text = pipeline.layout(pipeline.open_model(str(gemma[0])), toolchain)
+
+    said = left_out(model, toolchain, same_text, mmproj="none")
+
+    assert said[0].startswith(f"{N_GEMMA} tensors for images")
 
 
 def test_no_mmproj_is_said(gemma, toolchain):

@@ -13,6 +13,7 @@ from rich.console import Console
 from ewq_gguf import pipeline, store
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.cli.common import (
+    CHOICES,
     PATH,
     BarProgress,
     DefaultGroup,
@@ -206,13 +207,20 @@ def _source(
     *,
     reads_weights: bool = True,
 ) -> Checkpoint | Scan:
-    """A scan's file, or a model."""
+    """A scan's file, or a model.
+
+    Raises:
+        UsageError: a scan is given with options that only a model takes.
+    """
     path = Path(source)
     is_other_file = path.is_file() and path.suffix not in _WEIGHT_FILES
     if is_other_file or path.suffix == ".json":
         if options.adapters:
             problem = "is a scan of weights as they are"
             raise UsageError("plan", path, problem, "give MODEL with --adapter")
+        if given := explicit(CHOICES):
+            problem = "is a scan, which keeps the choices that it was made with"
+            raise UsageError("plan", path, problem, f"give MODEL with {given[0]}")
         return load_record(Scan, path, "plan")
     return pipeline.open_model(
         source, reads_weights=reads_weights, options=options, progress=progress

@@ -17,6 +17,7 @@ from ewq_gguf.cli.common import (
     adapter_option,
     all_of,
     bins_option,
+    choice_options,
     epsilon_option,
     force_option,
     imatrix_option,
@@ -44,6 +45,7 @@ from ewq_gguf.report.study_view import study_view
 study_options = all_of(
     (
         adapter_option,
+        choice_options,
         click.option(
             "--text",
             metavar="NAME=FILE",

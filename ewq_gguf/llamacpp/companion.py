@@ -144,16 +144,7 @@ def verify_companion(
     Raises:
         VerificationError: it is something else.
     """
-    gguf = read_gguf(path)
-    with path.open("rb") as file:
-        is_same = file.read(gguf.data_offset) == layout.header
-    if not is_same:
-        raise VerificationError(
-            "verify",
-            path,
-            "its header is not the one that this checkpoint's file has",
-            "use --force to replace it, or another -o",
-        )
+    gguf = check_header(layout, path)
     equal = check_all(checkpoint, path, gguf.tensors, layout.sources, layout.computed)
     seen: dict[str, Any] = {}
     if text_model is not None and can_look():
@@ -175,6 +166,25 @@ def verify_companion(
         embedded=seen.get("embedded"),
         answer=seen.get("answer"),
     )
+
+
+def check_header(layout: CompanionLayout, path: Path) -> GgufFile:
+    """Compare a companion's header with its layout; no value is read.
+
+    Raises:
+        InputError, VerificationError: it is no GGUF file, or has another header.
+    """
+    gguf = read_gguf(path)
+    with path.open("rb") as file:
+        is_same = file.read(gguf.data_offset) == layout.header
+    if not is_same:
+        raise VerificationError(
+            "verify",
+            path,
+            "its header is not the one that this checkpoint's file has",
+            "use --force to replace it, or another -o",
+        )
+    return gguf
 
 
 def can_look() -> bool:

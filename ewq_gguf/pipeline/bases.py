@@ -10,6 +10,7 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.llamacpp.convert import base_type, convert
 from ewq_gguf.llamacpp.toolchain import Toolchain
+from ewq_gguf.pipeline.choosing import naming_the_nearest
 from ewq_gguf.pipeline.options import SILENT, Progress
 from ewq_gguf.pipeline.overflow import check_base
 
@@ -31,7 +32,10 @@ def base_file(
     with store.locked(path, stage="convert", wait=True):
         if not _is_sound(path):
             check_base(checkpoint, toolchain, outtype)
-            with progress.stage("convert") as share:
+            with (
+                naming_the_nearest(checkpoint, toolchain, progress),
+                progress.stage("convert") as share,
+            ):
                 convert(checkpoint, toolchain, path, outtype=outtype, on_progress=share)
     return path
 

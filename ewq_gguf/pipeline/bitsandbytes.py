@@ -13,6 +13,7 @@ from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.pipeline.choosing import with_planned_tensors
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.planning import check_plan, policy_measures
 from ewq_gguf.pipeline.scanning import layout, open_model, scan
@@ -68,12 +69,24 @@ def for_transformers(
         return ForTransformers(name, checkpoint.folder, None)
     record = load_record(Plan, plan_path, STAGE)
     check_sound(record)
+    if record.model.adapters and not options.force:
+        names = ", ".join(adapter.name for adapter in record.model.adapters)
+        raise InputError(
+            STAGE,
+            plan_path,
+            f"is for weights with adapters merged ({names}), which {model} has not",
+            "save the merged model as a folder and plan that, or measure the plan's "
+            "GGUF without --backend bnb",
+        )
+    checkpoint = with_planned_tensors(checkpoint, record)
     weights = None
     if record.weights_sha256 is not None:
         measures = policy_measures(record.policy)
         scanned = scan(checkpoint, measures, options=options, progress=progress)
         weights = scanned.weights_sha256
-    check_plan(record, checkpoint.identity, weights, force=options.force)
+    # Transformers has the model's own template and tokenizer whatever the plan's are.
+    as_found = record.model_copy(update={"model": record.model.as_found})
+    check_plan(as_found, checkpoint.identity.as_found, weights, force=options.force)
     laid_out = None
     if not checkpoint.is_mapped_by_name:
         laid_out = layout(checkpoint, find_toolchain(options.llama_cpp), progress)

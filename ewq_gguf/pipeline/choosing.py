@@ -87,7 +87,7 @@ def as_planned(options: Options, plan: Plan, progress: Progress) -> Options:
     chosen = plan.model.chosen
     if "chat_template" in chosen and options.chat_template is None:
         raise InputError(
-            "gguf",
+            "plan",
             plan.model.name,
             "the plan was made with a chat template of SHA-256 "
             f"{chosen['chat_template'][:12]}",
@@ -98,6 +98,13 @@ def as_planned(options: Options, plan: Plan, progress: Progress) -> Options:
         pre=options.pre or chosen.get("pre"),
         mtp="drop" if options.mtp == "keep" and "mtp" in chosen else options.mtp,
     )
+
+
+def with_planned_tensors(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """The checkpoint with a plan's choices, but for a template, which has no tensor."""
+    chosen = {k: v for k, v in plan.model.chosen.items() if k != "chat_template"}
+    identity = checkpoint.identity.model_copy(update={"chosen": chosen})
+    return replace(checkpoint, identity=identity, opened="")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ into an mmproj, or it is said that it is left out, and why.
 
 from __future__ import annotations
 
+from ewq_gguf.checkpoint.buffers import is_buffer
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.heads import head_tensors
@@ -26,7 +27,6 @@ from ewq_gguf.pipeline.choosing import say_heads
 from ewq_gguf.pipeline.options import Options, Progress
 from ewq_gguf.records import Layout
 from ewq_gguf.report.companion_view import described
-from ewq_gguf.tensor_names import is_dropped
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -45,7 +45,13 @@ def plan_companions(
         InputError, ChildError: one was asked for, and the converter refuses it.
     """
     if checkpoint.identity.is_gguf:
-        _check_nothing_asked(options)
+        if _is_asked(options):
+            raise UsageError(
+                "convert",
+                f"--mmproj {options.mmproj}",
+                f"{checkpoint.folder} is a GGUF file, which is not converted",
+                "give the checkpoint that it was made from",
+            )
         return []
     say_heads(checkpoint, laid_out, options, progress)
     layouts = []
@@ -89,7 +95,7 @@ def _mmproj(
 def needs_companions(checkpoint: Checkpoint, options: Options) -> bool:
     """Whether something may go beside the text model, from names alone."""
     return (
-        options.mmproj not in ("auto", "none")
+        _is_asked(options)
         or any(is_media(tensor) for _, tensor in checkpoint.tensors)
         or bool(head_tensors(checkpoint))
     )
@@ -116,13 +122,18 @@ def _sets_heads_apart(checkpoint: Checkpoint, options: Options) -> bool:
 
 
 def unused_tensors(checkpoint: Checkpoint, laid_out: Layout) -> list[TensorHeader]:
-    """The checkpoint's tensors that the text model's file has no use for."""
+    """The checkpoint's weights that the text model's file has no use for."""
     used = {s.hf_name for tensor in laid_out.tensors for s in tensor.sources}
     return [
         tensor
         for _, tensor in checkpoint.tensors
-        if tensor.name not in used and not is_dropped(tensor.name)
+        if tensor.name not in used and not is_buffer(tensor)
     ]
+
+
+def _is_asked(options: Options) -> bool:
+    """Whether an mmproj has to be made, or the run fails."""
+    return options.mmproj not in ("auto", "none")
 
 
 def _check_nothing_asked(options: Options) -> None:
@@ -131,7 +142,7 @@ def _check_nothing_asked(options: Options) -> None:
     Raises:
         UsageError: one was asked for.
     """
-    if options.mmproj not in ("auto", "none"):
+    if _is_asked(options):
         raise UsageError(
             "convert",
             f"--mmproj {options.mmproj}",

@@ -19,11 +19,12 @@ from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.calibrating import with_imatrix
+from ewq_gguf.pipeline.choosing import as_planned
 from ewq_gguf.pipeline.making import planned_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.scanning import open_model
 from ewq_gguf.pipeline.versions import Version, WantedPlan, choose_versions
-from ewq_gguf.records import OptimalPolicy, Result, Speed, Task, load_record
+from ewq_gguf.records import OptimalPolicy, Plan, Result, Speed, Task, load_record
 from ewq_gguf.records.comparison import ComparedFile, Comparison, Estimate
 
 
@@ -92,6 +93,9 @@ def compare(
     wanted.request.parameters()
     check_bindings(STAGE)
     toolchain = find_toolchain(options.llama_cpp)
+    for plan in (wish.source for wish in wanted.plans):
+        if isinstance(plan, Plan):
+            options = as_planned(options, plan)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)
     if any(isinstance(one.source, OptimalPolicy) for one in wanted.plans):

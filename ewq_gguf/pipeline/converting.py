@@ -13,7 +13,7 @@ from ewq_gguf.pipeline.choosing import (
 )
 from ewq_gguf.pipeline.companions import needs_companions, plan_companions
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
-from ewq_gguf.pipeline.placing import CompanionFile, place_companions
+from ewq_gguf.pipeline.placing import CompanionFile, check_names, place_companions
 from ewq_gguf.pipeline.scanning import layout
 
 
@@ -43,6 +43,7 @@ def convert_model(
     if needs_companions(checkpoint, options):
         laid_out = layout(checkpoint, toolchain, progress)
         beside = plan_companions(checkpoint, laid_out, toolchain, options, progress)
+        check_names(checkpoint, beside, out.parent, options)
     with (
         store.locked(out, stage="convert"),
         naming_the_nearest(checkpoint, toolchain, progress),

@@ -25,7 +25,7 @@ from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.pipeline.choosing import as_planned
 from ewq_gguf.pipeline.companions import plan_companions
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
-from ewq_gguf.pipeline.placing import CompanionFile, place_companions
+from ewq_gguf.pipeline.placing import CompanionFile, check_names, place_companions
 from ewq_gguf.pipeline.planning import (
     check_weights,
     plan,
@@ -112,6 +112,7 @@ def make_gguf(
         store.check_distinct(out, inputs, "gguf")
     laid_out = layout(checkpoint, toolchain, progress)
     beside = plan_companions(checkpoint, laid_out, toolchain, options, progress)
+    check_names(checkpoint, beside, (out or Path()).parent, options)
     plan_path = None
     if isinstance(policy, Plan):
         made_plan = policy

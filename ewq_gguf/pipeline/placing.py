@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.llamacpp.companion import (
     CompanionLayout,
     can_look,
+    check_header,
     make_companion,
     verify_companion,
 )
@@ -56,6 +58,26 @@ def place_companions(
     )
 
 
+def check_names(
+    checkpoint: Checkpoint,
+    layouts: Iterable[CompanionLayout],
+    folder: Path,
+    options: Options,
+) -> None:
+    """Refuse other files under the companions' names, before any work.
+
+    Only headers are read; values are compared when the text model is there.
+
+    Raises:
+        UsageError: another file has the name of one.
+    """
+    for layout in layouts:
+        out = _companion_path(checkpoint, layout, folder)
+        if out.exists() and not options.force:
+            with _not_lost(out, layout):
+                check_header(layout, out)
+
+
 def place_companion(
     checkpoint: Checkpoint,
     toolchain: Toolchain,
@@ -66,14 +88,11 @@ def place_companion(
 ) -> CompanionFile:
     """A verified companion beside a text model, made where it is not there yet.
 
-    `mmproj-NAME-F16.gguf` is the kind of name by which llama.cpp's tools look for it.
-
     Raises:
         UsageError: another file has its name.
         EwqError: of the stage that failed.
     """
-    name = f"{layout.content}-{checkpoint.identity.name}-{layout.ggml_type}.gguf"
-    out = text_model.parent / name
+    out = _companion_path(checkpoint, layout, text_model.parent)
     looker = text_model if options.load else None
     record = _record_path(checkpoint, layout, toolchain, text_model)
     with store.locked(out, stage="convert"):
@@ -90,6 +109,14 @@ def place_companion(
                 on_progress=share,
             )
     return CompanionFile(out, _keep(record, found), False)
+
+
+def _companion_path(
+    checkpoint: Checkpoint, layout: CompanionLayout, folder: Path
+) -> Path:
+    """Such as `mmproj-NAME-F16.gguf`: llama.cpp's tools look for such names."""
+    name = f"{layout.content}-{checkpoint.identity.name}-{layout.ggml_type}.gguf"
+    return folder / name
 
 
 def _record_path(
@@ -127,8 +154,19 @@ def _existing(
         and known.file_sha256 == store.sha256_file(out)
     ):
         return known
-    try:
+    with _not_lost(out, layout):
         return verify_companion(checkpoint, layout, out, text_model=looker)
+
+
+@contextmanager
+def _not_lost(out: Path, layout: CompanionLayout) -> Iterator[None]:
+    """Leave a file alone that turns out to be another one.
+
+    Raises:
+        UsageError: in place of what was found in it.
+    """
+    try:
+        yield
     except (VerificationError, InputError) as error:
         raise UsageError(
             "convert",

@@ -342,10 +342,11 @@ def check_plan(
         plan: to be followed.
         model: that is there.
         weights_sha256: of its scan; None where the plan does not name any.
-        force: take it nevertheless.
+        force: take it nevertheless; not with other choices, of which no file of the
+            plan's size can be made.
 
     Raises:
-        InputError: adapters, files, headers or weights differ.
+        InputError: adapters, choices, files, headers or weights differ.
     """
     merged, here = ([a.weights_sha256 for a in m.adapters] for m in (plan.model, model))
     if merged != here and not force:
@@ -357,6 +358,8 @@ def check_plan(
             f"({', '.join(names) or 'none'}), here are {len(here)}",
             "give the same adapters with --adapter, in the same order, or plan again",
         )
+    if plan.model.as_found.fingerprint == model.as_found.fingerprint or force:
+        _check_chosen(plan, model)
     planned = (plan.model.fingerprint, plan.weights_sha256)
     found = (model.fingerprint, weights_sha256)
     for what, a, b in zip(("checkpoint", "weights"), planned, found, strict=True):
@@ -367,6 +370,32 @@ def check_plan(
                 f"the plan is for {what} {str(a)[:12]}, here are {str(b)[:12]}",
                 "plan again, or use --force if you know that they match",
             )
+
+
+def _check_chosen(plan: Plan, model: ModelIdentity) -> None:
+    """Refuse a plan that was made with another choice, which is named.
+
+    Raises:
+        InputError: a chat template, a pre-tokenizer or what becomes of heads differs.
+    """
+    planned, found = plan.model.chosen, model.chosen
+    for name in sorted({*planned, *found}):
+        if planned.get(name) == found.get(name):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        same = "give the same" if name in planned else f"leave {option} away"
+        raise InputError(
+            "plan",
+            plan.model.name,
+            f"the plan was made {_with_choice(option, planned.get(name))}, here is a "
+            f"checkpoint {_with_choice(option, found.get(name))}",
+            f"{same}, or plan again",
+        )
+
+
+def _with_choice(option: str, value: str | None) -> str:
+    """Such as `with --pre qwen2`; a file by the begin of its SHA-256."""
+    return f"without {option}" if value is None else f"with {option} {value[:12]}"
 
 
 def check_weights(

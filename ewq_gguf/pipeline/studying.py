@@ -21,7 +21,7 @@ from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.planning import plan, policy_measures
-from ewq_gguf.pipeline.scanning import scan
+from ewq_gguf.pipeline.scanning import layout, scan
 from ewq_gguf.pipeline.throwaway import measure_plans, types_sha256
 from ewq_gguf.plan.controls import (
     ALL_LAYERS,
@@ -192,7 +192,12 @@ def study_factor(
 
 
 def _plan(question: Question, policy: RulePolicy, raw_type: str = "auto") -> Plan:
-    """What a policy says, with nothing kept for being quantised already."""
+    """What a policy says, with nothing kept for being quantised already.
+
+    A checkpoint that cannot be converted is refused before its weights are read.
+    """
+    toolchain = find_toolchain(question.options.llama_cpp)
+    layout(question.checkpoint, toolchain, question.progress)
     return plan(
         question.checkpoint,
         policy,
