@@ -75,7 +75,7 @@ def with_choices(
 
 
 def as_planned(options: Options, plan: Plan, progress: Progress) -> Options:
-    """The options with what a plan was made with; only files have to be given again.
+    """The options for making a plan's file; only files have to be given again.
 
     Raises:
         InputError: the plan contradicts itself, or its chat template or importance
@@ -84,6 +84,15 @@ def as_planned(options: Options, plan: Plan, progress: Progress) -> Options:
     check_sound(plan)
     if note := check_imatrix(plan, options.imatrix):
         progress.note(note)
+    return with_choices(options, plan)
+
+
+def with_choices(options: Options, plan: Plan) -> Options:
+    """The options with what the converter was told for a plan.
+
+    Raises:
+        InputError: the plan's chat template is not given.
+    """
     chosen = plan.model.chosen
     if "chat_template" in chosen and options.chat_template is None:
         raise InputError(
