@@ -84,10 +84,10 @@ def as_planned(options: Options, plan: Plan, progress: Progress) -> Options:
     check_sound(plan)
     if note := check_imatrix(plan, options.imatrix):
         progress.note(note)
-    return with_choices(options, plan)
+    return chosen_as(options, plan)
 
 
-def with_choices(options: Options, plan: Plan) -> Options:
+def chosen_as(options: Options, plan: Plan) -> Options:
     """The options with what the converter was told for a plan.
 
     Raises:

@@ -19,7 +19,7 @@ from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.pipeline.bases import base_file
 from ewq_gguf.pipeline.calibrating import with_imatrix
-from ewq_gguf.pipeline.choosing import with_choices
+from ewq_gguf.pipeline.choosing import chosen_as
 from ewq_gguf.pipeline.making import planned_file
 from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.scanning import open_model
@@ -95,7 +95,7 @@ def compare(
     toolchain = find_toolchain(options.llama_cpp)
     for plan in (wish.source for wish in wanted.plans):
         if isinstance(plan, Plan):
-            options = with_choices(options, plan)
+            options = chosen_as(options, plan)
     checkpoint = open_model(model, options=options, progress=progress)
     check_is_local(checkpoint)
     if any(isinstance(one.source, OptimalPolicy) for one in wanted.plans):
