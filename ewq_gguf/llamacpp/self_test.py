@@ -98,9 +98,24 @@ def read_self_test(record: dict[str, object], backend: str) -> SelfTest | None:
         return None
 
 
-def can_test() -> bool:
-    """Whether the bindings are here, through which the build is tested."""
+def can_load() -> bool:
+    """Whether the bindings are installed."""
     return find_spec("llama_cpp") is not None
+
+
+def check_testable() -> None:
+    """Refuse where a build cannot be tested.
+
+    Raises:
+        ToolError: the bindings are missing.
+    """
+    if not can_load():
+        raise ToolError(
+            STAGE,
+            "llama-cpp-python",
+            "is not installed, and a build is tested through it",
+            "run `ewq setup`",
+        )
 
 
 def hardware_key(backend: str) -> str:
@@ -134,13 +149,7 @@ def run_self_test(
     )
     from ewq_gguf.llamacpp.tiny_models import N_VOCAB, TINY_MODELS
 
-    if not can_test():
-        raise ToolError(
-            STAGE,
-            "llama-cpp-python",
-            "is not installed, and a build is tested through it",
-            "run `ewq setup`",
-        )
+    check_testable()
     started = time.monotonic()
     hardware = hardware_key(backend)
     rng = np.random.default_rng(5)
@@ -233,7 +242,7 @@ def explain_failure(error: EwqError) -> EwqError:
     if not isinstance(error, ChildError | VerificationError):
         return error
     lib_dir = os.environ.get(LIBRARY_VARIABLE)
-    if not lib_dir or not can_test():
+    if not lib_dir or not can_load():
         return error
     record_path = Path(lib_dir).parent / RECORD_NAME
     try:

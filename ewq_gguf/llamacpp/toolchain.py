@@ -28,7 +28,8 @@ from ewq_gguf.llamacpp.build import (
 from ewq_gguf.llamacpp.repairs import Repair
 from ewq_gguf.llamacpp.self_test import (
     SelfTest,
-    can_test,
+    can_load,
+    check_testable,
     failed,
     keep_self_test,
     read_self_test,
@@ -162,7 +163,7 @@ def find_toolchain(llama_cpp: Path | None = None) -> Toolchain:
         names = ", ".join(missing)
         raise ToolError(STAGE, folder, f"{names} vanished from it", _BUILD_REMEDY)
     backend = str(record.get("backend"))
-    if read_self_test(record, backend) is None and can_test():
+    if read_self_test(record, backend) is None and can_load():
         keep_self_test(folder, record, run_self_test(folder / "bin", backend))
         record = read_record(folder) or record
     found = _our_toolchain(folder, record)
@@ -221,9 +222,7 @@ def build_toolchain(
     record = read_record(folder) if is_built(recipe) and source is not None else None
     verdict = None if record is None else read_self_test(record, backend)
     if verdict is None or not verdict.is_ok:
-        if not can_test():
-            problem = "is not installed, and a build is tested through it"
-            raise ToolError(STAGE, "llama-cpp-python", problem, "run `ewq setup`")
+        check_testable()
         with store.locked(store.cache_dir("toolchain"), stage=STAGE):
             if not is_built(recipe):
                 check_build_tools(backend)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 from ewq_gguf import store
@@ -12,6 +11,7 @@ from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import ChildError, ToolError, VerificationError, printable
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.self_test import can_load as can_load
 from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.plan.importance import file_keys
 from ewq_gguf.process import python_argv, run
@@ -72,11 +72,6 @@ def verify_file(
         answer=answer,
         exact=dict(exact or {}),
     )
-
-
-def can_load() -> bool:
-    """Whether the bindings are installed."""
-    return find_spec("llama_cpp") is not None
 
 
 def check_bindings(stage: str) -> None:
