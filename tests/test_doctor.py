@@ -10,10 +10,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from ewq_gguf.doctor import machine as machine_checks
 from ewq_gguf.llamacpp import build, source
 from ewq_gguf.llamacpp.self_test import SelfTest, hardware_key
 from ewq_gguf.llamacpp.toolchain import find_toolchain
+from tests.range_server import running
 from tests.test_toolchain import HELP
 
 TOKEN = "hf_" + "a1b2c3d4e5" * 3
@@ -119,15 +119,8 @@ def a_hub(status: int, answer: dict[str, str]) -> Iterator[str]:
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with running(Handler) as url:
+        yield url
 
 
 def ewq(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

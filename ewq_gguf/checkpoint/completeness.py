@@ -47,9 +47,10 @@ class Layers:
     """The layers of a language model, by their tensors' names.
 
     Attributes:
-        prefix: of their names: `model.layers`.
-        names: of each layer's tensors, what follows its number; experts left out.
-        experts: of each layer and list of experts: each expert's tensors.
+        prefix: what their tensors' names begin with: `model.layers`.
+        names: by layer, what follows its number in the names of its tensors;
+            experts are left out.
+        experts: by layer and list of experts, the names of each expert's tensors.
     """
 
     prefix: str
@@ -102,7 +103,7 @@ def missing_tensors(
     """What a checkpoint lacks, by its tensors' names alone.
 
     Args:
-        names: of its tensors, buffers left out.
+        names: the names of its tensors; buffers are left out.
         architecture: of config.json, or a GGUF's.
         n_layers: of the model.
         config: config.json; empty for a GGUF.
