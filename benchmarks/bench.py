@@ -19,12 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from ewq_gguf.api import base_file
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
-from ewq_gguf.pipeline import base_file
 from ewq_gguf.process import N_CPUS, run
 from ewq_gguf.records import Result
 

@@ -16,17 +16,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
 from ewq_gguf.bench.mmlu_data import Question
 from ewq_gguf.bench.mmlu_files import find_subjects
 from ewq_gguf.bench.runner import CPU_SETUP, Request
-from ewq_gguf.bench.studies import kld_difference
+from ewq_gguf.bench.statistics import kld_difference
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline.options import SILENT, Options
-from ewq_gguf.pipeline.throwaway import measure_plans, types_sha256
 from ewq_gguf.records import TextResult
 from ewq_gguf.records.scores import Letter
+from ewq_gguf.stages.candidate_files import measure_plans, types_sha256
+from ewq_gguf.stages.options import SILENT, Options
 
 PRESETS = ("Q5_K_M", "Q4_K_M", "IQ4_XS")
 N_CALIBRATION, N_JUDGED = 40, 40
@@ -49,10 +49,10 @@ def main() -> None:
         "WikiText": texts / "wikitext-2-raw" / "wiki.test.raw",
         "questions": test,
     }
-    checkpoint = pipeline.open_model("demo")
+    checkpoint = api.open_model("demo")
     matrices: dict[str, Path | None] = {"none": None}
     for name, text in calibrations.items():
-        matrices[name], importance = pipeline.make_imatrix(
+        matrices[name], importance = api.make_imatrix(
             checkpoint, calibration=text, n_chunks=N_CALIBRATION
         )
         n_chunks = importance.record.n_chunks
@@ -94,10 +94,10 @@ def _measured(
 ) -> dict[str, TextResult]:
     toolchain = find_toolchain()
     options = Options(imatrix=matrix)
-    plans = pipeline.preset_plans(checkpoint, presets=PRESETS, options=options)
+    plans = api.preset_plans(checkpoint, presets=PRESETS, options=options)
     request = Request(
         tasks=("kld",),
-        base=pipeline.base_file(checkpoint, toolchain),
+        base=api.base_file(checkpoint, toolchain),
         texts=((judge, text),),
         setup=CPU_SETUP,
         n_chunks=N_JUDGED,

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from benchmarks.results import MODEL, N_CHUNKS, Commands, machine
 from ewq_gguf import store
-from ewq_gguf.bench.comparison import compare_pair
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.experiments.comparison import compare_pair
+from ewq_gguf.experiments.comparison_record import ComparedPair, Comparison
+from ewq_gguf.experiments.study_record import Frontier, FrontierFile, Study
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
-from ewq_gguf.records import Frontier, FrontierFile, Study, load_record
-from ewq_gguf.records.comparison import ComparedPair, Comparison
+from ewq_gguf.records import load_record
 
 PAGE = Path(__file__).parents[1] / "docs" / "frontier.md"
 PRESETS = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "IQ4_XS")

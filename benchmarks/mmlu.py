@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from ewq_gguf.api import base_file
 from ewq_gguf.bench.forward import prompt_tokens
 from ewq_gguf.bench.llama import LlamaModel, LlamaScorer, Log
 from ewq_gguf.bench.mmlu import score_question
@@ -36,7 +37,6 @@ from ewq_gguf.bench.runner import CPU_SETUP
 from ewq_gguf.bench.scorer import Batch
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline import base_file
 from ewq_gguf.process import N_CPUS, run
 from ewq_gguf.records.scores import MmluOutcome
 

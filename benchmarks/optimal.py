@@ -20,7 +20,7 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.quant_error import SLOW_TYPES, quant_errors
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.plan.knapsack import select
+from ewq_gguf.optimal.allocation import select
 from ewq_gguf.process import N_CPUS
 from ewq_gguf.records.plan import TYPES
 

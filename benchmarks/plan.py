@@ -21,15 +21,16 @@ import numpy as np
 
 from benchmarks.made import SHAPE_1B, SHAPE_405B, write_checkpoint
 from benchmarks.scan import seconds
-from ewq_gguf import dataset, pipeline
+from ewq_gguf import api
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.entropy.layers import layer_scans
+from ewq_gguf.fastewq import dataset
+from ewq_gguf.fastewq.classifier import layer_features, select_layers
 from ewq_gguf.plan.ask import Ask, parse_budget
 from ewq_gguf.plan.build import make_plan
-from ewq_gguf.plan.fastewq import layer_features, select_layers
 from ewq_gguf.plan.subject import layout_tensor
 from ewq_gguf.records import (
     EwqPolicy,
@@ -65,7 +66,7 @@ def compare_ways(folder: Path) -> None:
 
     ewq = least(lambda: scan_checkpoint(checkpoint, work=Work(2)))
     fitted = least(fast)
-    whole = least(lambda: pipeline.plan(checkpoint, FastEwqPolicy()))
+    whole = least(lambda: api.plan(checkpoint, FastEwqPolicy()))
     print(
         f"{SHAPE_1B.n_layers} layers, 2.08 GB: EWQ reads every weight in {ewq:.3f} s, "
         f"FastEWQ answers in {fitted:.3f} s, {ewq / fitted:.1f} times less; its whole "
@@ -91,7 +92,7 @@ def plan_405b(folder: Path) -> None:
         for name, ask in asks.items():
             took = least(partial(make_plan, scan, policy, budget=ask))
             print(f"by {granularity:6}  {name:11}  {took:6.3f} s")
-    took = least(lambda: pipeline.plan(checkpoint, FastEwqPolicy()))
+    took = least(lambda: api.plan(checkpoint, FastEwqPolicy()))
     print(f"fastewq    no budget    {took:6.3f} s")
 
 

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.bench.comparison import estimates
 from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.experiments.comparison import estimates
+from ewq_gguf.experiments.comparison_record import ComparedFile, Comparison, Estimate
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.process import N_CPUS
 from ewq_gguf.records import Result, load_record
-from ewq_gguf.records.comparison import ComparedFile, Comparison, Estimate
 from ewq_gguf.report.text import size_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from ewq_gguf import ggml_types, pipeline
+from ewq_gguf import api, ggml_types
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.llamacpp.layout import layout_of
@@ -70,9 +70,9 @@ def make_tiny(folder: Path, cache: Path, toolchain: Toolchain, **shape) -> Tiny:
         return Tiny(
             folder,
             checkpoint,
-            pipeline.scan(checkpoint),
+            api.scan(checkpoint),
             layout_of(checkpoint, toolchain),
-            pipeline.base_file(checkpoint, toolchain),
+            api.base_file(checkpoint, toolchain),
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ewq_gguf.records import Chunk, Kld, StudyFile, TextResult
+from ewq_gguf.experiments.study_record import StudyFile
+from ewq_gguf.records import Chunk, Kld, TextResult
 
 
 def study_file(label, klds, *, types=("BF16", "Q8_0", "Q4_K"), size=1000, n_tokens=10):

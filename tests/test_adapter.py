@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
+from ewq_gguf.api import Options
 from ewq_gguf.checkpoint import cluster
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.lora.low_rank import encode, exact_product, row_norms
@@ -30,7 +31,6 @@ from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ResourceError, UsageError
 from ewq_gguf.llamacpp.quantize import export_sh
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline import Options
 from ewq_gguf.pipeline.planning import check_plan
 from ewq_gguf.records import EwqPolicy, Measures, ModelIdentity, TensorScan
 from tests.adapters import (
@@ -734,7 +734,7 @@ def test_an_adapter_alone_says_how_to_merge_it(llama, tmp_path, has_config):
     with refused(
         "is a LoRA adapter of org/base.*`ewq gguf org/base --adapter '.*tune'`"
     ):
-        pipeline.open_model(str(adapter))
+        api.open_model(str(adapter))
 
 
 def test_an_adapter_that_cannot_be_read_is_one_line(llama, tmp_path):
@@ -760,9 +760,9 @@ def test_a_model_without_adapters_has_the_record_that_it_had(llama):
 
 def test_the_scan_is_of_the_merged_weights_and_names_the_adapter(llama, tmp_path):
     adapter = write_adapter(tmp_path / "tune", GOOD)
-    before = pipeline.scan(open_checkpoint(str(llama)))
+    before = api.scan(open_checkpoint(str(llama)))
     options = Options(adapters=(str(adapter),))
-    after = pipeline.scan(pipeline.open_model(str(llama), options=options))
+    after = api.scan(api.open_model(str(llama), options=options))
     changed = [
         a.name for a, b in zip(after.tensors, before.tensors, strict=True) if a != b
     ]
@@ -778,7 +778,7 @@ def test_the_scan_is_of_the_merged_weights_and_names_the_adapter(llama, tmp_path
 def test_a_plan_is_for_the_merged_model_or_for_its_base(llama, tmp_path):
     base = open_checkpoint(str(llama))
     tuned = merged(llama, write_adapter(tmp_path / "tune", GOOD))
-    plans = [pipeline.plan(pipeline.scan(c), EwqPolicy()) for c in (base, tuned)]
+    plans = [api.plan(api.scan(c), EwqPolicy()) for c in (base, tuned)]
     check_plan(plans[1], tuned.identity, plans[1].weights_sha256)
     with refused(
         r"with 1 adapters merged \(tune\), here are 0; give the same adapters"
@@ -792,7 +792,7 @@ def test_no_script_and_no_dry_run_makes_the_base_of_a_merged_plan(
     llama, tmp_path, capsys
 ):
     tuned = merged(llama, write_adapter(tmp_path / "tune", GOOD))
-    plan = pipeline.plan(pipeline.scan(tuned), EwqPolicy())
+    plan = api.plan(api.scan(tuned), EwqPolicy())
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
 

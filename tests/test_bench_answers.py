@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from ewq_gguf.api import base_file
 from ewq_gguf.bench.job import MemoryUse, PromptsRequest
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline import base_file
 from ewq_gguf.process import run
 from ewq_gguf.records import AnswerPart, Result, load_record, read_journal
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ewq_gguf.api import base_file
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.checkpoint.gguf_file import read_gguf
@@ -29,7 +30,6 @@ from ewq_gguf.errors import (
     VerificationError,
 )
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline import base_file
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Result, load_record
 from tests.test_rpc import rpc_worker

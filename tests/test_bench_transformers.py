@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ewq_gguf.api import base_file, for_transformers, scan
+from ewq_gguf.api import plan as make_plan
 from ewq_gguf.bench import precision
 from ewq_gguf.bench.datafile import read_text
 from ewq_gguf.bench.files import identify
@@ -35,8 +37,6 @@ from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ToolError, UsageError, VerificationError
 from ewq_gguf.ggml_types import PLANNABLE
 from ewq_gguf.llamacpp.layout import layout_of
-from ewq_gguf.pipeline import base_file, for_transformers, scan
-from ewq_gguf.pipeline import plan as make_plan
 from ewq_gguf.records import BenchSetup, Result, UniformPolicy, load_record
 from tests.bench_models import Table, check_protocol
 from tests.checkpoints import write_llama

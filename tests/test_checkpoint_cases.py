@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
 from ewq_gguf.checkpoint.buffers import buffers_of
 from ewq_gguf.checkpoint.completeness import missing_tensors
 from ewq_gguf.checkpoint.files import model_name
@@ -97,7 +97,7 @@ def test_half_a_checkpoint_is_refused_with_what_is_missing(gone, message, tmp_pa
     write_llama(tmp_path, n_layers=4)
     changed(tmp_path, lambda t: {k: v for k, v in t.items() if gone not in k})
     with refused(message):
-        pipeline.open_model(str(tmp_path))
+        api.open_model(str(tmp_path))
 
 
 @needs_llamacpp
@@ -158,7 +158,7 @@ def test_an_embedding_model_needs_no_output_matrix(tmp_path):
     write_llama(tmp_path)
     changed(tmp_path, lambda t: {k: v for k, v in t.items() if "lm_head" not in k})
     (tmp_path / "modules.json").write_text("[]")
-    pipeline.open_model(str(tmp_path))
+    api.open_model(str(tmp_path))
 
 
 @needs_llamacpp
@@ -168,11 +168,11 @@ def test_llama_cpp_knows_what_names_alone_do_not(family, tmp_path, toolchain):
     write_family(tmp_path, family)
     gone = "model.layers.0.self_attn.o_proj.weight"
     changed(tmp_path, lambda t: {k: v for k, v in t.items() if k != gone})
-    checkpoint = pipeline.open_model(str(tmp_path))
+    checkpoint = api.open_model(str(tmp_path))
     with refused("would not load a GGUF of it: tensor 'blk.0.attn_output.weight' not"):
-        pipeline.layout(checkpoint, toolchain)
+        api.layout(checkpoint, toolchain)
     with refused("would not load a GGUF of it"):
-        pipeline.scan(checkpoint)
+        api.scan(checkpoint)
 
 
 # Leftovers.
@@ -194,7 +194,7 @@ def test_an_adapter_with_a_copied_config_names_its_base_and_what_to_do(tmp_path)
     )
     write_raw(tmp_path / "adapter_model.safetensors", lora())
     with refused("is a LoRA adapter of org/base, .* `ewq gguf org/base --adapter "):
-        pipeline.open_model(str(tmp_path))
+        api.open_model(str(tmp_path))
 
 
 def int8(tensors: Tensors) -> Tensors:
@@ -247,13 +247,13 @@ Q = "model.layers.0.self_attn.q_proj"
 def test_leftovers_are_called_by_their_name(change, message, tmp_path):
     changed(write_llama(tmp_path), change)
     with refused(message):
-        pipeline.open_model(str(tmp_path))
+        api.open_model(str(tmp_path))
 
 
 def test_more_layers_than_the_config_says_are_told_as_such(tmp_path):
     edit_config(write_llama(tmp_path, n_layers=4), num_hidden_layers=2)
     with refused(r"says 2 layers, the weights have 4: model.layers.2.\S+ and 17 more"):
-        pipeline.open_model(str(tmp_path))
+        api.open_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_training_runs_files_are_told_from_a_checkpoint(name, message, tmp_pat
     write_llama(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     with refused(message):
-        pipeline.open_model(str(tmp_path))
+        api.open_model(str(tmp_path))
 
 
 # Buffers.
@@ -295,17 +295,17 @@ def test_buffers_are_left_out_and_told_whoever_maps_the_names(
         changed(folder, lambda tensors: tensors | buffers())
     said: list[str] = []
 
-    class Told(pipeline.Silent):
+    class Told(api.Silent):
         def note(self, text: str) -> None:
             said.append(text)
 
-    checkpoint = pipeline.open_model(str(folder), progress=Told())
+    checkpoint = api.open_model(str(folder), progress=Told())
     names = {tensor.name for tensor in buffers_of(checkpoint)}
     assert len(names) == (2 if family == "GPT-2 with masks" else 10)
-    assert set(pipeline.scan(checkpoint).dropped) == names
+    assert set(api.scan(checkpoint).dropped) == names
     assert any(f"leaves out {len(names)} tensors of" in text for text in said)
-    base = pipeline.base_file(checkpoint, toolchain)
-    layout = pipeline.layout(checkpoint, toolchain)
+    base = api.base_file(checkpoint, toolchain)
+    layout = api.layout(checkpoint, toolchain)
     assert [t.name for t in read_gguf(base).tensors] == [t.name for t in layout.tensors]
 
 
@@ -550,7 +550,7 @@ def test_an_encoder_is_made_loaded_and_used_for_what_it_can(
     name, said, keys, encoders, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    made = pipeline.make_gguf(str(encoders / name), Path("out.gguf"))
+    made = api.make_gguf(str(encoders / name), Path("out.gguf"))
     assert made.verification.answer is not None
     assert said in made.verification.answer
     assert keys.items() <= dict(read_gguf(Path("out.gguf")).kv).items()
@@ -563,7 +563,7 @@ def test_both_sides_of_an_encoder_decoder_have_to_be_whole(side, encoders, tmp_p
     folder = Path(shutil.copytree(encoders / "t5", tmp_path / "t5"))
     changed(folder, lambda t: {k: v for k, v in t.items() if not k.startswith(side)})
     with refused(rf"{side.replace('.', '[.]')}[*] \("):
-        pipeline.open_model(str(folder))
+        api.open_model(str(folder))
 
 
 def test_modules_beyond_the_gguf_are_told_and_their_small_files_taken(encoders):
@@ -597,7 +597,7 @@ def test_a_link_in_a_subfolder_that_leaves_the_checkpoint_is_refused(tmp_path):
 def test_a_classifier_that_the_converter_has_no_place_for_is_told_as_such(tmp_path):
     edit_config(write_llama(tmp_path), architectures=["LlamaForSequenceClassification"])
     with refused("is a classifier, .* no place for its head; it takes BertForSeq"):
-        pipeline.open_model(str(tmp_path))
+        api.open_model(str(tmp_path))
 
 
 # What is asked of a model.

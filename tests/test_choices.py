@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
+from ewq_gguf.api import Options, make_gguf
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
 from ewq_gguf.llamacpp.quantize import export_sh
-from ewq_gguf.pipeline import Options, make_gguf
-from ewq_gguf.pipeline.choosing import say_heads
 from ewq_gguf.pipeline.planning import check_plan
 from ewq_gguf.process import run
 from ewq_gguf.records import AdapterIdentity, ModelIdentity, UniformPolicy
+from ewq_gguf.stages.choosing import say_heads
 from tests.checkpoints import write_llama
 from tests.families import FAMILIES, write_family
 
@@ -35,7 +35,7 @@ POLICY = UniformPolicy(ggml_type="Q8_0")
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 
 
-class Notes(pipeline.Silent):
+class Notes(api.Silent):
     """Progress that keeps what it was told."""
 
     def __init__(self):
@@ -69,8 +69,8 @@ def own_folder(tmp_path, monkeypatch):
 def converted(model: Path, out: Path, toolchain, **options) -> str:
     """What is said while a model is converted."""
     notes, chosen = Notes(), Options(load=False, **options)
-    checkpoint = pipeline.open_model(str(model), options=chosen, progress=notes)
-    pipeline.convert_model(
+    checkpoint = api.open_model(str(model), options=chosen, progress=notes)
+    api.convert_model(
         checkpoint, toolchain, out, "BF16", options=chosen, progress=notes
     )
     return notes.text
@@ -91,7 +91,7 @@ def test_a_missing_chat_template_is_said_and_a_gguf_source_takes_none(
     assert "--chat-template FILE" in said
     options = Options(chat_template=template, pre="qwen2")
     with pytest.raises(UsageError, match="--chat-template and --pre"):
-        pipeline.open_model(str(out), options=options)
+        api.open_model(str(out), options=options)
 
 
 def test_a_chosen_chat_template_stands_before_every_other(toolchain, tmp_path):
@@ -153,9 +153,9 @@ def test_a_plan_with_another_template_is_refused_by_its_option_though_forced(
     for path in files:
         path.write_text(f"{TEMPLATE}{path.name}")
     options = Options(chat_template=files[0])
-    checkpoint = pipeline.open_model(str(model), options=options)
+    checkpoint = api.open_model(str(model), options=options)
     plan = tmp_path / "plan.json"
-    plan.write_text(pipeline.plan(checkpoint, POLICY, options=options).to_json())
+    plan.write_text(api.plan(checkpoint, POLICY, options=options).to_json())
     hashes = [store.sha256_file(path)[:12] for path in files]
     argv = ["gguf", str(model), "--plan", str(plan), "--force", "-o", "o.gguf"]
 
@@ -180,7 +180,7 @@ def test_a_plan_with_another_template_is_refused_by_its_option_though_forced(
 def test_choices_that_differ_are_named_though_forced(
     planned, found, why, force, tmp_path
 ):
-    plan = pipeline.plan(pipeline.open_model(str(write_llama(tmp_path / "m"))), POLICY)
+    plan = api.plan(api.open_model(str(write_llama(tmp_path / "m"))), POLICY)
     one, two = (
         plan.model.model_copy(update={"chosen": chosen}) for chosen in (planned, found)
     )
@@ -193,9 +193,9 @@ def test_choices_that_differ_are_named_though_forced(
     "choice", [("--chat-template", "mine.jinja"), ("--pre", "qwen2"), ("--mtp", "drop")]
 )
 def test_a_scan_takes_no_choice(choice, tmp_path, capsys):
-    checkpoint = pipeline.open_model(str(write_llama(tmp_path / "model")))
+    checkpoint = api.open_model(str(write_llama(tmp_path / "model")))
     scan = tmp_path / "scan.json"
-    scan.write_text(pipeline.scan(checkpoint).to_json())
+    scan.write_text(api.scan(checkpoint).to_json())
 
     assert main(["plan", str(scan), *choice]) == 2
     assert f"give MODEL with {choice[0]}" in " ".join(capsys.readouterr().err.split())
@@ -207,12 +207,12 @@ def test_a_plan_with_choices_is_compared_and_measured_in_transformers(
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE)
     options = Options(chat_template=template, pre="qwen2")
-    checkpoint = pipeline.open_model(str(unknown), options=options)
-    plan = pipeline.plan(checkpoint, POLICY, options=options)
+    checkpoint = api.open_model(str(unknown), options=options)
+    plan = api.plan(checkpoint, POLICY, options=options)
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
 
-    applied = pipeline.for_transformers(str(unknown), path).plan
+    applied = api.for_transformers(str(unknown), path).plan
     assert applied is not None
     assert applied.sha256 == plan.sha256
 
@@ -222,20 +222,18 @@ def test_a_plan_with_choices_is_compared_and_measured_in_transformers(
         opened.append(checkpoint.identity)
         raise InputError("test", "versions", "are not made", "stop here")
 
-    monkeypatch.setattr("ewq_gguf.pipeline.comparing.choose_versions", versions)
-    wanted = pipeline.Wanted(
-        (pipeline.WantedPlan(plan),), (), Request(tasks=("speed",))
-    )
+    monkeypatch.setattr("ewq_gguf.experiments.compare.choose_versions", versions)
+    wanted = api.Wanted((api.WantedPlan(plan),), (), Request(tasks=("speed",)))
     with pytest.raises(InputError, match="--chat-template"):
-        pipeline.compare(str(unknown), wanted)
+        api.compare(str(unknown), wanted)
     with pytest.raises(InputError, match="stop here"):
-        pipeline.compare(str(unknown), wanted, options=Options(chat_template=template))
+        api.compare(str(unknown), wanted, options=Options(chat_template=template))
     assert opened == [plan.model]
 
 
 def test_a_plan_of_merged_weights_is_not_for_a_checkpoint_in_transformers(tmp_path):
     model = write_llama(tmp_path / "model")
-    plan = pipeline.plan(pipeline.open_model(str(model)), POLICY)
+    plan = api.plan(api.open_model(str(model)), POLICY)
     adapter = AdapterIdentity(
         name="tune", hub_id=None, revision=None, config_sha256="", weights_sha256=""
     )
@@ -244,7 +242,7 @@ def test_a_plan_of_merged_weights_is_not_for_a_checkpoint_in_transformers(tmp_pa
     path.write_text(plan.model_copy(update={"model": tuned}).to_json())
 
     with pytest.raises(InputError, match=r"adapters merged \(tune\)") as caught:
-        pipeline.for_transformers(str(model), path)
+        api.for_transformers(str(model), path)
     assert "--adapter" not in str(caught.value)
 
 
@@ -360,8 +358,8 @@ def glm(tmp_path_factory) -> Path:
 def laid_out(model: Path, toolchain, mtp: str) -> tuple[set[str], str]:
     """The names in the text model's file, and what is said of heads."""
     notes, options = Notes(), Options(mtp=mtp)
-    checkpoint = pipeline.open_model(str(model), options=options, progress=notes)
-    layout = pipeline.layout(checkpoint, toolchain)
+    checkpoint = api.open_model(str(model), options=options, progress=notes)
+    layout = api.layout(checkpoint, toolchain)
     say_heads(checkpoint, layout, options, notes)
     return {tensor.name for tensor in layout.tensors}, notes.text
 
@@ -451,7 +449,7 @@ def test_heads_that_config_promises_and_nobody_has_are_left_out(
     assert "glm4moe.nextn_predict_layers" not in kv
     # A plan tells it again as --mtp drop.
     found, dropped, apart = (
-        pipeline.open_model(str(model), options=Options(mtp=mtp)).identity
+        api.open_model(str(model), options=Options(mtp=mtp)).identity
         for mtp in ("keep", "drop", "separate")
     )
     assert found.chosen == {"mtp": "drop"}
@@ -462,14 +460,14 @@ def test_heads_that_the_converter_cannot_set_apart_are_said(toolchain, tmp_path)
     model = write_family(tmp_path / "model", "DeepSeek V3")
 
     with pytest.raises(UsageError, match="cannot write the 4 tensors"):
-        pipeline.open_model(str(model), options=Options(mtp="separate"))
+        api.open_model(str(model), options=Options(mtp="separate"))
     assert "are left out (--mtp drop)" in laid_out(model, toolchain, "drop")[1]
 
 
 def test_a_model_without_heads_has_none_to_drop(tmp_path):
     notes, options = Notes(), Options(mtp="drop")
     model = write_llama(tmp_path / "model")
-    pipeline.open_model(str(model), options=options, progress=notes)
+    api.open_model(str(model), options=options, progress=notes)
 
     assert notes.text == "--mtp drop: the model has no heads to leave out"
 

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf import errors, pipeline
+from ewq_gguf import api, errors
 from ewq_gguf._version import __version__
+from ewq_gguf.api import Options
 from ewq_gguf.checkpoint import cluster as ours
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import EwqError, InputError, ResourceError, ToolError
-from ewq_gguf.pipeline import Options
 from ewq_gguf.records import Layout, Measures, Scan, TensorScan
 from tests.checkpoints import write_llama
 from tests.range_server import Faults, serve
@@ -298,9 +298,9 @@ def test_what_is_known_needs_no_cluster(tiny):
 
 def test_the_cluster_has_the_local_cache(tiny):
     checkpoint = open_checkpoint(str(tiny))
-    first = pipeline.scan(checkpoint)
+    first = api.scan(checkpoint)
     options = Options(scheduler="tcp://127.0.0.1:1")
-    assert pipeline.scan(checkpoint, options=options) == first
+    assert api.scan(checkpoint, options=options) == first
 
 
 @pytest.mark.slow
@@ -345,7 +345,7 @@ def test_a_workers_error_is_the_local_one(cluster, tiny, tmp_path, capsys):
     assert "holds 1 NaN or infinite weights" in local
     assert finish(cluster.ewq(tiny, "-q")) == (3, local)
     options = Options(scheduler=cluster.address, allow_nonfinite=True)
-    found = pipeline.scan(open_checkpoint(str(tiny)), options=options)
+    found = api.scan(open_checkpoint(str(tiny)), options=options)
     assert sum(tensor.n_nonfinite for tensor in found.tensors) == 1
 
 

@@ -14,15 +14,15 @@ from rich.console import Console
 
 from ewq_gguf.cli.machines import machines_of
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.llamacpp.rpc import rpc_commands, rpc_flags
 from ewq_gguf.plan.ask import Ask
-from ewq_gguf.plan.cluster import can_place, place
-from ewq_gguf.plan.machines import check_machines, machines_of_tables, parse_machine
-from ewq_gguf.plan.memory import compute_bytes, context_bytes, kv_bytes, padded_context
 from ewq_gguf.records.layout import LayoutTensor
 from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.records.plan import PlanTensor
 from ewq_gguf.report.placement_view import placement_view
+from ewq_gguf.rpc.commands import rpc_commands, rpc_flags
+from ewq_gguf.rpc.machines import check_machines, machines_of_tables, parse_machine
+from ewq_gguf.rpc.memory import compute_bytes, context_bytes, kv_bytes, padded_context
+from ewq_gguf.rpc.placement import can_place, place
 from ewq_gguf.tensor_names import layer_idx, role
 
 #: Of the models below: 2 x 16 values a token and layer, 2 bytes each, 256 tokens.

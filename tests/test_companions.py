@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
+from ewq_gguf.api import Made, Options, make_gguf
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.llamacpp.companion import (
@@ -20,11 +21,10 @@ from ewq_gguf.llamacpp.companion import (
     make_companion,
     verify_companion,
 )
-from ewq_gguf.pipeline import Made, Options, make_gguf
-from ewq_gguf.pipeline.companions import plan_companions
-from ewq_gguf.pipeline.placing import place_companion
 from ewq_gguf.records import UniformPolicy
 from ewq_gguf.report.companion_view import companion_line
+from ewq_gguf.stages.companions import plan_companions
+from ewq_gguf.stages.placing import place_companion
 from tests import vision
 from tests.checkpoints import write_llama
 from tests.gguf_files import leftovers, using_cache
@@ -40,7 +40,7 @@ POLICY = UniformPolicy(ggml_type="Q8_0")
 N_GEMMA = 39  # tensors of the tower and its projector
 
 
-class Notes(pipeline.Silent):
+class Notes(api.Silent):
     """Progress that keeps what it was told."""
 
     def __init__(self):
@@ -71,15 +71,15 @@ def gemma(tmp_path_factory, session_cache) -> tuple[Path, Made, list[str]]:
 def gemma_layout(gemma, session_cache, toolchain) -> CompanionLayout:
     """Of its mmproj."""
     with using_cache(session_cache):
-        checkpoint = pipeline.open_model(str(gemma[0]))
+        checkpoint = api.open_model(str(gemma[0]))
         return companion_layout(checkpoint, toolchain, "mmproj", "BF16")
 
 
 def left_out(model: Path, toolchain, laid_out=None, **options) -> list[str]:
     """What is said of a checkpoint whose images go nowhere."""
     notes = Notes()
-    checkpoint = pipeline.open_model(str(model))
-    laid_out = laid_out or pipeline.layout(checkpoint, toolchain)
+    checkpoint = api.open_model(str(model))
+    laid_out = laid_out or api.layout(checkpoint, toolchain)
     chosen = Options(**options)
     assert plan_companions(checkpoint, laid_out, toolchain, chosen, notes) == []
     return notes.texts
@@ -191,7 +191,7 @@ def test_another_file_under_the_mmprojs_name_is_not_lost(
 
     with pytest.raises(UsageError, match="exists and is not this checkpoint's mmproj"):
         place_companion(
-            pipeline.open_model(str(gemma[0])),
+            api.open_model(str(gemma[0])),
             *(toolchain, gemma_layout, text),
             Options(load=False),
             Notes(),
@@ -208,15 +208,15 @@ def test_another_file_under_the_mmprojs_name_is_found_before_any_work(
         raise AssertionError("a file is made")
 
     monkeypatch.setattr("ewq_gguf.pipeline.making.base_file", work)
-    monkeypatch.setattr("ewq_gguf.pipeline.converting.convert", work)
+    monkeypatch.setattr("ewq_gguf.stages.converting.convert", work)
 
     why = "exists and is not this checkpoint's mmproj"
     for out in (tmp_path / "out.gguf", None):
         with pytest.raises(UsageError, match=why):
             make_gguf(str(gemma[0]), out, POLICY)
     with pytest.raises(UsageError, match=why):
-        pipeline.convert_model(
-            pipeline.open_model(str(gemma[0])),
+        api.convert_model(
+            api.open_model(str(gemma[0])),
             *(toolchain, tmp_path / "out.gguf", "BF16"),
             options=Options(),
         )
@@ -238,14 +238,14 @@ def test_a_value_that_is_not_the_checkpoints_is_found(gemma, gemma_layout, tmp_p
 
     with pytest.raises(VerificationError, match=f"{name} .*off by"):
         verify_companion(
-            pipeline.open_model(str(gemma[0])), gemma_layout, path, text_model=None
+            api.open_model(str(gemma[0])), gemma_layout, path, text_model=None
         )
 
 
 def test_quantised_values_are_compared_within_what_a_block_can_hold(
     gemma, toolchain, tmp_path
 ):
-    checkpoint, name = pipeline.open_model(str(gemma[0])), "v.blk.1.ffn_up.weight"
+    checkpoint, name = api.open_model(str(gemma[0])), "v.blk.1.ffn_up.weight"
     layout = companion_layout(checkpoint, toolchain, "mmproj", "Q8_0")
     path = tmp_path / "q.gguf"
 
@@ -270,16 +270,16 @@ def test_a_header_that_is_another_checkpoints_is_found(gemma, gemma_layout, tmp_
 
     with pytest.raises(VerificationError, match="header is not the one"):
         verify_companion(
-            pipeline.open_model(str(gemma[0])), gemma_layout, path, text_model=None
+            api.open_model(str(gemma[0])), gemma_layout, path, text_model=None
         )
 
 
 def test_weights_that_are_split_and_unrolled_are_compared_as_well(toolchain, tmp_path):
     """Qwen2.5-VL: one qkv makes three tensors, one 3-D convolution two."""
     model = vision.write_qwen25vl(tmp_path / "qwen")
-    checkpoint = pipeline.open_model(str(model))
+    checkpoint = api.open_model(str(model))
 
-    (beside,) = pipeline.convert_model(
+    (beside,) = api.convert_model(
         checkpoint, toolchain, tmp_path / "q.gguf", "BF16", options=Options()
     )
 
@@ -292,8 +292,8 @@ def test_a_model_that_names_its_text_models_architecture_apart_is_taken(
     toolchain, tmp_path
 ):
     model = vision.write_smolvlm(tmp_path / "smol")
-    checkpoint = pipeline.open_model(str(model))
-    laid_out = pipeline.layout(checkpoint, toolchain)
+    checkpoint = api.open_model(str(model))
+    laid_out = api.layout(checkpoint, toolchain)
 
     (layout,) = plan_companions(
         checkpoint, laid_out, toolchain, Options(mmproj="f16"), Notes()
@@ -311,7 +311,7 @@ def test_images_are_left_out_where_the_processors_file_is_missing(
     gemma, toolchain, tmp_path
 ):
     model = vision.write_gemma3(tmp_path / "m", processor=False)
-    same_text = pipeline.layout(pipeline.open_model(str(gemma[0])), toolchain)
+    same_text = api.layout(api.open_model(str(gemma[0])), toolchain)
 
     (said,) = left_out(model, toolchain, same_text)
 
@@ -330,7 +330,7 @@ def test_a_tower_under_names_that_the_converter_does_not_know_is_said(
     gemma, toolchain, tmp_path
 ):
     model = vision.write_gemma3(tmp_path / "m", prefix="model.")
-    same_text = pipeline.layout(pipeline.open_model(str(gemma[0])), toolchain)
+    same_text = api.layout(api.open_model(str(gemma[0])), toolchain)
 
     (said,) = left_out(model, toolchain, same_text)
 
@@ -362,8 +362,8 @@ def test_an_mmproj_of_a_model_that_only_reads_is_refused(toolchain, tmp_path):
 
 
 def test_an_mmproj_of_a_gguf_is_refused_by_its_own_reason(gemma, toolchain):
-    checkpoint = pipeline.open_model(str(gemma[0]))
-    source = pipeline.base_file(checkpoint, toolchain)
+    checkpoint = api.open_model(str(gemma[0]))
+    source = api.base_file(checkpoint, toolchain)
 
     with pytest.raises(UsageError, match="is a GGUF file, which is not converted"):
         left_out(source, toolchain, mmproj="f16")
@@ -376,7 +376,7 @@ def test_buffers_of_a_tower_are_no_tensors_for_images(gemma, toolchain, tmp_path
     model = shutil.copytree(gemma[0], tmp_path / "tiny-vlm")
     path, name = model / "model.safetensors", "vision_tower.vision_model.embeddings"
     save_file({**load_file(path), f"{name}.position_ids": arange(4)[None]}, path)
-    same_text = pipeline.layout(pipeline.open_model(str(gemma[0])), toolchain)
+    same_text = api.layout(api.open_model(str(gemma[0])), toolchain)
 
     said = left_out(model, toolchain, same_text, mmproj="none")
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
 from ewq_gguf.bench.statistics import paired_bootstrap
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
+from ewq_gguf.experiments.comparison_record import Comparison
 from ewq_gguf.process import run
 from ewq_gguf.records import Plan, PresetPolicy, Result, load_record
-from ewq_gguf.records.comparison import Comparison
 from tests.gguf_files import using_cache
 from tests.test_bench_llama import prose
 
@@ -110,7 +110,7 @@ def test_plans_stand_beside_the_presets_that_bracket_them(compared, tiny):
     assert rows["Q4_0"].brackets == ()
     assert set(rows["Q8_0"].brackets) == with_plans  # as large as one, below the other
     assert rows["base"].brackets == ("wasteful",)  # Q8_0 is all that its twin needs
-    presets = pipeline.preset_plans(tiny.checkpoint)
+    presets = api.preset_plans(tiny.checkpoint)
     for name in with_plans:
         size = rows[name].result.size_bytes
         between = [
@@ -352,9 +352,9 @@ def test_a_preset_as_a_plan_has_the_very_tensors_of_llama_quantize(
     preset, deep, toolchain, tmp_path, capsys
 ):
     out, own = tmp_path / "planned.gguf", tmp_path / "own.gguf"
-    plan = pipeline.plan(deep.checkpoint, PresetPolicy(preset=preset))
-    options = pipeline.Options(load=False, n_threads=1)
-    pipeline.planned_file(plan, deep.base, out, toolchain, options=options)
+    plan = api.plan(deep.checkpoint, PresetPolicy(preset=preset))
+    options = api.Options(load=False, n_threads=1)
+    api.planned_file(plan, deep.base, out, toolchain, options=options)
     argv = [toolchain.tool("llama-quantize"), deep.base, own, preset]
     run(argv, stage="test", log_path=tmp_path / "log")
 

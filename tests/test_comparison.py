@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console, RenderableType
 
 from ewq_gguf import data
-from ewq_gguf.bench.comparison import across_models, estimates, pairs_of
 from ewq_gguf.bench.mmlu import mmlu_scores
 from ewq_gguf.bench.mmlu_data import MmluTask
 from ewq_gguf.bench.runner import Request
@@ -19,7 +18,16 @@ from ewq_gguf.bench.speed import combined
 from ewq_gguf.bench.statistics import paired_bootstrap
 from ewq_gguf.cli.plan_words import wanted_plans
 from ewq_gguf.errors import UsageError
-from ewq_gguf.pipeline.versions import bracketing
+from ewq_gguf.experiments.comparison import across_models, estimates, pairs_of
+from ewq_gguf.experiments.comparison_record import (
+    ComparedFile,
+    Comparison,
+    Estimate,
+    Kind,
+)
+from ewq_gguf.experiments.comparison_view import across_view, comparison_view
+from ewq_gguf.experiments.comparison_words import notes, verdicts
+from ewq_gguf.experiments.versions import bracketing
 from ewq_gguf.records import (
     BenchedFile,
     Chunk,
@@ -32,15 +40,7 @@ from ewq_gguf.records import (
     TextResult,
     UniformPolicy,
 )
-from ewq_gguf.records.comparison import (
-    ComparedFile,
-    Comparison,
-    Estimate,
-    Kind,
-)
 from ewq_gguf.records.scores import MmluScores
-from ewq_gguf.report.comparison_view import across_view, comparison_view
-from ewq_gguf.report.comparison_words import notes, verdicts
 from tests.test_mmlu import outcome
 
 N_CHUNKS, N_TOKENS = 40, 100

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
+from ewq_gguf.api import Options, make_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.exact import write_exactly
 from ewq_gguf.llamacpp.quantize import export_sh
-from ewq_gguf.pipeline import Options, make_gguf
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.lattice import EXACT_TYPES, allowed, exact_types, without_loss
@@ -133,7 +133,7 @@ def exact_names(plan):
 
 def test_the_scan_finds_the_smallest_type_of_each_kind(base):
     path, _, _ = base
-    scanned = pipeline.scan(open_checkpoint(str(path)), options=QUICK)
+    scanned = api.scan(open_checkpoint(str(path)), options=QUICK)
 
     found = {t.role: t.lattice[0] for t in scanned.tensors if t.lattice}
 
@@ -184,10 +184,10 @@ def test_llama_quantize_alone_would_lose_them(base, tmp_path):
 def test_a_budget_is_for_the_rest_where_the_exact_types_fit_it(base, tmp_path):
     path, _, _ = base
     checkpoint = open_checkpoint(str(path))
-    roomy = pipeline.plan(
+    roomy = api.plan(
         checkpoint, EwqPolicy(), budget=Ask("60%", share=0.6), options=QUICK
     )
-    tight = pipeline.plan(
+    tight = api.plan(
         checkpoint, EwqPolicy(), budget=Ask("2 bpw", bpw=2.0), options=QUICK
     )
 
@@ -217,7 +217,7 @@ def test_the_same_plan_gives_the_same_bytes_and_the_script_says_what_it_cannot(
 
 def test_a_tensor_that_is_not_what_the_plan_says_is_told(base, tmp_path):
     path, _, _ = base
-    plan = pipeline.plan(
+    plan = api.plan(
         open_checkpoint(str(path)), UniformPolicy(ggml_type="Q4_0"), options=QUICK
     )
     made_file = make_gguf(str(path), tmp_path / "out.gguf", plan, options=QUICK)
@@ -235,7 +235,7 @@ def test_a_tensor_that_is_not_what_the_plan_says_is_told(base, tmp_path):
 
 def test_a_plan_that_calls_any_type_exact_is_refused(base):
     path, _, _ = base
-    plan = pipeline.plan(
+    plan = api.plan(
         open_checkpoint(str(path)), UniformPolicy(ggml_type="Q6_K"), options=QUICK
     )
     tensors = tuple(t.model_copy(update={"is_exact": True}) for t in plan.tensors)
@@ -247,7 +247,7 @@ def test_a_plan_that_calls_any_type_exact_is_refused(base):
 def test_a_plan_without_exact_tensors_has_no_word_of_them(base):
     path, _, _ = base
     options = Options(n_threads=1, keep_lattice=False)
-    plan = pipeline.plan(
+    plan = api.plan(
         open_checkpoint(str(path)), UniformPolicy(ggml_type="Q4_0"), options=options
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ewq_gguf.api import check_layout, layout_bytes
 from ewq_gguf.checkpoint.completeness import check_complete
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import read_gguf
@@ -32,7 +33,6 @@ from ewq_gguf.llamacpp.layout import layout_from
 from ewq_gguf.llamacpp.loading import tensor_refusals
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline import check_layout, layout_bytes
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import EwqPolicy, Layout, Scan

@@ -14,19 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ewq_gguf import data, dataset, store
+from ewq_gguf import data, store
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.plan import classify
-from ewq_gguf.plan.classify import (
-    MAJORITY,
-    NEIGHBOURS,
-    roc_auc,
-    score,
-    score_left_out,
-    scores_of,
-)
-from ewq_gguf.plan.fastewq import (
+from ewq_gguf.experiments.paper_shapes import layer_parameters
+from ewq_gguf.fastewq import dataset
+from ewq_gguf.fastewq import evaluation as classify
+from ewq_gguf.fastewq.classifier import (
     CLASSIFIERS,
     FOREST,
     Row,
@@ -37,7 +31,14 @@ from ewq_gguf.plan.fastewq import (
     select_layers,
     split,
 )
-from ewq_gguf.plan.paper_shapes import layer_parameters
+from ewq_gguf.fastewq.evaluation import (
+    MAJORITY,
+    NEIGHBOURS,
+    roc_auc,
+    score,
+    score_left_out,
+    scores_of,
+)
 from tests.scans import LAYER, MODEL, make_scan
 from tests.test_paper import paper_dir
 
@@ -422,7 +423,7 @@ def test_a_broken_file_of_rows_is_one_line(capsys):
 def test_evaluate_shows_ours_beside_the_papers(capsys, monkeypatch):
     # The one long fit of many splits has its own figures in docs/fastewq.md.
     monkeypatch.setattr(classify, "N_SPLITS", 2)
-    monkeypatch.setattr("ewq_gguf.plan.fastewq._N_TREES", 20)
+    monkeypatch.setattr("ewq_gguf.fastewq.classifier._N_TREES", 20)
 
     assert main(["fastewq", "evaluate", "-q"]) == 0
     text = capsys.readouterr().out
@@ -440,7 +441,7 @@ def test_evaluate_shows_ours_beside_the_papers(capsys, monkeypatch):
 
 def test_evaluation_figures_add_up(monkeypatch):
     monkeypatch.setattr(classify, "N_SPLITS", 2)
-    monkeypatch.setattr("ewq_gguf.plan.fastewq._N_TREES", 20)
+    monkeypatch.setattr("ewq_gguf.fastewq.classifier._N_TREES", 20)
 
     found = classify.evaluate(ROWS, dataset.rows_sha256(ROWS))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.mapping import Region, Scales
 from ewq_gguf.checkpoint.reader import RangeReader
@@ -173,8 +173,8 @@ def test_the_base_and_the_scan_have_code_times_scale(tmp_path, variant):
 
 def assert_true_weights(folder: Path, true: dict[str, NDArray[np.float64]]) -> None:
     """Scan and base file have these weights."""
-    checkpoint = pipeline.open_model(str(folder))
-    scanned = {t.hf_names[0]: t for t in pipeline.scan(checkpoint).tensors}
+    checkpoint = api.open_model(str(folder))
+    scanned = {t.hf_names[0]: t for t in api.scan(checkpoint).tensors}
     out = folder.parent / "base.gguf"
     assert main(["convert", str(folder), "-o", str(out), "-q"]) == 0
     written = {t.name: t for t in read_gguf(out).tensors}
@@ -253,7 +253,7 @@ def test_a_scaled_matrix_that_is_split_feeds_each_part(tmp_path):
     """DeepSeek's kv_b_proj becomes two tensors of the GGUF, experts become one."""
     folder = write_family(tmp_path / "m", "DeepSeek V3")
     true = to_fp8(folder, BLOCKS, "block", ending="_scale_inv")
-    found = pipeline.scan(pipeline.open_model(str(folder)))
+    found = api.scan(api.open_model(str(folder)))
     entries = {t.name: t for t in found.tensors if t.layer_idx == 0}
     k, v = entries["blk.0.attn_k_b.weight"], entries["blk.0.attn_v_b.weight"]
     weights = true["model.layers.0.self_attn.kv_b_proj.weight"]
@@ -271,13 +271,13 @@ def test_an_fp8_checkpoint_goes_the_whole_way_local_and_streamed(tmp_path, monke
     folder = write_llama(tmp_path / "tiny-fp8", n_layers=2, hidden=256, ffn=512)
     to_fp8(folder, BLOCKS, "block", ending="_scale_inv")
     policy = EwqPolicy(measure="histogram")
-    made = pipeline.make_gguf(str(folder), tmp_path / "out.gguf", policy)
+    made = api.make_gguf(str(folder), tmp_path / "out.gguf", policy)
     assert made.verification.found_size_bytes == made.plan.totals.file_size_bytes
     (q,) = (t for t in made.plan.tensors if t.name == "blk.0.attn_q.weight")
     assert q.base_type == "BF16"
     with serve(tmp_path, Faults()) as url:
-        checkpoint = pipeline.open_model(f"{url}/tiny-fp8")
-        streamed = pipeline.plan(checkpoint, policy)
+        checkpoint = api.open_model(f"{url}/tiny-fp8")
+        streamed = api.plan(checkpoint, policy)
     assert streamed == made.plan
 
 

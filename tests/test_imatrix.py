@@ -13,7 +13,8 @@ import gguf
 import numpy as np
 import pytest
 
-from ewq_gguf import ggml_types, pipeline, store
+from ewq_gguf import api, ggml_types, store
+from ewq_gguf.api import Options
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ChildError, InputError, VerificationError
@@ -21,7 +22,7 @@ from ewq_gguf.llamacpp.imatrix import check_imatrix, read_imatrix
 from ewq_gguf.llamacpp.layout import NEED_IMATRIX
 from ewq_gguf.llamacpp.quantize import export_sh, quantize, tensor_types
 from ewq_gguf.llamacpp.verify import verify_file
-from ewq_gguf.pipeline import Options
+from ewq_gguf.pipeline import planning
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.importance import Importance, file_keys
@@ -204,8 +205,8 @@ def test_a_preset_with_a_matrix_is_llama_quantizes_own(
     deep, toolchain, made, plain, tmp_path
 ):
     preset, own = PresetPolicy(preset="IQ4_XS"), tmp_path / "own.gguf"
-    without = pipeline.plan(deep.checkpoint, preset)
-    weighed = pipeline.plan(deep.checkpoint, preset, options=Options(imatrix=plain))
+    without = api.plan(deep.checkpoint, preset)
+    weighed = api.plan(deep.checkpoint, preset, options=Options(imatrix=plain))
 
     argv = [toolchain.tool("llama-quantize"), "--imatrix", plain, deep.base, own]
     run([*argv, preset.preset], stage="test", log_path=tmp_path / "log")
@@ -379,7 +380,7 @@ def test_a_preset_that_needs_a_matrix_is_what_llama_quantize_makes(
     deep, plain, made, toolchain, tmp_path, preset
 ):
     options = Options(imatrix=plain)
-    plan = pipeline.plan(deep.checkpoint, PresetPolicy(preset=preset), options=options)
+    plan = api.plan(deep.checkpoint, PresetPolicy(preset=preset), options=options)
     own = tmp_path / "own.gguf"
     tool = toolchain.tool("llama-quantize")
     argv = [tool, "--imatrix", plain, deep.base, own, preset]
@@ -403,7 +404,7 @@ def test_a_preset_without_the_matrix_or_entry_that_it_needs_is_refused(
     lacking = {n: v for n, v in matrices_of(deep.layout).items() if ".1." not in n}
     path = write_imatrix(tmp_path / "i.gguf", lacking)
     with pytest.raises(InputError, match="blk.1.* cannot be IQ2_XS: i.gguf has no"):
-        pipeline.plan(
+        api.plan(
             deep.checkpoint,
             PresetPolicy(preset="IQ2_XS"),
             options=Options(imatrix=path),
@@ -601,12 +602,12 @@ def test_everything_at_once_and_by_the_exported_script(
 
 
 def test_the_matrix_is_read_before_any_weight(deep, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.planning, "scan", None)  # would be called for weights
+    monkeypatch.setattr(planning, "scan", None)  # would be called for weights
     path = tmp_path / "i.gguf"
     path.write_bytes(b"no matrix")
 
     with pytest.raises(InputError, match="i.gguf: at byte 4: starts with"):
-        pipeline.plan(deep.checkpoint, EwqPolicy(), options=Options(imatrix=path))
+        api.plan(deep.checkpoint, EwqPolicy(), options=Options(imatrix=path))
 
 
 # Hostile files.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ewq_gguf.plan.knapsack import select
+from ewq_gguf.optimal.allocation import select
 
 BITS = np.array([2.06, 2.6, 3.4, 4.25, 4.5, 5.5, 6.56, 8.5, 16.0])
 

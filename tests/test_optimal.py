@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from ewq_gguf.checkpoint.gguf_file import GgufTensor
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.llamacpp.quant_error import of_matrices
-from ewq_gguf.pipeline.costing import measured_costs
-from ewq_gguf.pipeline.probing import probe_slopes
-from ewq_gguf.plan.latency import Latency, fit_latency, needed_weights
-from ewq_gguf.plan.optimal import (
+from ewq_gguf.optimal.cost_model import measured_costs
+from ewq_gguf.optimal.latency import Latency, fit_latency, needed_weights
+from ewq_gguf.optimal.predictor import Prediction, Predictor
+from ewq_gguf.optimal.probes import probe_slopes
+from ewq_gguf.optimal.problem import (
     Pace,
     cheapest,
     keeps_bounds,
@@ -27,8 +28,7 @@ from ewq_gguf.plan.optimal import (
     quantizable,
     with_unseen,
 )
-from ewq_gguf.plan.predictor import Prediction, Predictor
-from ewq_gguf.plan.sensitivity import (
+from ewq_gguf.optimal.sensitivity import (
     halves,
     is_doubtful,
     next_groups,
@@ -43,7 +43,7 @@ from ewq_gguf.records.quant_error import QuantError
 from tests.scans import MODEL
 
 if TYPE_CHECKING:
-    from ewq_gguf.pipeline.probing import Prober
+    from ewq_gguf.optimal.probes import Prober
 
 LAYERS = 4
 

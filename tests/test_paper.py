@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf import data, dataset
+from ewq_gguf import data
 from ewq_gguf.cli import main
-from ewq_gguf.plan.paper import check_paper
-from ewq_gguf.plan.paper_shapes import layer_parameters
+from ewq_gguf.experiments.paper import check_paper
+from ewq_gguf.experiments.paper_shapes import layer_parameters
+from ewq_gguf.fastewq import dataset
 
 TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
 

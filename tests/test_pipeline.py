@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
+from ewq_gguf.api import Made, Options, make_gguf
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.layout import cached_layout
-from ewq_gguf.pipeline import Made, Options, make_gguf
 from ewq_gguf.process import run
 from ewq_gguf.records import EwqPolicy, Layout, Plan, UniformPolicy, load_record
 from tests.checkpoints import write_llama
@@ -47,7 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Notes(pipeline.Silent):
+class Notes(api.Silent):
     """Progress that keeps what it was told."""
 
     def __init__(self):
@@ -187,7 +187,7 @@ def test_no_path_of_the_machine_is_in_the_file(case, session_cache):
 def test_the_layout_is_the_real_base_and_predicts_its_bytes(case, toolchain):
     checkpoint = open_checkpoint(str(case.folder))
     layout = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
-    base_path = pipeline.base_file(checkpoint, toolchain)
+    base_path = api.base_file(checkpoint, toolchain)
     base = read_gguf(base_path)
 
     assert isinstance(layout, Layout)
@@ -195,12 +195,12 @@ def test_the_layout_is_the_real_base_and_predicts_its_bytes(case, toolchain):
         (t.name, t.shape, t.ggml_type) for t in base.tensors
     ]
     assert layout.kv_bytes == base.kv_bytes
-    assert pipeline.layout_bytes(layout) == base_path.stat().st_size
+    assert api.layout_bytes(layout) == base_path.stat().st_size
 
 
 @pytest.mark.parametrize("preset", ["Q8_0", "Q4_K_M", "Q2_K"])
 def test_a_presets_predicted_size_is_the_real_one(case, toolchain, tmp_path, preset):
-    base = pipeline.base_file(open_checkpoint(str(case.folder)), toolchain)
+    base = api.base_file(open_checkpoint(str(case.folder)), toolchain)
     out = tmp_path / "preset.gguf"
 
     run(
@@ -213,9 +213,9 @@ def test_a_presets_predicted_size_is_the_real_one(case, toolchain, tmp_path, pre
 
 
 def test_a_plan_of_the_scan_alone_is_as_exact(case):
-    scan = pipeline.scan(open_checkpoint(str(case.folder)))
+    scan = api.scan(open_checkpoint(str(case.folder)))
 
-    assert pipeline.plan(scan, case.made.plan.policy) == case.made.plan
+    assert api.plan(scan, case.made.plan.policy) == case.made.plan
 
 
 # What is there is used again, or refused.
@@ -293,7 +293,7 @@ def test_a_damaged_base_in_the_cache_is_made_anew(tiny, empty, toolchain):
     sound = tiny.base.read_bytes()
     tiny.base.write_bytes(sound[:-5000])
     try:
-        pipeline.base_file(tiny.checkpoint, toolchain)
+        api.base_file(tiny.checkpoint, toolchain)
         assert tiny.base.read_bytes() == sound
     finally:
         tiny.base.write_bytes(sound)
@@ -305,7 +305,7 @@ def test_a_damaged_scan_in_the_cache_is_made_anew(tiny, own_cache):
     for path in scans:
         path.write_bytes(b"{}")
 
-    assert pipeline.scan(tiny.checkpoint) == tiny.scan
+    assert api.scan(tiny.checkpoint) == tiny.scan
     for path, data in sound.items():
         path.write_bytes(data)
 
@@ -410,7 +410,7 @@ def test_without_a_tokenizer_a_plan_is_an_estimate_and_no_file_is_made(tmp_path,
         (folder / file).unlink()
     notes = Notes()
 
-    plan = pipeline.plan(open_checkpoint(str(folder)), EwqPolicy(), progress=notes)
+    plan = api.plan(open_checkpoint(str(folder)), EwqPolicy(), progress=notes)
 
     assert plan.totals.is_estimate
     assert plan.totals.header_bytes is None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
@@ -124,8 +124,8 @@ def test_a_plan_of_another_config_is_refused_unless_forced(
 
     here = (open_checkpoint(str(folder)).identity, tiny.scan.weights_sha256)
     with pytest.raises(InputError, match="the plan is for checkpoint"):
-        pipeline.check_plan(tiny.plan(), *here)
-    pipeline.check_plan(tiny.plan(), *here, force=True)
+        api.check_plan(tiny.plan(), *here)
+    api.check_plan(tiny.plan(), *here, force=True)
 
 
 @pytest.mark.fault(46)

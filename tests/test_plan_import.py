@@ -12,11 +12,11 @@ import gguf
 import numpy as np
 import pytest
 
+from ewq_gguf.api import import_plan
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.quantize import quantize
-from ewq_gguf.pipeline import import_plan
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.imported import gguf_types, poc_types

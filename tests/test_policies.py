@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
+from ewq_gguf.api import Options, make_gguf
 from ewq_gguf.cli import main
-from ewq_gguf.pipeline import Options, make_gguf
+from ewq_gguf.pipeline import planning
 from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,
@@ -70,10 +71,10 @@ def test_a_classifiers_plan_can_be_given_and_needs_no_scan(
     own_cache, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline.planning, "scan", None)  # would be called for weights
-    checkpoint = pipeline.open_model("demo")
+    monkeypatch.setattr(planning, "scan", None)  # would be called for weights
+    checkpoint = api.open_model("demo")
     budget = parse_budget("60%")
-    plan = pipeline.plan(checkpoint, FastEwqPolicy(), budget=budget)
+    plan = api.plan(checkpoint, FastEwqPolicy(), budget=budget)
 
     made = make_gguf("demo", Path("out.gguf"), plan, options=Options(load=False))
 

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 from ewq_gguf.bench.job import MemoryUse
-from ewq_gguf.bench.probing import probe
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ResourceError
 from ewq_gguf.llamacpp.quantize import quantize
-from ewq_gguf.pipeline import rounding
-from ewq_gguf.pipeline.options import SILENT, Options
-from ewq_gguf.pipeline.probing import Prober
-from ewq_gguf.pipeline.rounding import measured_rounding
+from ewq_gguf.optimal import activation_rounding as rounding
+from ewq_gguf.optimal.activation_rounding import measured_rounding
+from ewq_gguf.optimal.prober import probe
+from ewq_gguf.optimal.probes import Prober
+from ewq_gguf.optimal.problem import quantizable
 from ewq_gguf.plan.assemble import assemble
-from ewq_gguf.plan.optimal import quantizable
 from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import UniformPolicy
 from ewq_gguf.records.probe import BROKEN_NATS, Probe, ProbePart
+from ewq_gguf.stages.options import SILENT, Options
 from tests.gguf_files import Tiny, make_cache
 
 pytest_plugins = ["tests.toolchain_fixtures"]

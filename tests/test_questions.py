@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ewq_gguf.api import base_file
 from ewq_gguf.bench.answers import Texts, answer, chat_tokens, texts_for
 from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.generation import GenerationPrompt
@@ -26,7 +27,6 @@ from ewq_gguf.bench.questions import ask
 from ewq_gguf.bench.scorer import Batch
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.errors import InputError, VerificationError
-from ewq_gguf.pipeline import base_file
 from ewq_gguf.records import BenchSetup
 from ewq_gguf.records.scores import Answer, MmluOutcome, TooLong
 from tests.bench_models import BOS, N_VOCAB, Table, TableScorer

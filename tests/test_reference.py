@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ewq_gguf.api import base_file
 from ewq_gguf.bench.quality import Named, check_stored, score_text
 from ewq_gguf.bench.reference_file import KEY, read_reference
 from ewq_gguf.bench.reference_run import make_reference
@@ -27,7 +28,6 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ChildError, InputError, VerificationError
-from ewq_gguf.pipeline import base_file
 from ewq_gguf.records import Reference
 from tests.bench_models import Table
 from tests.families import write_family

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.ggml_types import tensor_bytes
-from ewq_gguf.llamacpp.rpc import rpc_commands, rpc_flags
-from ewq_gguf.plan.cluster import place
-from ewq_gguf.plan.memory import compute_bytes, kv_bytes
 from ewq_gguf.process import run
 from ewq_gguf.records.placement import Machine
 from ewq_gguf.records.plan import PlanTensor
+from ewq_gguf.rpc.commands import rpc_commands, rpc_flags
+from ewq_gguf.rpc.memory import compute_bytes, kv_bytes
+from ewq_gguf.rpc.placement import place
 from ewq_gguf.tensor_names import layer_idx, role
 from tests.gguf_files import using_cache
 
@@ -42,7 +42,7 @@ _PPL = re.compile(r"Final estimate: PPL = ([\d.]+)")
 def base(session_cache, toolchain) -> Path:
     """The built-in model: 30 layers, tied embeddings."""
     with using_cache(session_cache):
-        return pipeline.base_file(open_checkpoint("demo"), toolchain)
+        return api.base_file(open_checkpoint("demo"), toolchain)
 
 
 @pytest.fixture(scope="module")

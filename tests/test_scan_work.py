@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
+from ewq_gguf.api import Options
 from ewq_gguf.checkpoint.mapping import Region
 from ewq_gguf.checkpoint.reader import RangeReader
 from ewq_gguf.checkpoint.regions import parts_of
@@ -17,7 +18,6 @@ from ewq_gguf.cli import main
 from ewq_gguf.entropy.codes import code_values
 from ewq_gguf.errors import EwqError, InputError, UsageError
 from ewq_gguf.llamacpp.convert import check_is_local
-from ewq_gguf.pipeline import Options
 from ewq_gguf.records import EwqPolicy, Scan, TensorScan, load_record, read_journal
 from tests.checkpoints import write_llama, write_raw, write_shard
 from tests.range_server import Faults, serve
@@ -113,18 +113,16 @@ def test_a_scan_that_was_stopped_measures_no_tensor_twice(tiny, cache):
 
 
 def test_a_kept_scan_is_taken_until_a_file_changes(tiny, cache, monkeypatch):
-    first = pipeline.scan(open_checkpoint(str(tiny)))
+    first = api.scan(open_checkpoint(str(tiny)))
     assert list((cache / "scans").glob("*.journal")) == []
     with monkeypatch.context() as patch:
         patch.setattr("ewq_gguf.checkpoint.scan.scan_checkpoint", None)
-        assert pipeline.scan(open_checkpoint(str(tiny))) == first
+        assert api.scan(open_checkpoint(str(tiny))) == first
     shard = next(tiny.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-2:] = b"\x00\x3f"
     shard.write_bytes(data)
-    assert pipeline.scan(open_checkpoint(str(tiny))).weights_sha256 != (
-        first.weights_sha256
-    )
+    assert api.scan(open_checkpoint(str(tiny))).weights_sha256 != (first.weights_sha256)
 
 
 @pytest.mark.fault(21)
@@ -297,10 +295,8 @@ def test_options_reach_the_scan(tiny, cache):
     data[-2:] = b"\xc0\x7f"
     shard.write_bytes(data)
     with pytest.raises(EwqError, match="NaN"):
-        pipeline.scan(open_checkpoint(str(tiny)), options=Options(n_threads=2))
-    found = pipeline.scan(
-        open_checkpoint(str(tiny)), options=Options(allow_nonfinite=True)
-    )
+        api.scan(open_checkpoint(str(tiny)), options=Options(n_threads=2))
+    found = api.scan(open_checkpoint(str(tiny)), options=Options(allow_nonfinite=True))
     assert sum(tensor.n_nonfinite for tensor in found.tensors) == 1
 
 
@@ -310,4 +306,4 @@ def test_options_reach_the_scan(tiny, cache):
 def test_a_part_of_a_scan_is_not_planned(tiny):
     part = scan_checkpoint(open_checkpoint(str(tiny)), work=Work(part=(1, 2)))
     with pytest.raises(InputError, match="is part 1/2 only; join the parts first"):
-        pipeline.plan(part, EwqPolicy())
+        api.plan(part, EwqPolicy())

@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
 from ewq_gguf.bench import runner
-from ewq_gguf.bench.studies import kld_mean
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ResourceError, VerificationError
+from ewq_gguf.experiments.paired import kld_mean
+from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.llamacpp.devices import Device
-from ewq_gguf.pipeline import contest, measuring, searching, throwaway
-from ewq_gguf.plan.predictor import Predictor
-from ewq_gguf.records import Plan, Study, load_record
+from ewq_gguf.optimal import candidates as contest
+from ewq_gguf.optimal import measuring
+from ewq_gguf.optimal import search as searching
+from ewq_gguf.optimal.predictor import Predictor
+from ewq_gguf.records import Plan, load_record
+from ewq_gguf.stages import calibrating
+from ewq_gguf.stages import candidate_files as throwaway
 from tests.families import write_family
 from tests.gguf_files import make_cache
 
@@ -36,7 +41,7 @@ def few_windows(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(searching, "_N_FEW_DOCUMENTS", 3)
     monkeypatch.setattr(searching, "_N_MANY_DOCUMENTS", 5)
-    monkeypatch.setattr(pipeline.calibrating, "N_DOCUMENTS", 8)
+    monkeypatch.setattr(calibrating, "N_DOCUMENTS", 8)
     monkeypatch.setattr(measuring, "_N_FEW", 1)
     monkeypatch.setattr(measuring, "_N_MANY", 2)
 
@@ -53,7 +58,7 @@ def folder(tmp_path_factory, session_cache, toolchain) -> Path:
 
 
 def preset_size(folder: Path, name: str) -> int:
-    found = pipeline.preset_plans(pipeline.open_model(str(folder)))
+    found = api.preset_plans(api.open_model(str(folder)))
     return found[name].totals.file_size_bytes
 
 

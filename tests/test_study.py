@@ -15,14 +15,8 @@ import numpy as np
 import pytest
 
 from ewq_gguf.cli import main
-from ewq_gguf.records import (
-    Controls,
-    FactorSweep,
-    Study,
-    StudyPart,
-    load_record,
-    read_journal,
-)
+from ewq_gguf.experiments.study_record import Controls, FactorSweep, Study
+from ewq_gguf.records import StudyPart, load_record, read_journal
 from tests.checkpoints import write_llama
 from tests.gguf_files import using_cache
 from tests.test_bench_llama import prose

@@ -8,14 +8,12 @@ import pytest
 from rich.console import Console
 
 from ewq_gguf.bench.runner import CPU_SETUP
-from ewq_gguf.bench.studies import correlations, kld_difference, kld_mean, rank_among
-from ewq_gguf.records import (
-    BenchedFile,
-    BenchParameters,
-    BenchText,
+from ewq_gguf.bench.statistics import kld_difference
+from ewq_gguf.experiments.frontier_view import named
+from ewq_gguf.experiments.paired import correlations, kld_mean, rank_among
+from ewq_gguf.experiments.study_record import (
     Control,
     Controls,
-    Engine,
     FactorFile,
     FactorSweep,
     Frontier,
@@ -25,12 +23,12 @@ from ewq_gguf.records import (
     Sensitivity,
     Study,
 )
-from ewq_gguf.report.frontier_view import named
-from ewq_gguf.report.study_view import (
+from ewq_gguf.experiments.study_view import (
     controls_sentences,
     sensitivity_sentences,
     study_view,
 )
+from ewq_gguf.records import BenchedFile, BenchParameters, BenchText, Engine
 from tests.scans import MODEL
 from tests.studies import study_file
 

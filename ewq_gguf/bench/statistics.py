@@ -12,6 +12,7 @@ from math import atanh, sqrt, tanh
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ewq_gguf.records import TextResult
 from ewq_gguf.records.scores import PairedAccuracy, PairedMean, RankCorrelation
 from ewq_gguf.significance import Z95, t_test_p
 
@@ -192,3 +193,14 @@ def _ranks(values: Floats) -> Floats:
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: Floats = np.cumsum(counts) - (counts - 1) / 2
     return ranks[places]
+
+
+def kld_difference(first: TextResult, second: TextResult) -> PairedMean:
+    """The first's mean divergence minus the second's, over the same windows."""
+    pairs = list(zip(first.chunks, second.chunks, strict=True))
+    sums = [(a.kld_nats or 0.0, b.kld_nats or 0.0, a.n_tokens) for a, b in pairs]
+    return paired_bootstrap(
+        [a / n for a, _, n in sums],
+        [b / n for _, b, n in sums],
+        [n for _, _, n in sums],
+    )

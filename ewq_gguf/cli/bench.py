@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from ewq_gguf import store
+from ewq_gguf.api import for_transformers
 from ewq_gguf.bench.files import check_measurable, identify, identify_base
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
 from ewq_gguf.bench.saving import save_quantised
@@ -26,7 +27,6 @@ from ewq_gguf.cli.common import (
     quiet_option,
 )
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.pipeline import for_transformers
 from ewq_gguf.records import Result, load_record
 from ewq_gguf.report.bench_view import bench_view
 

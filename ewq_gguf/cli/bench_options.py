@@ -17,8 +17,8 @@ from ewq_gguf.checkpoint.hub_data import billsum_file, mmlu_folder
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.cli.common import all_of, options_of, threads_option
 from ewq_gguf.errors import UsageError
-from ewq_gguf.llamacpp.rpc import server_address
 from ewq_gguf.records import BenchSetup, Task
+from ewq_gguf.rpc.commands import server_address
 
 _TASKS: tuple[Task, ...] = get_args(Task)
 _DOMAINS = "domains"

@@ -27,9 +27,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from ewq_gguf.api import Options
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.cli import silence
-from ewq_gguf.pipeline import Options
 from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.records import Record
 from ewq_gguf.report.text import size_text

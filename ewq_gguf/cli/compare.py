@@ -9,8 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ewq_gguf import pipeline
-from ewq_gguf.bench.comparison import across_models
+from ewq_gguf import api
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.cli.bench_options import bench_options, comma_list, request_of, with_data
 from ewq_gguf.cli.common import (
@@ -30,9 +29,10 @@ from ewq_gguf.cli.common import (
     show_record,
 )
 from ewq_gguf.cli.plan_words import HELP, wanted_plans
+from ewq_gguf.experiments.comparison import across_models
+from ewq_gguf.experiments.comparison_record import Comparison
+from ewq_gguf.experiments.comparison_view import across_view, comparison_view
 from ewq_gguf.records import load_record
-from ewq_gguf.records.comparison import Comparison
-from ewq_gguf.report.comparison_view import across_view, comparison_view
 
 
 @click.group(cls=DefaultGroup, default="make")
@@ -90,7 +90,7 @@ def make(
     """
     # The model stands for its base, which is made later.
     request = with_data(request_of({**values, "base": Path(model)}), values)
-    wanted = pipeline.Wanted(
+    wanted = api.Wanted(
         plans=wanted_plans(plans),
         presets=tuple(
             dict.fromkeys(name.upper() for text in presets for name in comma_list(text))
@@ -99,7 +99,7 @@ def make(
         keep_files=keep_files,
     )
     progress = BarProgress(quiet=values["quiet"])
-    found, path = pipeline.compare(
+    found, path = api.compare(
         model, wanted, out, options=options_of(values), progress=progress
     )
     progress.note(f"wrote {path}")

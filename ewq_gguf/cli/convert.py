@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
 from ewq_gguf.cli.common import (
     BarProgress,
     adapter_option,
@@ -29,8 +29,8 @@ from ewq_gguf.llamacpp.convert import (
 )
 from ewq_gguf.llamacpp.converter import content_flags
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline.overflow import check_base
 from ewq_gguf.report.companion_view import companion_line
+from ewq_gguf.stages.overflow import check_base
 
 
 @click.command()
@@ -61,7 +61,7 @@ def convert(
     progress = BarProgress(quiet=values["quiet"])
     options = options_of(values)
     toolchain = find_toolchain(options.llama_cpp)
-    checkpoint = pipeline.open_model(model, options=options, progress=progress)
+    checkpoint = api.open_model(model, options=options, progress=progress)
     check_is_no_gguf(checkpoint)
     kind = base_type(checkpoint) if outtype == "auto" else outtype.upper()
     name = checkpoint.identity.name
@@ -72,16 +72,16 @@ def convert(
         for option in chosen_options(options, ("chat_template", "pre")):
             click.echo(f"# the converter has no option for {option}")
         click.echo(shlex.join(["python3", *argv]))
-        for content in pipeline.companion_contents(checkpoint, options):
+        for content in api.companion_contents(checkpoint, options):
             click.echo(f"# and again with --{content} for what goes beside it")
         return
     store.check_writable(out, "convert")
     if not checkpoint.is_mapped_by_name:  # whether it is whole, before the long work
-        pipeline.layout(checkpoint, toolchain, progress)
+        api.layout(checkpoint, toolchain, progress)
     check_base(checkpoint, toolchain, kind)
     if out.exists() and not values["force"]:
         raise store.already_exists(out, "convert")
-    beside = pipeline.convert_model(
+    beside = api.convert_model(
         checkpoint, toolchain, out, kind, options=options, progress=progress
     )
     for each in beside:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from ewq_gguf import dataset
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -15,11 +14,12 @@ from ewq_gguf.cli.common import (
     quiet_option,
     show_record,
 )
-from ewq_gguf.plan import classify
-from ewq_gguf.plan.fastewq import rows_of_scan
+from ewq_gguf.fastewq import dataset
+from ewq_gguf.fastewq import evaluation as classify
+from ewq_gguf.fastewq.classifier import rows_of_scan
+from ewq_gguf.fastewq.records import Added
+from ewq_gguf.fastewq.view import added_view, evaluation_view, training_view
 from ewq_gguf.records import Scan, load_record
-from ewq_gguf.records.fastewq import Added
-from ewq_gguf.report.fastewq_view import added_view, evaluation_view, training_view
 
 
 @click.group()

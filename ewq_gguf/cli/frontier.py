@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
 from ewq_gguf.cli.bench_options import comma_list
 from ewq_gguf.cli.common import PATH
 from ewq_gguf.cli.policy import optimal_options, optimal_policy_of
 from ewq_gguf.cli.study import run, study_options
-from ewq_gguf.pipeline.calibrating import with_imatrix
-from ewq_gguf.pipeline.frontier import study_frontier
-from ewq_gguf.pipeline.studying import STAGE, Question
+from ewq_gguf.experiments.frontier import study_frontier
+from ewq_gguf.experiments.frontier_view import draw_frontier
+from ewq_gguf.experiments.study import STAGE, Question
+from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.plan.ask import Ask, parse_budget
 from ewq_gguf.plan.policy import check_policy
-from ewq_gguf.records import Study
-from ewq_gguf.report.frontier_view import draw_frontier
+from ewq_gguf.stages.calibrating import with_imatrix
 
 _PRESETS = "Q6_K,Q5_K_M,Q5_K_S,Q4_K_M,Q4_K_S,Q3_K_M,IQ4_XS"
 
@@ -73,10 +73,10 @@ def frontier(
 def _preset_sizes(question: Question, names: list[str]) -> dict[str, Ask]:
     """The sizes of presets, by their names."""
     names = [name.upper() for name in names]
-    pipeline.check_presets(names, has_imatrix=True)
+    api.check_presets(names, has_imatrix=True)
     # With the matrix a file says so, and is some hundred bytes larger.
     options = with_imatrix(question.checkpoint, question.options, question.progress)
-    plans = pipeline.preset_plans(
+    plans = api.preset_plans(
         question.checkpoint,
         presets=names,
         needed=names,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ewq_gguf import pipeline
+from ewq_gguf import api
 from ewq_gguf.cli.common import (
     CHOICES,
     PATH,
@@ -42,9 +42,9 @@ from ewq_gguf.cli.policy import (
 )
 from ewq_gguf.llamacpp.quantize import exact_comment, quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline.calibrating import with_imatrix
 from ewq_gguf.records import OptimalPolicy, Plan, RulePolicy, load_record
 from ewq_gguf.report.made_view import made_view
+from ewq_gguf.stages.calibrating import with_imatrix
 
 #: What `ewq convert` and `ewq plan` are told too, beside the policy.
 _CONVERTING = (*CHOICES, "mmproj")
@@ -91,7 +91,7 @@ def gguf(
     if dry_run:
         click.echo(_dry_run(model, out, policy, plan_path, options, progress))
         return
-    made = pipeline.make_gguf(
+    made = api.make_gguf(
         model,
         out,
         policy,
@@ -122,23 +122,23 @@ def _dry_run(
     out: Path | None,
     policy: RulePolicy | Plan,
     plan_path: Path | None,
-    options: pipeline.Options,
+    options: api.Options,
     progress: BarProgress,
 ) -> str:
     """The commands that do the same, for a shell; the plan is made to show its size."""
     if isinstance(policy, Plan):
         plan, path = policy, str(plan_path)
-        options = pipeline.as_planned(options, plan, progress)
-        checkpoint = pipeline.open_model(model, options=options, progress=progress)
-        pipeline.check_weights(plan, checkpoint, options=options, progress=progress)
+        options = api.as_planned(options, plan, progress)
+        checkpoint = api.open_model(model, options=options, progress=progress)
+        api.check_weights(plan, checkpoint, options=options, progress=progress)
         lines = _making_base(model, plan, options)
     else:
         given = options
-        checkpoint = pipeline.open_model(model, options=options, progress=progress)
+        checkpoint = api.open_model(model, options=options, progress=progress)
         if isinstance(policy, OptimalPolicy):
             options = with_imatrix(checkpoint, options, progress)
         context = click.get_current_context()
-        plan = pipeline.plan(
+        plan = api.plan(
             checkpoint,
             policy,
             raw_type=raw_type_of(context.params),
@@ -146,7 +146,7 @@ def _dry_run(
             options=options,
             progress=progress,
         )
-        path = str(pipeline.plan_file(plan))
+        path = str(api.plan_file(plan))
         typed = _typed((*POLICY_OPTIONS, *CHOICES, "imatrix", *_PLANNING))
         lines = [
             *_making_base(model, plan, given),
@@ -155,12 +155,12 @@ def _dry_run(
     return "\n".join([*lines, *_making_file(model, out, plan, path, options)])
 
 
-def _quoted(model: str, options: pipeline.Options) -> str:
+def _quoted(model: str, options: api.Options) -> str:
     """The model and its adapters, for a shell."""
     return shlex.join([model, *(f"--adapter={a}" for a in options.adapters)])
 
 
-def _making_base(model: str, plan: Plan, options: pipeline.Options) -> list[str]:
+def _making_base(model: str, plan: Plan, options: api.Options) -> list[str]:
     """What is made, and the command that makes its base GGUF where it is none."""
     totals = plan.totals
     size = f"# {totals.file_size_bytes} bytes, {totals.bpw:.3f} bits per weight"
@@ -172,7 +172,7 @@ def _making_base(model: str, plan: Plan, options: pipeline.Options) -> list[str]
 
 
 def _making_file(
-    model: str, out: Path | None, plan: Plan, path: str, options: pipeline.Options
+    model: str, out: Path | None, plan: Plan, path: str, options: api.Options
 ) -> list[str]:
     """The commands from a plan and its base to the file."""
     base = model if plan.model.is_gguf else "base.gguf"

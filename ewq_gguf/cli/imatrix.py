@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
@@ -72,8 +72,8 @@ def imatrix(
         store.check_distinct(out, [text], STAGE)
     if out.exists() and not options.force:
         raise store.already_exists(out, STAGE)
-    checkpoint = pipeline.open_model(model, options=options, progress=progress)
-    path, importance = pipeline.make_imatrix(
+    checkpoint = api.open_model(model, options=options, progress=progress)
+    path, importance = api.make_imatrix(
         checkpoint,
         out,
         calibration=text,

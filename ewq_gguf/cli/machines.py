@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ewq_gguf.errors import InputError
-from ewq_gguf.plan.machines import check_machines, machines_of_tables, parse_machine
 from ewq_gguf.records.placement import Machine
+from ewq_gguf.rpc.machines import check_machines, machines_of_tables, parse_machine
 
 _MAX_FILE_BYTES = 1 << 20
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from ewq_gguf import data, dataset
+from ewq_gguf import data
 from ewq_gguf.cli.common import json_option, show_record
-from ewq_gguf.plan.paper import check_paper
-from ewq_gguf.report.paper_view import paper_view
+from ewq_gguf.experiments.paper import check_paper
+from ewq_gguf.experiments.paper_view import paper_view
+from ewq_gguf.fastewq import dataset
 
 _TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
 

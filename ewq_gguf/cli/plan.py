@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.cli.common import (
     CHOICES,
@@ -45,7 +45,6 @@ from ewq_gguf.cli.policy import (
 )
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
-from ewq_gguf.llamacpp.rpc import rpc_commands
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import FastEwqPolicy, Placement, Plan, Scan, load_record
@@ -53,6 +52,7 @@ from ewq_gguf.report.plan_csv import plan_csv
 from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
 from ewq_gguf.report.sweep_view import sweep_rows, sweep_view
+from ewq_gguf.rpc.commands import rpc_commands
 
 #: A file of another name is a scan.
 _WEIGHT_FILES = (".safetensors", ".gguf")
@@ -96,7 +96,7 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
         store.check_writable(out, "plan")
     options = options_of(values)
     reads_weights = not isinstance(policy, FastEwqPolicy)
-    result = pipeline.plan(
+    result = api.plan(
         _source(source, options, progress, reads_weights=reads_weights),
         policy,
         raw_type=raw_type_of(values),
@@ -131,7 +131,7 @@ def import_(
     if out is not None:
         store.check_writable(out, "plan")
     options = options_of(values)
-    result = pipeline.import_plan(
+    result = api.import_plan(
         file,
         _source(source, options, progress, reads_weights=False),
         raw_type=raw_type_of(values),
@@ -143,7 +143,7 @@ def import_(
 
 def _written(made: Plan, out: Path | None, *, force: bool, as_json: bool) -> None:
     """Write a new plan and tell where."""
-    out = out or pipeline.plan_file(made)
+    out = out or api.plan_file(made)
     store.write_text(out, made.to_json(), stage="plan", force=force)
     click.echo(made.to_json() if as_json else out, nl=not as_json)
 
@@ -173,7 +173,7 @@ def sweep(source: str, factors: str, as_json: bool, **values: Any) -> None:
     ]
     progress = BarProgress(quiet=values["quiet"])
     options = options_of(values)
-    measured, layout = pipeline.measured(
+    measured, layout = api.measured(
         _source(source, options, progress),
         policies[0],
         options=options,
@@ -202,7 +202,7 @@ def show(plan_path: Path, as_json: bool) -> None:
 
 def _source(
     source: str,
-    options: pipeline.Options,
+    options: api.Options,
     progress: BarProgress,
     *,
     reads_weights: bool = True,
@@ -222,7 +222,7 @@ def _source(
             problem = "is a scan, which keeps the choices that it was made with"
             raise UsageError("plan", path, problem, f"give MODEL with {given[0]}")
         return load_record(Scan, path, "plan")
-    return pipeline.open_model(
+    return api.open_model(
         source, reads_weights=reads_weights, options=options, progress=progress
     )
 

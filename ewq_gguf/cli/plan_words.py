@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from ewq_gguf.api import WantedPlan
 from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.pipeline import WantedPlan
 from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from ewq_gguf.api import machine_budget
 from ewq_gguf.cli.common import PATH, F, all_of, explicit, options_of
 from ewq_gguf.cli.machines import machines_of
-from ewq_gguf.pipeline import machine_budget
 from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
 from ewq_gguf.checkpoint.cluster import check_scheduler
 from ewq_gguf.checkpoint.scan import merge_scans
 from ewq_gguf.cli.common import (
@@ -96,10 +96,8 @@ def make(
         store.check_writable(out, "scan")
     if values["scheduler"]:
         check_scheduler(values["scheduler"])
-    checkpoint = pipeline.open_model(
-        model, options=options_of(values), progress=progress
-    )
-    result = pipeline.scan(
+    checkpoint = api.open_model(model, options=options_of(values), progress=progress)
+    result = api.scan(
         checkpoint,
         Measures(epsilon=values["epsilon"], n_bins=values["bins"]),
         part=part,

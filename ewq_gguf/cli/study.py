@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ewq_gguf import pipeline, store
+from ewq_gguf import api, store
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.cli.bench_options import ctx_option, device_option, named_text
@@ -31,15 +31,16 @@ from ewq_gguf.cli.common import (
 )
 from ewq_gguf.cli.policy import ewq_policy_of, factors_of, raw_type_of, rule_options
 from ewq_gguf.errors import InputError
-from ewq_gguf.pipeline.studying import (
+from ewq_gguf.experiments.study import (
     STAGE,
     Question,
     study_controls,
     study_factor,
     study_sensitivity,
 )
-from ewq_gguf.records import Measures, Study, load_record
-from ewq_gguf.report.study_view import study_view
+from ewq_gguf.experiments.study_record import Study
+from ewq_gguf.experiments.study_view import study_view
+from ewq_gguf.records import Measures, load_record
 
 #: What `run` reads.
 study_options = all_of(
@@ -184,7 +185,7 @@ def run(
         n_ctx=values["ctx"],
         n_chunks=values["chunks"],
     )
-    checkpoint = pipeline.open_model(model, options=options, progress=progress)
+    checkpoint = api.open_model(model, options=options, progress=progress)
     out = out or Path("results") / f"{checkpoint.identity.name}.{name}.json"
     store.check_distinct(out, [shard.path for shard in checkpoint.shards], STAGE)
     question = Question(checkpoint, request, options, progress)

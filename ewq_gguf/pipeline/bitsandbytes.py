@@ -13,12 +13,12 @@ from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline.choosing import with_planned_tensors
-from ewq_gguf.pipeline.options import SILENT, Options, Progress
 from ewq_gguf.pipeline.planning import check_plan, policy_measures
-from ewq_gguf.pipeline.scanning import layout, open_model, scan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, load_record
+from ewq_gguf.stages.choosing import with_planned_tensors
+from ewq_gguf.stages.options import SILENT, Options, Progress
+from ewq_gguf.stages.scanning import layout, open_model, scan
 
 
 @dataclass(frozen=True)

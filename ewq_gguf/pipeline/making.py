@@ -20,19 +20,11 @@ from ewq_gguf.llamacpp.convert import (
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
-from ewq_gguf.pipeline.bases import base_file
-from ewq_gguf.pipeline.calibrating import with_imatrix
-from ewq_gguf.pipeline.choosing import as_planned
-from ewq_gguf.pipeline.companions import plan_companions
-from ewq_gguf.pipeline.options import SILENT, Options, Progress
-from ewq_gguf.pipeline.placing import CompanionFile, check_names, place_companions
 from ewq_gguf.pipeline.planning import (
     check_weights,
     plan,
     plan_file,
 )
-from ewq_gguf.pipeline.presets import check_presets
-from ewq_gguf.pipeline.scanning import layout, open_model
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.naming import nearest_preset
 from ewq_gguf.plan.policy import check_policy
@@ -47,6 +39,14 @@ from ewq_gguf.records import (
     Verification,
     load_cached,
 )
+from ewq_gguf.stages.bases import base_file
+from ewq_gguf.stages.calibrating import with_imatrix
+from ewq_gguf.stages.choosing import as_planned
+from ewq_gguf.stages.companions import plan_companions
+from ewq_gguf.stages.options import SILENT, Options, Progress
+from ewq_gguf.stages.placing import CompanionFile, check_names, place_companions
+from ewq_gguf.stages.presets import check_presets
+from ewq_gguf.stages.scanning import layout, open_model
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from ewq_gguf import dataset
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.errors import (
@@ -16,29 +15,19 @@ from ewq_gguf.errors import (
     UsageError,
     VerificationError,
 )
+from ewq_gguf.fastewq import dataset
+from ewq_gguf.fastewq.classifier import layer_features, select_layers
 from ewq_gguf.llamacpp.devices import free_memory
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
-from ewq_gguf.pipeline.calibrating import with_imatrix
-from ewq_gguf.pipeline.options import SILENT, Options, Progress
-from ewq_gguf.pipeline.overflow import check_planned
-from ewq_gguf.pipeline.presets import check_presets, preset_plan
-from ewq_gguf.pipeline.scanning import (
-    ask_layout,
-    check_loadable,
-    found_lattices,
-    layout,
-    scan,
-)
-from ewq_gguf.pipeline.searching import check_search, search
+from ewq_gguf.optimal.problem import menus
+from ewq_gguf.optimal.search import check_search, search
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
-from ewq_gguf.plan.fastewq import layer_features, select_layers
 from ewq_gguf.plan.importance import Importance, check_model
 from ewq_gguf.plan.lattice import Lattices, allowed, lattice_line, lattices_of
 from ewq_gguf.plan.naming import plan_label, plan_name
-from ewq_gguf.plan.optimal import menus
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.subject import Subject, check_whole, layout_tensor
 from ewq_gguf.records import (
@@ -54,6 +43,17 @@ from ewq_gguf.records import (
     RulePolicy,
     Scan,
     UniformPolicy,
+)
+from ewq_gguf.stages.calibrating import with_imatrix
+from ewq_gguf.stages.options import SILENT, Options, Progress
+from ewq_gguf.stages.overflow import check_planned
+from ewq_gguf.stages.presets import check_presets, preset_plan
+from ewq_gguf.stages.scanning import (
+    ask_layout,
+    check_loadable,
+    found_lattices,
+    layout,
+    scan,
 )
 
 

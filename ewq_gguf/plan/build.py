@@ -10,7 +10,6 @@ from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import assemble, header_of
 from ewq_gguf.plan.budget import fit, unit_bytes
-from ewq_gguf.plan.cluster import can_place, place
 from ewq_gguf.plan.importance import Importance
 from ewq_gguf.plan.lattice import Lattices, lattices_of
 from ewq_gguf.plan.policy import check_policy
@@ -27,6 +26,7 @@ from ewq_gguf.records import (
     Scan,
     UniformPolicy,
 )
+from ewq_gguf.rpc.placement import can_place, place
 from ewq_gguf.tensor_names import layer_idx
 
 

@@ -385,3 +385,17 @@ class AnswerPart(Part):
 
     name: str
     answer: Answer
+
+
+class StudyPart(Part):
+    """A file that a study has measured.
+
+    Attributes:
+        name: SHA-256 over its tensors' types.
+        engine: what computed.
+        quality: perplexity and divergence from the base.
+    """
+
+    name: str
+    engine: Engine
+    quality: TextResult

@@ -1,0 +1,1 @@
+"""What is compared: plans, presets, controls, the paper."""

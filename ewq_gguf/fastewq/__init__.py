@@ -1,0 +1,1 @@
+"""FastEWQ: a classifier of layers by their size and depth, without their weights."""

@@ -1,0 +1,1 @@
+"""Policy `optimal`: the types whose measured costs are least within a size."""

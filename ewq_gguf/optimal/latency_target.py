@@ -1,0 +1,92 @@
+"""How fast a file has to be, and what each type takes on this machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ewq_gguf import ggml_types
+from ewq_gguf.bench.runner import Request
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.errors import ResourceError
+from ewq_gguf.llamacpp.toolchain import Toolchain
+from ewq_gguf.optimal.latency import fit_latency, needed_weights
+from ewq_gguf.optimal.problem import Pace, quantizable
+from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.subject import Subject
+from ewq_gguf.records import UniformPolicy
+from ewq_gguf.stages.candidate_files import time_plans
+from ewq_gguf.stages.options import Options, Progress
+
+
+def measured_pace(
+    subject: Subject,
+    menu: Mapping[str, Sequence[str]],
+    min_tps: float,
+    request: Request,
+    toolchain: Toolchain,
+    *,
+    options: Options,
+    progress: Progress,
+) -> Pace:
+    """Time a file of every type that tensors may have.
+
+    Args:
+        subject: what is planned.
+        menu: types by tensor.
+        min_tps: tokens per second.
+        request: how models are loaded, and the base.
+        toolchain: that quantises.
+        options: for the whole run.
+        progress: who is told.
+
+    Raises:
+        ResourceError: no file can be made and run.
+        EwqError: of the stage that failed, with what to do.
+    """
+    subject = replace(subject, lattices={})  # each file is of its own type
+    weights = needed_weights(quantizable(subject), _expert_share(request))
+    plans = []
+    for kind in sorted({kind for kinds in menu.values() for kind in kinds}):
+        # Where the type does not fit or is not allowed: the nearest in bits that is.
+        types = {name: _nearest(kind, kinds) for name, kinds in menu.items()}
+        plans.append(assemble(subject, UniformPolicy(ggml_type=kind), types))
+    speeds = time_plans(plans, request, toolchain, options=options, progress=progress)
+    files = []
+    for plan, tps in zip(plans, speeds, strict=True):
+        if not tps:
+            continue  # it has no room: a type is taken by its bits
+        needed: dict[str, float] = defaultdict(float)
+        for tensor in plan.tensors:
+            if tensor.is_quantizable:
+                needed[tensor.written_type] += weights[tensor.name]
+        files.append((needed, 1 / tps))
+    if not files:
+        raise ResourceError(
+            "plan",
+            "--min-tps",
+            "no file of any type could be timed",
+            "see the lines above, or leave --min-tps out",
+        )
+    return Pace(fit_latency(files), weights, 1 / min_tps)
+
+
+def _nearest(kind: str, kinds: Sequence[str]) -> str:
+    if kind in kinds:
+        return kind
+    bits = ggml_types.bits_per_weight(kind)
+    return min(kinds, key=lambda one: abs(ggml_types.bits_per_weight(one) - bits))
+
+
+def _expert_share(request: Request) -> float:
+    """Experts that a token is sent to, of all; 1 without experts."""
+    assert request.base is not None
+    keys = read_gguf(request.base).kv
+    architecture = keys.get("general.architecture")
+    used, count = (
+        keys.get(f"{architecture}.expert_{what}") for what in ("used_count", "count")
+    )
+    if isinstance(used, int) and isinstance(count, int) and count > 0:
+        return used / count
+    return 1.0

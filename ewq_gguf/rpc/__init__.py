@@ -1,0 +1,1 @@
+"""Placement of a model's layers on llama.cpp's RPC workers, and their commands."""

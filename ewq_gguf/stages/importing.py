@@ -1,0 +1,109 @@
+"""Plans from other people's files; no weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.errors import InputError, VerificationError
+from ewq_gguf.llamacpp.layout import cached_layout
+from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
+from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.imported import Imported, gguf_types, poc_types
+from ewq_gguf.plan.subject import Subject
+from ewq_gguf.records import ImportedPolicy, Plan, Scan, read_json
+from ewq_gguf.stages.options import SILENT, Options, Progress
+from ewq_gguf.stages.scanning import layout
+
+_MAGIC = b"GGUF"
+
+
+def import_plan(
+    file: Path,
+    source: Checkpoint | Scan,
+    *,
+    raw_type: str = "auto",
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """The plan that asks for the types of a file.
+
+    Args:
+        file: a `quant_plan_*.json` of the proof of concept, or a GGUF of the model.
+        source: the model.
+        raw_type: what `raw` means: `F16`, `BF16`, or `auto` for the source's own.
+        options: for the whole run.
+        progress: who is told what of the file was not followed.
+
+    Raises:
+        InputError: the file is neither, or not of this model.
+    """
+    subject = _subject(source, raw_type, options or Options(), progress)
+    policy, imported = _read(file, subject)
+    for note in imported.notes:
+        progress.note(f"{file.name}: {note}")
+    return assemble(subject, policy, imported.types)
+
+
+def _subject(
+    source: Checkpoint | Scan, raw_type: str, options: Options, progress: Progress
+) -> Subject:
+    if isinstance(source, Scan):
+        known = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
+        subject = Subject.of_scan(source, known, raw_type)
+        # The types depend on no weight, whoever has measured them.
+        return replace(subject, weights_sha256=None)
+    laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
+    return Subject.of_tensors(source.identity, laid_out.tensors, laid_out, raw_type)
+
+
+def _read(file: Path, subject: Subject) -> tuple[ImportedPolicy, Imported]:
+    """What a file says, by its first bytes."""
+    if not file.is_file():
+        raise InputError("plan", file, "is no file", "check the path")
+    try:
+        with file.open("rb") as stream:
+            is_gguf = stream.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise InputError(
+            "plan", file, f"cannot be read ({error.strerror})", "check the path"
+        ) from error
+    if is_gguf:
+        return _read_gguf(file, subject)
+    remedy = "give a quant_plan_*.json of the proof of concept, or a GGUF file"
+    text, values = read_json(file, "plan", remedy)
+    imported = poc_types(values, subject, file.name)
+    return _policy("poc", file, text), imported
+
+
+def _read_gguf(file: Path, subject: Subject) -> tuple[ImportedPolicy, Imported]:
+    try:
+        header = read_gguf(file, header_only=True)
+    except VerificationError as error:
+        raise InputError("plan", file, error.problem, "download it again") from error
+    n_files = header.kv.get("split.count", 1)
+    if n_files not in (0, 1):
+        raise InputError(
+            "plan",
+            file,
+            f"is one of {n_files} parts",
+            "join them first: `llama-gguf-split --merge`",
+        )
+    found = {t.name: (t.shape, t.ggml_type) for t in header.tensors}
+    imported = gguf_types(found, subject, file.name)
+    with file.open("rb") as stream:
+        return _policy("gguf", file, stream.read(header.data_offset)), imported
+
+
+def _policy(
+    source: Literal["poc", "gguf"], file: Path, content: bytes
+) -> ImportedPolicy:
+    return ImportedPolicy(
+        source=source,
+        file_name=file.name,
+        file_sha256=hashlib.sha256(content).hexdigest(),
+    )

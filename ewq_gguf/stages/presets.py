@@ -1,0 +1,165 @@
+"""llama-quantize's own mixtures as plans, so that their files are verified like others.
+
+Which type each tensor gets is asked of llama-quantize; its rules are not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.llamacpp.imatrix import read_imatrix
+from ewq_gguf.llamacpp.layout import (
+    ALL_PRESETS,
+    IMATRIX_PRESETS,
+    MORE_PRESETS,
+    NEED_IMATRIX,
+    PRESETS,
+    preset_types,
+)
+from ewq_gguf.llamacpp.toolchain import find_toolchain
+from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.lattice import Lattices
+from ewq_gguf.plan.subject import Subject
+from ewq_gguf.records import Plan, PresetPolicy, Scan
+from ewq_gguf.stages.options import SILENT, Options, Progress
+from ewq_gguf.stages.scanning import layout
+
+
+def check_presets(names: Sequence[str], *, has_imatrix: bool) -> None:
+    """Refuse what is no standard preset, or needs an importance matrix.
+
+    Raises:
+        UsageError: naming the first that is none.
+        InputError: naming the first that needs a matrix where there is none.
+    """
+    for name in names:
+        if name not in ALL_PRESETS:
+            raise UsageError(
+                "plan",
+                "preset",
+                f"there is no standard preset {name!r}",
+                f"use {', '.join(ALL_PRESETS)}",
+            )
+        if name in NEED_IMATRIX and not has_imatrix:
+            raise InputError(
+                "plan",
+                "preset",
+                f"{name} needs an importance matrix, and none is given",
+                "give --imatrix FILE; `ewq imatrix MODEL -o FILE` makes one",
+            )
+
+
+def preset_plan(
+    source: Checkpoint | Scan,
+    policy: PresetPolicy,
+    *,
+    raw_type: str = "auto",
+    lattices: Lattices | None = None,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """A standard preset as a plan.
+
+    Args:
+        source: the model.
+        policy: the preset.
+        raw_type: what `raw` means.
+        lattices: of what is quantised already, and keeps its values.
+        options: for the whole run.
+        progress: who is told.
+
+    Raises:
+        InputError: the model is not there, only a scan of it, or the matrix lacks an
+            entry that the preset needs.
+    """
+    if isinstance(source, Scan):
+        raise InputError(
+            "plan",
+            source.model.name,
+            "a preset's types are asked of llama-quantize with the model's header",
+            "give the model in place of the scan",
+        )
+    asked = (policy.preset,)
+    plans = preset_plans(
+        source,
+        raw_type=raw_type,
+        presets=asked,
+        needed=asked,
+        lattices=lattices,
+        options=options,
+        progress=progress,
+    )
+    return plans[policy.preset]
+
+
+def preset_plans(
+    checkpoint: Checkpoint,
+    *,
+    raw_type: str = "auto",
+    presets: Sequence[str] = PRESETS,
+    needed: Collection[str] = PRESETS,
+    lattices: Lattices | None = None,
+    options: Options | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Plan]:
+    """Presets as plans, by name, the standard ones large to small; no weight is read.
+
+    One that cannot be made, as where the importance matrix lacks an entry, is left out,
+    unless it is among those that are needed.
+
+    Raises:
+        EwqError: the model cannot be laid out, or the importance matrix is another's.
+    """
+    options = options or Options()
+    toolchain = find_toolchain(options.llama_cpp)
+    laid_out = layout(checkpoint, toolchain, progress)
+    subject = Subject.of_tensors(
+        checkpoint.identity, laid_out.tensors, laid_out, raw_type
+    )
+    subject = replace(subject, lattices=lattices or {})
+    if options.imatrix:
+        subject = replace(subject, importance=read_imatrix(options.imatrix))
+    types = preset_types(checkpoint, toolchain, options.imatrix, presets, needed=needed)
+    plans = {}
+    for name in presets:
+        if name not in types:
+            continue
+        try:
+            plans[name] = assemble(subject, PresetPolicy(preset=name), types[name])
+        except InputError:
+            if name in needed:
+                raise
+    return plans
+
+
+def all_preset_plans(
+    checkpoint: Checkpoint,
+    *,
+    raw_type: str = "auto",
+    options: Options,
+    progress: Progress = SILENT,
+) -> dict[str, Plan]:
+    """Every preset there is, by name: with the importance matrix, and without.
+
+    Raises:
+        EwqError: as of `preset_plans`.
+    """
+    plans: dict[str, Plan] = {}
+    for suffix, imatrix, more in (
+        (" imatrix", options.imatrix, IMATRIX_PRESETS),
+        ("", None, ()),
+    ):
+        if suffix and imatrix is None:
+            continue
+        found = preset_plans(
+            checkpoint,
+            raw_type=raw_type,
+            presets=(*PRESETS, *MORE_PRESETS, *more),
+            options=replace(options, imatrix=imatrix),
+            progress=progress,
+        )
+        plans |= {f"{name}{suffix}": plan for name, plan in found.items()}
+    return plans
