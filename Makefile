@@ -70,7 +70,7 @@ bench: setup
 frontier: setup
 	@$(VENV)/bin/python -m benchmarks.frontier
 
-# The user's cache stays: it may be shared, and can be deleted by hand (docs/exactness.md).
+# The user's cache stays: it may be shared, and can be deleted by hand (docs/reproducibility.md).
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find ewq_gguf tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Every family the converter takes: predicted, scanned, quantised, as it really is.
 
 One tiny random checkpoint per family goes through the real converter and the real
-llama-quantize. docs/architectures.md and the README's table are made from the list that
+llama-quantize. docs/architectures.md has a table that is made from the list that
 is tested here.
 """
 
@@ -42,7 +42,6 @@ from tests.families import FAMILIES, write_family
 pytestmark = [pytest.mark.llamacpp, pytest.mark.slow]
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
-README = Path(__file__).parent.parent / "README.md"
 TAKEN = [label for label, family in FAMILIES.items() if not family.refused]
 #: The converter rounds these weights itself, so a GGUF's values are not the source's.
 ROUNDED = {"BitNet"}
@@ -178,56 +177,26 @@ def check_the_scan_measures_what_the_file_holds(made: Case, label: str):
 
 
 def architectures_page() -> str:
+    """The page with its table of families as it should be."""
     rows = [
         f"| {label} | `{family.architecture}` | "
         f"{'names' if family.architecture in ARCHITECTURES else 'converter'} | "
         f"{family.refused or family.notes} |"
         for label, family in FAMILIES.items()
     ]
-    return f"""# Architectures
-
-Each row is a tiny random checkpoint that `tests/test_families.py` takes through the
-real converter and llama-quantize: names, shapes and the file's bytes as predicted,
-every tensor of its planned type, every weight counted once. This page is made from it
-(`EWQ_UPDATE_DOCS=1 make test ARGS="tests/test_families.py -k page"`).
-
-*names*: the names of the tensors say which becomes which; a scan needs no converter.
-*converter*: the converter is asked, so a scan needs the toolchain. Every other text
-architecture that the pinned converter takes goes this way too; {len(TAKEN)} of
-{len(FAMILIES)} families here are tested, the rest are refused by the pinned tools
-themselves, with the reason given.
-
-Encoder-decoders (T5) and encoders (BERT's kin: embedding models and rerankers) go that
-way too. Their loading check encodes a text, and writes where there is a decoder; `ewq
-bench` does not measure them. Whatever the family, tensors that are missing, left over
-or no weights at all are told before any work.
-
-| family | architecture | mapped by | notes |
-|---|---|---|---|
-{chr(10).join(rows)}
-"""
-
-
-def readme_table() -> str:
-    """The README with its table of families as it should be."""
-    ways: dict[str, list[str]] = {}
-    for label, family in FAMILIES.items():
-        by_name = family.architecture in ARCHITECTURES
-        way = "names" if by_name else "the converter's graph"
-        ways.setdefault("refused" if family.refused else way, []).append(label)
-    rows = "".join(f"| {way} | {', '.join(ways[way])} |\n" for way in sorted(ways))
-    before, _, rest = README.read_text().partition("<!-- families -->\n")
-    after = rest.partition("<!-- /families -->")[2]
-    return (
-        f"{before}<!-- families -->\n| mapped by | families |\n|---|---|\n{rows}"
-        f"<!-- /families -->{after}"
+    table = "\n".join(
+        [
+            f"{len(TAKEN)} of {len(FAMILIES)} families are tested to the byte; the pinned "
+            "tools themselves refuse the rest.",
+            "",
+            "| family | architecture | mapped by | notes |",
+            "|---|---|---|---|",
+            *rows,
+        ]
     )
-
-
-def test_the_readme_page_of_architectures_is_the_list_that_is_tested():
-    if os.environ.get("EWQ_UPDATE_DOCS"):
-        README.write_text(readme_table())
-    assert README.read_text() == readme_table()
+    before, _, rest = PAGE.read_text().partition("<!-- families -->\n")
+    after = rest.partition("<!-- /families -->")[2]
+    return f"{before}<!-- families -->\n{table}\n<!-- /families -->{after}"
 
 
 def test_the_page_of_architectures_is_the_list_that_is_tested():

@@ -421,7 +421,7 @@ def test_a_broken_file_of_rows_is_one_line(capsys):
 
 
 def test_evaluate_shows_ours_beside_the_papers(capsys, monkeypatch):
-    # The one long fit of many splits has its own figures in docs/fastewq.md.
+    # The one long fit of many splits has its own figures in docs/ewq-and-fastewq.md.
     monkeypatch.setattr(classify, "N_SPLITS", 2)
     monkeypatch.setattr("ewq_gguf.fastewq.classifier._N_TREES", 20)
 
