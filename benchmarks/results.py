@@ -52,8 +52,8 @@ INTRODUCTION = """# Results on the built-in model
 below took {minutes} minutes together.
 
 One model of 135M weights, one text, English: nothing here holds for another
-model: `ewq compare` and `ewq study` measure yours. Policy `optimal` beside every preset,
-size by size, is on [a page of its own](frontier.md).
+model: `ewq compare` and `ewq study` measure yours. Policy `optimal` beside every
+preset, size by size, is on [a page of its own](frontier.md).
 
 ## Files of one model
 
@@ -62,8 +62,8 @@ the BF16 file; `like base` is ROUGE-L of greedy answers beside the base's. MMLU 
 {n_mmlu} questions with 5 examples, of the last row 2 per subject; chance is 25 %.
 bitsandbytes computes in transformers, in the same process as the BF16 GGUF that it is
 compared with: its KLD holds what the two engines differ in (0.001 without any
-quantisation, see [evaluation](evaluation.md)), its size is that of the weights in memory, its
-peak memory counts the unquantised weights too, and its speed on a CPU is not what it is
+quantisation, see [evaluation](evaluation.md)), its size is that of the weights in
+memory, its peak memory counts the unquantised weights too, and its speed on a CPU is not what it is
 made for.
 """
 

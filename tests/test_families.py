@@ -186,8 +186,8 @@ def architectures_page() -> str:
     ]
     table = "\n".join(
         [
-            f"{len(TAKEN)} of {len(FAMILIES)} families are tested to the byte; the pinned "
-            "tools themselves refuse the rest.",
+            f"{len(TAKEN)} of {len(FAMILIES)} families are tested to the byte; "
+            "the pinned tools themselves refuse the rest.",
             "",
             "| family | architecture | mapped by | notes |",
             "|---|---|---|---|",

@@ -2,7 +2,8 @@
 
 A classifier sees three numbers of a layer and answers whether EWQ would quantise it.
 The paper's 700 labelled rows were never published; 147 of them can be derived from its
-tables (docs/ewq-and-fastewq.md). It names no hyperparameters, so these are the libraries' own.
+tables (docs/ewq-and-fastewq.md). It names no hyperparameters, so these are the
+libraries' own.
 
 Source: arXiv:2503.04704 section 4.
 """
