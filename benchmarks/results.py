@@ -63,8 +63,8 @@ the BF16 file; `like base` is ROUGE-L of greedy answers beside the base's. MMLU 
 bitsandbytes computes in transformers, in the same process as the BF16 GGUF that it is
 compared with: its KLD holds what the two engines differ in (0.001 without any
 quantisation, see [evaluation](evaluation.md)), its size is that of the weights in
-memory, its peak memory counts the unquantised weights too, and its speed on a CPU is not what it is
-made for.
+memory, its peak memory counts the unquantised weights too, and its speed on a
+CPU is not what it is made for.
 """
 
 
