@@ -6,8 +6,8 @@ Scans, layouts and base files are kept in the cache by what they depend on, so a
 run does only what changed.
 """
 
-from ewq_gguf.experiments.compare import Wanted, compare
-from ewq_gguf.experiments.versions import WantedPlan
+from ewq_gguf.experiments.compare import ComparisonSpec, compare
+from ewq_gguf.experiments.versions import PlanSpec
 from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
 from ewq_gguf.pipeline.making import (
     Made,
@@ -42,8 +42,8 @@ __all__ = [
     "Progress",
     "SILENT",
     "Silent",
-    "Wanted",
-    "WantedPlan",
+    "ComparisonSpec",
+    "PlanSpec",
     "as_planned",
     "base_file",
     "check_layout",

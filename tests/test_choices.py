@@ -223,7 +223,7 @@ def test_a_plan_with_choices_is_compared_and_measured_in_transformers(
         raise InputError("test", "versions", "are not made", "stop here")
 
     monkeypatch.setattr("ewq_gguf.experiments.compare.choose_versions", versions)
-    wanted = api.Wanted((api.WantedPlan(plan),), (), Request(tasks=("speed",)))
+    wanted = api.ComparisonSpec((api.PlanSpec(plan),), (), Request(tasks=("speed",)))
     with pytest.raises(InputError, match="--chat-template"):
         api.compare(str(unknown), wanted)
     with pytest.raises(InputError, match="stop here"):

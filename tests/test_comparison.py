@@ -16,7 +16,7 @@ from ewq_gguf.bench.mmlu_data import MmluTask
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.speed import combined
 from ewq_gguf.bench.statistics import paired_bootstrap
-from ewq_gguf.cli.plan_words import wanted_plans
+from ewq_gguf.cli.plan_words import parse_plans
 from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.comparison import across_models, estimates, pairs_of
 from ewq_gguf.experiments.comparison_record import (
@@ -270,12 +270,12 @@ def test_the_nearest_below_and_above_bracket_a_file(size, names):
     ],
 )
 def test_policies_in_a_few_words(text, policy):
-    (wanted,) = wanted_plans([text])
+    (wanted,) = parse_plans([text])
     assert (wanted.source, wanted.budget) == (policy, None)
 
 
 def test_budgets_follow_an_at_sign():
-    share, bits = wanted_plans(["ewq@80%,fastewq@4.5bpw", ""])
+    share, bits = parse_plans(["ewq@80%,fastewq@4.5bpw", ""])
     assert share.budget is not None
     assert bits.budget is not None
     assert (share.budget.share, bits.budget.bpw) == (0.8, 4.5)
@@ -287,7 +287,7 @@ def test_budgets_follow_an_at_sign():
 )
 def test_words_that_say_nothing_are_refused(text):
     with pytest.raises(Exception, match="neither a plan's file nor a policy"):
-        wanted_plans([text])
+        parse_plans([text])
 
 
 # Words

@@ -11,8 +11,13 @@ from rich.console import Console
 from ewq_gguf.bench.statistics import kld_difference
 from ewq_gguf.entropy.layers import layer_scans, layer_statistics
 from ewq_gguf.errors import UsageError
-from ewq_gguf.experiments.controls import check_probe_type, controls, probes
-from ewq_gguf.experiments.paired import correlations, rank_among
+from ewq_gguf.experiments.controls import (
+    check_probe_type,
+    controls,
+    correlations,
+    probes,
+    rank_among,
+)
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.naming import plan_label

@@ -13,7 +13,7 @@ from ewq_gguf.bench import runner
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ResourceError, VerificationError
-from ewq_gguf.experiments.paired import kld_mean
+from ewq_gguf.experiments.controls import kld_mean
 from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.llamacpp.devices import Device
 from ewq_gguf.optimal import candidates as contest

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from ewq_gguf.bench.runner import CPU_SETUP
 from ewq_gguf.bench.statistics import kld_difference
+from ewq_gguf.experiments.controls import correlations, kld_mean, rank_among
 from ewq_gguf.experiments.frontier_view import named
-from ewq_gguf.experiments.paired import correlations, kld_mean, rank_among
 from ewq_gguf.experiments.study_record import (
     Control,
     Controls,

@@ -28,7 +28,7 @@ from ewq_gguf.cli.common import (
     quiet_option,
     show_record,
 )
-from ewq_gguf.cli.plan_words import HELP, wanted_plans
+from ewq_gguf.cli.plan_words import HELP, parse_plans
 from ewq_gguf.experiments.comparison import across_models
 from ewq_gguf.experiments.comparison_record import Comparison
 from ewq_gguf.experiments.comparison_view import across_view, comparison_view
@@ -90,8 +90,8 @@ def make(
     """
     # The model stands for its base, which is made later.
     request = with_data(request_of({**values, "base": Path(model)}), values)
-    wanted = api.Wanted(
-        plans=wanted_plans(plans),
+    wanted = api.ComparisonSpec(
+        plans=parse_plans(plans),
         presets=tuple(
             dict.fromkeys(name.upper() for text in presets for name in comma_list(text))
         ),

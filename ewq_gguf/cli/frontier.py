@@ -14,7 +14,7 @@ from ewq_gguf.cli.policy import optimal_options, optimal_policy_of
 from ewq_gguf.cli.study import run, study_options
 from ewq_gguf.experiments.frontier import study_frontier
 from ewq_gguf.experiments.frontier_view import draw_frontier
-from ewq_gguf.experiments.study import STAGE, Question
+from ewq_gguf.experiments.study import STAGE, StudySpec
 from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.plan.ask import Ask, parse_budget
 from ewq_gguf.plan.policy import check_policy
@@ -57,12 +57,12 @@ def frontier(
     if picture is not None:
         store.check_writable(picture, STAGE)
 
-    def study_of(question: Question) -> Study:
+    def study_of(spec: StudySpec) -> Study:
         if budgets:
             asked = {text: parse_budget(text) for text in comma_list(budgets)}
         else:
-            asked = _preset_sizes(question, comma_list(presets or _PRESETS))
-        return study_frontier(question, asked, policy)
+            asked = _preset_sizes(spec, comma_list(presets or _PRESETS))
+        return study_frontier(spec, asked, policy)
 
     found, _ = run("frontier", model, study_of, values)
     if picture is not None:
@@ -70,18 +70,18 @@ def frontier(
             draw_frontier(found, temporary)
 
 
-def _preset_sizes(question: Question, names: list[str]) -> dict[str, Ask]:
+def _preset_sizes(spec: StudySpec, names: list[str]) -> dict[str, Ask]:
     """The sizes of presets, by their names."""
     names = [name.upper() for name in names]
     api.check_presets(names, has_imatrix=True)
     # With the matrix a file says so, and is some hundred bytes larger.
-    options = with_imatrix(question.checkpoint, question.options, question.progress)
+    options = with_imatrix(spec.checkpoint, spec.options, spec.progress)
     plans = api.preset_plans(
-        question.checkpoint,
+        spec.checkpoint,
         presets=names,
         needed=names,
         options=options,
-        progress=question.progress,
+        progress=spec.progress,
     )
     sizes = {name: plans[name].totals.file_size_bytes for name in names}
     return {name: Ask(f"{size}B", n_bytes=size) for name, size in sizes.items()}

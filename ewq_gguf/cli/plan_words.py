@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ewq_gguf.api import WantedPlan
+from ewq_gguf.api import PlanSpec
 from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
 from ewq_gguf.records import (
@@ -55,7 +55,7 @@ _POLICIES: dict[str, type[EwqPolicy | FastEwqPolicy | OptimalPolicy]] = {
 }
 
 
-def wanted_plans(texts: Iterable[str]) -> tuple[WantedPlan, ...]:
+def parse_plans(texts: Iterable[str]) -> tuple[PlanSpec, ...]:
     """The plans of an option that repeats or takes commas.
 
     Raises:
@@ -67,12 +67,12 @@ def wanted_plans(texts: Iterable[str]) -> tuple[WantedPlan, ...]:
     return tuple(_wanted(part) for part in parts if part)
 
 
-def _wanted(text: str) -> WantedPlan:
+def _wanted(text: str) -> PlanSpec:
     path = Path(text)
     if path.suffix == ".json" or path.is_file():
         plan = load_record(Plan, path, STAGE)
         # `ewq plan` calls it NAME.POLICY.json.
-        return WantedPlan(plan, name=path.stem.removeprefix(f"{plan.model.name}."))
+        return PlanSpec(plan, name=path.stem.removeprefix(f"{plan.model.name}."))
     form = _FORM.fullmatch(text)
     policy = _policy(form["policy"]) if form else None
     if form is None or policy is None:
@@ -83,7 +83,7 @@ def _wanted(text: str) -> WantedPlan:
             "one",
             param_hint="--plans",
         )
-    return WantedPlan(policy, budget=_budget(form["budget"]))
+    return PlanSpec(policy, budget=_budget(form["budget"]))
 
 
 def _policy(text: str) -> RulePolicy | None:

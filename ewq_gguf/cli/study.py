@@ -33,7 +33,7 @@ from ewq_gguf.cli.policy import ewq_policy_of, factors_of, raw_type_of, rule_opt
 from ewq_gguf.errors import InputError
 from ewq_gguf.experiments.study import (
     STAGE,
-    Question,
+    StudySpec,
     study_controls,
     study_factor,
     study_sensitivity,
@@ -103,8 +103,8 @@ def sensitivity(
     run(
         "sensitivity",
         model,
-        lambda question: study_sensitivity(
-            question, ggml_type.upper(), Measures(epsilon=epsilon, n_bins=bins)
+        lambda spec: study_sensitivity(
+            spec, ggml_type.upper(), Measures(epsilon=epsilon, n_bins=bins)
         ),
         values,
     )
@@ -138,8 +138,8 @@ def controls(model: str, permutations: int, **values: Any) -> None:
     run(
         "controls",
         model,
-        lambda question: study_controls(
-            question, policy, permutations, raw_type=raw_type_of(values)
+        lambda spec: study_controls(
+            spec, policy, permutations, raw_type=raw_type_of(values)
         ),
         values,
     )
@@ -162,13 +162,16 @@ def factor(model: str, factors: str, **values: Any) -> None:
     run(
         "factor",
         model,
-        lambda question: study_factor(question, policies, raw_type=raw_type_of(values)),
+        lambda spec: study_factor(spec, policies, raw_type=raw_type_of(values)),
         values,
     )
 
 
 def run(
-    name: str, model: str, study_of: Callable[[Question], Study], values: dict[str, Any]
+    name: str,
+    model: str,
+    study_of: Callable[[StudySpec], Study],
+    values: dict[str, Any],
 ) -> tuple[Study, Path]:
     """Do a study, write it and show it; what was found, and where it was written."""
     progress = BarProgress(quiet=values["quiet"])
@@ -188,29 +191,29 @@ def run(
     checkpoint = api.open_model(model, options=options, progress=progress)
     out = out or Path("results") / f"{checkpoint.identity.name}.{name}.json"
     store.check_distinct(out, [shard.path for shard in checkpoint.shards], STAGE)
-    question = Question(checkpoint, request, options, progress)
+    spec = StudySpec(checkpoint, request, options, progress)
     if out.exists() and not values["force"]:
-        _check_known(out, name, question)
+        _check_known(out, name, spec)
     with store.locked(out, stage=STAGE):
-        result = study_of(question)
+        result = study_of(spec)
         store.write_text(out, result.to_json(), stage=STAGE, force=values["force"])
     progress.note(f"wrote {out}")
     show_record(result, study_view, as_json=values["as_json"])
     return result, out
 
 
-def _check_known(out: Path, name: str, question: Question) -> None:
+def _check_known(out: Path, name: str, spec: StudySpec) -> None:
     """Refuse before hours of work what would be refused after them.
 
     Raises:
-        UsageError: what is there is no study, or one of another question.
+        UsageError: what is there is no study, or one of another spec.
     """
     try:
         known = load_record(Study, out, STAGE)
     except InputError:
         raise store.already_exists(out, STAGE) from None
-    asked = question.request.parameters()
+    asked = spec.request.parameters()
     measured = known.parameters.model_copy(update={"tasks": asked.tasks})
-    model = question.checkpoint.identity.fingerprint
+    model = spec.checkpoint.identity.fingerprint
     if (known.findings.kind, known.model.fingerprint, measured) != (name, model, asked):
         raise store.already_exists(out, STAGE)

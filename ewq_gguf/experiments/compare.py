@@ -15,7 +15,7 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.experiments.comparison import estimates, pairs_of
 from ewq_gguf.experiments.comparison_record import ComparedFile, Comparison, Estimate
-from ewq_gguf.experiments.versions import Version, WantedPlan, choose_versions
+from ewq_gguf.experiments.versions import PlanSpec, Version, choose_versions
 from ewq_gguf.llamacpp.convert import check_is_local
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.llamacpp.verify import check_bindings
@@ -29,7 +29,7 @@ from ewq_gguf.stages.scanning import open_model
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ComparisonSpec:
     """What is compared, and how.
 
     Attributes:
@@ -39,14 +39,14 @@ class Wanted:
         keep_files: whether the GGUF files stay when everything is measured.
     """
 
-    plans: tuple[WantedPlan, ...]
+    plans: tuple[PlanSpec, ...]
     presets: tuple[str, ...]
     request: Request
     keep_files: bool = True
 
 
 @dataclass(frozen=True)
-class _Made:
+class BuiltFile:
     """A version with its file.
 
     Attributes:
@@ -64,7 +64,7 @@ class _Made:
 
 def compare(
     model: str,
-    wanted: Wanted,
+    wanted: ComparisonSpec,
     folder: Path | None = None,
     *,
     options: Options | None = None,
@@ -185,9 +185,9 @@ def _check_room(files: Path, versions: tuple[Version, ...]) -> None:
     store.check_free(files, needed, STAGE)
 
 
-def _made(version: Version, base: Path, folder: Path, request: Request) -> _Made:
+def _made(version: Version, base: Path, folder: Path, request: Request) -> BuiltFile:
     is_base = version.plan is None
-    return _Made(
+    return BuiltFile(
         version=version,
         path=base if is_base else folder / "files" / f"{version.name}.gguf",
         request=_of_base(request) if is_base else replace(request, base=base),
@@ -213,7 +213,7 @@ def _turn(request: Request) -> Request:
     return replace(request, tasks=("speed",), n_repeats=1)
 
 
-def _measure(made: _Made, options: Options, progress: Progress) -> None:
+def _measure(made: BuiltFile, options: Options, progress: Progress) -> None:
     """Everything but the speed, where it is not known."""
     known, request = _known(made, options), _untimed(made.request)
     if known is not None:
@@ -226,7 +226,7 @@ def _measure(made: _Made, options: Options, progress: Progress) -> None:
     store.write_text(made.result_path, text, stage=STAGE, force=True)
 
 
-def _known(made: _Made, options: Options) -> Result | None:
+def _known(made: BuiltFile, options: Options) -> Result | None:
     """A result that is there, with speed or without it.
 
     Raises:
@@ -251,7 +251,7 @@ def _known(made: _Made, options: Options) -> Result | None:
 
 
 def _timed(
-    made: list[_Made], folder: Path, options: Options, progress: Progress
+    made: list[BuiltFile], folder: Path, options: Options, progress: Progress
 ) -> list[Result]:
     """The results with speeds, where they are asked for.
 
@@ -280,7 +280,7 @@ def _timed(
     return [_result(one, turns[one.version.name], options) for one in made]
 
 
-def _known_turn(path: Path, made: _Made) -> Result | None:
+def _known_turn(path: Path, made: BuiltFile) -> Result | None:
     try:
         result = load_record(Result, path, STAGE) if path.exists() else None
     except InputError:
@@ -289,7 +289,7 @@ def _known_turn(path: Path, made: _Made) -> Result | None:
     return result if is_valid else None
 
 
-def _result(made: _Made, turns: list[Result] | None, options: Options) -> Result:
+def _result(made: BuiltFile, turns: list[Result] | None, options: Options) -> Result:
     """All of a file's numbers as one result, as the request has it."""
     known = _known(made, options) or (turns[0] if turns else None)
     assert known is not None
@@ -311,7 +311,10 @@ def _result(made: _Made, turns: list[Result] | None, options: Options) -> Result
 
 
 def _comparison(
-    checkpoint: Checkpoint, made: list[_Made], results: list[Result], options: Options
+    checkpoint: Checkpoint,
+    made: list[BuiltFile],
+    results: list[Result],
+    options: Options,
 ) -> Comparison:
     rows = tuple(
         _row(one.version, result) for one, result in zip(made, results, strict=True)

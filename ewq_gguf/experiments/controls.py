@@ -13,7 +13,9 @@ from math import factorial, prod
 
 import numpy as np
 
+from ewq_gguf.bench.statistics import spearman
 from ewq_gguf.errors import UsageError
+from ewq_gguf.experiments.study_record import StatisticCorrelation, StudyFile
 from ewq_gguf.ggml_types import FLOAT_TYPES, bits_per_weight
 from ewq_gguf.plan.assemble import ftype_of, layers_of, plan_tensor, totals_of
 from ewq_gguf.records import (
@@ -217,3 +219,35 @@ def check_probe_type(ggml_type: str) -> None:
         raise UsageError(
             "study", "--type", f"{ggml_type} quantises nothing", "use such as Q4_0"
         )
+
+
+def kld_mean(file: StudyFile) -> float:
+    """Nats per token, of the base's distributions from the file's."""
+    assert file.quality.kld is not None
+    return file.quality.kld.kld_mean_nats
+
+
+def correlations(
+    statistics: Sequence[Mapping[str, float]], klds: Sequence[float]
+) -> tuple[StatisticCorrelation, ...]:
+    """Of each statistic that every layer has with the layers' divergence.
+
+    Args:
+        statistics: of each layer, by name.
+        klds: of each layer; nats.
+    """
+    names = [
+        name for name in statistics[0] if all(name in known for known in statistics)
+    ]
+    return tuple(
+        StatisticCorrelation(
+            statistic=name,
+            correlation=spearman([known[name] for known in statistics], klds),
+        )
+        for name in sorted(names)
+    )
+
+
+def rank_among(kld: float, others: Sequence[float]) -> int:
+    """1 where none of the others is as low or lower."""
+    return 1 + sum(other <= kld for other in others)

@@ -10,8 +10,8 @@ from typing import Literal
 
 from ewq_gguf.bench.statistics import kld_difference
 from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.experiments.paired import kld_mean
-from ewq_gguf.experiments.study import Question, run_study
+from ewq_gguf.experiments.controls import kld_mean
+from ewq_gguf.experiments.study import StudySpec, run_study
 from ewq_gguf.experiments.study_record import Frontier, FrontierFile, Study, StudyFile
 from ewq_gguf.pipeline.planning import plan
 from ewq_gguf.plan.ask import Ask
@@ -21,21 +21,21 @@ from ewq_gguf.stages.presets import all_preset_plans
 
 
 def study_frontier(
-    question: Question, budgets: Mapping[str, Ask], policy: OptimalPolicy
+    spec: StudySpec, budgets: Mapping[str, Ask], policy: OptimalPolicy
 ) -> Study:
     """Measure the best file of each size beside everything else of any size.
 
     Args:
-        question: of the study; its text is the judge and chooses nothing.
+        spec: of the study; its text is the judge and chooses nothing.
         budgets: by their names.
         policy: how the best files are searched for.
 
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    checkpoint, progress = question.checkpoint, question.progress
-    options = with_imatrix(checkpoint, question.options, progress)
-    question = replace(question, options=options)
+    checkpoint, progress = spec.checkpoint, spec.progress
+    options = with_imatrix(checkpoint, spec.options, progress)
+    spec = replace(spec, options=options)
     plans = all_preset_plans(checkpoint, options=options, progress=progress)
     sources: dict[str, tuple[RulePolicy, str | None]] = {}
     rules: tuple[RulePolicy, ...] = (policy, EwqPolicy(), FastEwqPolicy())
@@ -54,7 +54,7 @@ def study_frontier(
                 progress.note(f"no file of {label}: {error}")
                 continue
             sources[label] = rule, name
-    return run_study(question, plans, lambda files: frontier_of(plans, files, sources))
+    return run_study(spec, plans, lambda files: frontier_of(plans, files, sources))
 
 
 def frontier_of(

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ewq_gguf.errors import ToolError, printable
-from ewq_gguf.experiments.paired import kld_mean
+from ewq_gguf.experiments.controls import kld_mean
 from ewq_gguf.experiments.study_record import Frontier, FrontierFile, Study
 from ewq_gguf.report.text import size_text
 

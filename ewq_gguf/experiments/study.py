@@ -21,9 +21,11 @@ from ewq_gguf.experiments.controls import (
     NOTHING,
     check_probe_type,
     controls,
+    correlations,
+    kld_mean,
     probes,
+    rank_among,
 )
-from ewq_gguf.experiments.paired import correlations, kld_mean, rank_among
 from ewq_gguf.experiments.study_record import (
     Control,
     Controls,
@@ -58,7 +60,7 @@ STAGE = "study"
 
 
 @dataclass(frozen=True)
-class Question:
+class StudySpec:
     """What every study needs to know.
 
     Attributes:
@@ -75,12 +77,12 @@ class Question:
 
 
 def study_sensitivity(
-    question: Question, ggml_type: str = "Q4_0", measures: Measures | None = None
+    spec: StudySpec, ggml_type: str = "Q4_0", measures: Measures | None = None
 ) -> Study:
     """Quantise each layer and each role alone, and see which statistic foretells it.
 
     Args:
-        question: of the study.
+        spec: of the study.
         ggml_type: of the part.
         measures: of the entropies; None for the paper's.
 
@@ -90,9 +92,9 @@ def study_sensitivity(
     measures = measures or Measures()
     check_probe_type(ggml_type)
     # With the type, so that a matrix without an entry that it needs is refused now.
-    whole = _plan(question, UniformPolicy(ggml_type=ggml_type))
+    whole = _plan(spec, UniformPolicy(ggml_type=ggml_type))
     made = list(probes(whole, ggml_type))
-    statistics = _layer_statistics(question, measures)
+    statistics = _layer_statistics(spec, measures)
 
     def findings(files: Mapping[str, StudyFile]) -> Findings:
         layers = [
@@ -123,11 +125,11 @@ def study_sensitivity(
             ),
         )
 
-    return run_study(question, {probe.part: probe.plan for probe in made}, findings)
+    return run_study(spec, {probe.part: probe.plan for probe in made}, findings)
 
 
 def study_controls(
-    question: Question,
+    spec: StudySpec,
     policy: EwqPolicy | None = None,
     n_permutations: int = 5,
     *,
@@ -136,7 +138,7 @@ def study_controls(
     """Measure a plan beside others that have as many layers of each type.
 
     Args:
-        question: of the study.
+        spec: of the study.
         policy: that plans; None for the paper's.
         n_permutations: random ones.
         raw_type: what `raw` means: `F16`, `BF16` or `auto`.
@@ -145,8 +147,8 @@ def study_controls(
         EwqError: of the stage that failed, with what to do.
     """
     policy = policy or EwqPolicy()
-    planned = _plan(question, policy, raw_type)
-    statistics = _layer_statistics(question, policy_measures(policy))
+    planned = _plan(spec, policy, raw_type)
+    statistics = _layer_statistics(spec, policy_measures(policy))
     variances = {idx: known["variance"] for idx, known in statistics.items()}
     others = {
         _control_label(control): control
@@ -163,27 +165,25 @@ def study_controls(
         p = rank / (len(random) + 1)
         return Controls(plan=own, controls=tuple(found), rank=rank, p=p)
 
-    return run_study(question, {policy.name: planned, **others}, findings)
+    return run_study(spec, {policy.name: planned, **others}, findings)
 
 
 def study_factor(
-    question: Question, policies: Sequence[EwqPolicy], *, raw_type: str = "auto"
+    spec: StudySpec, policies: Sequence[EwqPolicy], *, raw_type: str = "auto"
 ) -> Study:
     """Measure what one factor after another makes.
 
     Args:
-        question: of the study.
+        spec: of the study.
         policies: alike but for the factor.
         raw_type: what `raw` means: `F16`, `BF16` or `auto`.
 
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    plans = {
-        str(policy.factor): _plan(question, policy, raw_type) for policy in policies
-    }
+    plans = {str(policy.factor): _plan(spec, policy, raw_type) for policy in policies}
     return run_study(
-        question,
+        spec,
         plans,
         lambda files: FactorSweep(
             files=tuple(
@@ -194,30 +194,30 @@ def study_factor(
     )
 
 
-def _plan(question: Question, policy: RulePolicy, raw_type: str = "auto") -> Plan:
+def _plan(spec: StudySpec, policy: RulePolicy, raw_type: str = "auto") -> Plan:
     """What a policy says, with nothing kept for being quantised already.
 
     A checkpoint that cannot be converted is refused before its weights are read.
     """
-    toolchain = find_toolchain(question.options.llama_cpp)
-    layout(question.checkpoint, toolchain, question.progress)
+    toolchain = find_toolchain(spec.options.llama_cpp)
+    layout(spec.checkpoint, toolchain, spec.progress)
     return plan(
-        question.checkpoint,
+        spec.checkpoint,
         policy,
         raw_type=raw_type,
-        options=replace(question.options, keep_lattice=False),
-        progress=question.progress,
+        options=replace(spec.options, keep_lattice=False),
+        progress=spec.progress,
     )
 
 
 def _layer_statistics(
-    question: Question, measures: Measures
+    spec: StudySpec, measures: Measures
 ) -> dict[int, dict[str, float]]:
     scanned = scan(
-        question.checkpoint,
+        spec.checkpoint,
         measures,
-        options=question.options,
-        progress=question.progress,
+        options=spec.options,
+        progress=spec.progress,
     )
     return layer_statistics(scanned.tensors)
 
@@ -240,32 +240,32 @@ def _control(control: Plan, file: StudyFile, own: StudyFile) -> Control:
 
 
 def run_study(
-    question: Question,
+    spec: StudySpec,
     plans: Mapping[str, Plan],
     findings: Callable[[Mapping[str, StudyFile]], Findings],
 ) -> Study:
     """Measure the files of plans, and say what they mean together.
 
     Args:
-        question: of the study.
+        spec: of the study.
         plans: by their labels.
         findings: what the files, by these labels, say.
 
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    checkpoint = question.checkpoint
+    checkpoint = spec.checkpoint
     check_is_local(checkpoint)
-    toolchain = find_toolchain(question.options.llama_cpp)
-    base = base_file(checkpoint, toolchain, progress=question.progress)
-    check_measurable(base, question.request.n_ctx)
-    request = replace(question.request, tasks=("perplexity", "kld"), base=base)
+    toolchain = find_toolchain(spec.options.llama_cpp)
+    base = base_file(checkpoint, toolchain, progress=spec.progress)
+    check_measurable(base, spec.request.n_ctx)
+    request = replace(spec.request, tasks=("perplexity", "kld"), base=base)
     known = measure_plans(
         list(plans.values()),
         request,
         toolchain,
-        options=question.options,
-        progress=question.progress,
+        options=spec.options,
+        progress=spec.progress,
     )
     files = {
         label: _file(label, made, known[types_sha256(made)].quality)

@@ -29,7 +29,7 @@ _NAME = re.compile(r"\w[\w.+-]{0,99}")
 
 
 @dataclass(frozen=True)
-class WantedPlan:
+class PlanSpec:
     """A plan that is compared.
 
     Attributes:
@@ -93,7 +93,7 @@ def bracketing(size_bytes: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 def choose_versions(
     checkpoint: Checkpoint,
-    plans: Sequence[WantedPlan],
+    plans: Sequence[PlanSpec],
     presets: Sequence[str],
     options: Options,
     progress: Progress,
@@ -147,7 +147,7 @@ def choose_versions(
 
 def _planned(
     checkpoint: Checkpoint,
-    wanted: WantedPlan,
+    wanted: PlanSpec,
     *,
     options: Options,
     progress: Progress,
