@@ -73,12 +73,12 @@ def table() -> None:
             for t in tensors
         }
         total = 0.0
-        for name, kinds in {
-            "others": [kind for kind in TYPES if kind not in SLOW_TYPES],
-            "IQ1 to IQ3": [kind for kind in TYPES if kind in SLOW_TYPES],
+        for name, types in {
+            "others": [name for name in TYPES if name not in SLOW_TYPES],
+            "IQ1 to IQ3": [name for name in TYPES if name in SLOW_TYPES],
         }.items():
             started = time.perf_counter()
-            wanted = [(tensor, kinds) for tensor in tensors]
+            wanted = [(tensor, types) for tensor in tensors]
             for _ in quant_errors(
                 path, wanted, ggml, share=SHARE, importance=importance, n_threads=N_CPUS
             ):
@@ -86,7 +86,7 @@ def table() -> None:
             taken = (time.perf_counter() - started) * N_LAYERS
             total += taken
             print(
-                f"{len(kinds)} types ({name}), {SHARE:.0%} of {N_LAYERS} layers of "
+                f"{len(types)} types ({name}), {SHARE:.0%} of {N_LAYERS} layers of "
                 f"{n_weights / 1e6:.0f}M weights, {N_CPUS} threads: "
                 f"{taken / 60:.1f} min"
             )

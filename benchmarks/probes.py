@@ -49,7 +49,7 @@ def main() -> None:
     request = Request(tasks=("kld",), base=base, texts=(("own", text),))
     menus = {
         tensor.name: [
-            kind for kind in TYPES if written_type(kind, tensor.shape[-1]) == kind
+            name for name in TYPES if written_type(name, tensor.shape[-1]) == name
         ]
         for tensor in read_gguf(base).tensors
         if is_quantizable(tensor.name, n_dims(tensor.shape))
@@ -64,14 +64,15 @@ def main() -> None:
         print("| what | type | probed, nats | predicted | ratio | doubtful |")
         print("|---|---|---:|---:|---:|---|")
         for what, names in groups:
-            found = prober((names, kind) for kind in menus[names[0]])
-            for (_, kind), cost in found.items():
-                predicted = sum(slopes[n] * errors[n][kind].error for n in names)
+            found = prober((names, ggml_type) for ggml_type in menus[names[0]])
+            for (_, ggml_type), cost in found.items():
+                predicted = sum(slopes[n] * errors[n][ggml_type].error for n in names)
                 doubts = sum(
-                    is_doubtful(errors[n][kind], errors[n][PROBE_TYPE]) for n in names
+                    is_doubtful(errors[n][ggml_type], errors[n][PROBE_TYPE])
+                    for n in names
                 )
                 print(
-                    f"| {what} | {kind} | {cost:.6f} | {predicted:.6f} | "
+                    f"| {what} | {ggml_type} | {cost:.6f} | {predicted:.6f} | "
                     f"{cost / predicted:.2f} | {doubts} |"
                 )
 

@@ -154,8 +154,8 @@ def test_errors_of_sampled_rows_are_those_of_all_within_their_own_error(deep, gg
     for one in few:
         assert abs(one.error - whole[one.name].error) < 5 * one.error_stderr
     by_type = {
-        kind: np.mean([e.error for e in few if e.name.endswith(f" {kind}")])
-        for kind in types
+        ggml_type: np.mean([e.error for e in few if e.name.endswith(f" {ggml_type}")])
+        for ggml_type in types
     }
     assert sorted(by_type.values()) == list(by_type.values())
 

@@ -231,15 +231,15 @@ def test_a_selection_keeps_the_limit_and_fills_it(seed, share):
     menu = menus(subject, OptimalPolicy(types=("Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q3_K")))
     costs = {
         name: dict(
-            zip(kinds, [0.0, *np.sort(random.random(len(kinds) - 1))], strict=True)
+            zip(types, [0.0, *np.sort(random.random(len(types) - 1))], strict=True)
         )
-        for name, kinds in menu.items()
+        for name, types in menu.items()
     }
     sizes = [
         sum(
-            padded(tensor_bytes(kinds[i], tensor.shape))
+            padded(tensor_bytes(types[i], tensor.shape))
             for tensor in quantizable(subject)
-            for kinds in [menu[tensor.name]]
+            for types in [menu[tensor.name]]
         )
         for i in (0, -1)
     ]
@@ -255,8 +255,8 @@ def test_a_selection_keeps_the_limit_and_fills_it(seed, share):
     # Nothing that is left over would pay for a better type of one tensor.
     for tensor in quantizable(subject):
         now = padded(tensor_bytes(types[tensor.name], tensor.shape))
-        for kind, cost in costs[tensor.name].items():
-            more = padded(tensor_bytes(kind, tensor.shape)) - now
+        for ggml_type, cost in costs[tensor.name].items():
+            more = padded(tensor_bytes(ggml_type, tensor.shape)) - now
             is_better = cost < costs[tensor.name][types[tensor.name]]
             assert not (is_better and used + more <= limit)
 
@@ -346,7 +346,7 @@ def test_types_far_too_small_for_a_size_are_left_out_unless_they_are_needed():
     assert "Q3_K" in all_types["blk.0.attn_q.weight"]
     # What is unquantised by the user's will takes most of it: the rest has to be small.
     assert menus_within(subject, needy, least) == all_types
-    costs = {name: dict.fromkeys(kinds, 0.0) for name, kinds in all_types.items()}
+    costs = {name: dict.fromkeys(types, 0.0) for name, types in all_types.items()}
     assert cheapest(subject, costs, least)
     assert cheapest(subject, costs, least - 1) is None
 
@@ -356,8 +356,8 @@ def test_tensors_that_nothing_was_seen_of_keep_the_mean_bits():
     menu = menus(subject, OptimalPolicy())
     unseen = "blk.3.ffn_down.weight"
     costs = {
-        name: dict.fromkeys(kinds, 0.0 if name == unseen else 1.0)
-        for name, kinds in menu.items()
+        name: dict.fromkeys(types, 0.0 if name == unseen else 1.0)
+        for name, types in menu.items()
     }
     n_weights = sum(prod(t.shape) for t in quantizable(subject))
     limit = other_bytes(subject) + n_weights * 25 // 32  # 6.25 bits
@@ -401,15 +401,15 @@ def test_times_per_weight_are_found_from_files_of_many_types():
         {"IQ3_S": n / 2, "Q8_0": n / 2}, {"Q8_0": n / 3},
     ]  # fmt: skip
     files = [
-        (mix, 0.002 + sum(true[kind] * count for kind, count in mix.items()))
+        (mix, 0.002 + sum(true[ggml_type] * count for ggml_type, count in mix.items()))
         for mix in mixes
     ]
 
     found = fit_latency(files)
 
     assert found.constant_seconds == pytest.approx(0.002, rel=0.1)
-    for kind, seconds in true.items():
-        assert found.seconds_per_weight[kind] == pytest.approx(seconds, rel=0.05)
+    for ggml_type, seconds in true.items():
+        assert found.seconds_per_weight[ggml_type] == pytest.approx(seconds, rel=0.05)
     # IQ3_S has fewer bits than Q4_K and is slower: that was measured, not assumed.
     assert found.seconds_per_weight["IQ3_S"] > found.seconds_per_weight["Q4_K"]
 
@@ -449,8 +449,8 @@ def test_a_token_needs_the_head_some_experts_and_no_embedding_but_a_tied_one():
 def test_a_pace_is_kept_and_costs_nothing_where_it_is_kept_anyway(seed, share):
     random = np.random.default_rng(seed)
     subject = subject_of(layout())
-    kinds = ("Q8_0", "Q6_K", "Q5_0", "Q4_K", "IQ3_S")
-    menu = menus(subject, OptimalPolicy(types=kinds))
+    types = ("Q8_0", "Q6_K", "Q5_0", "Q4_K", "IQ3_S")
+    menu = menus(subject, OptimalPolicy(types=types))
     costs = {
         name: dict(
             zip(menu[name], np.sort(random.random(len(menu[name]))), strict=True)
@@ -458,8 +458,8 @@ def test_a_pace_is_kept_and_costs_nothing_where_it_is_kept_anyway(seed, share):
         for name in menu
     }
     # A type of few bits may be the slowest.
-    drawn = random.uniform(0.5e-10, 2e-10, len(kinds))
-    paces = {"BF16": 2e-10} | dict(zip(kinds, drawn, strict=True))
+    drawn = random.uniform(0.5e-10, 2e-10, len(types))
+    paces = {"BF16": 2e-10} | dict(zip(types, drawn, strict=True))
     latency = Latency(0.001, paces, 1e-11)
     weights = needed_weights(quantizable(subject))
     limit = other_bytes(subject) + 2 * sum(
@@ -496,8 +496,8 @@ class KnownCosts:
         self.asked += wanted
         self.n_probes += len(wanted)
         return {
-            (names, kind): sum(self.true[name][kind] for name in names)
-            for names, kind in wanted
+            (names, ggml_type): sum(self.true[name][ggml_type] for name in names)
+            for names, ggml_type in wanted
         }
 
     def without_noise(self, cost):
@@ -512,8 +512,8 @@ def settled(true, errors, choose):
 
 def test_types_that_are_chosen_are_probed_and_their_role_corrected():
     names = [f"blk.{i}.attn_v.weight" for i in range(4)]
-    kinds = {"Q4_0": 0.04, "Q5_1": 0.01, "Q8_0": 0.0001}
-    errors = {name: {k: quant_error(e, e) for k, e in kinds.items()} for name in names}
+    types = {"Q4_0": 0.04, "Q5_1": 0.01, "Q8_0": 0.0001}
+    errors = {name: {k: quant_error(e, e) for k, e in types.items()} for name in names}
     # Q5_1 costs a quarter of what its error says, in all layers but for the first.
     true = {
         name: {"Q4_0": 0.04 * (i + 1), "Q5_1": 0.0025 * (i + 1), "Q8_0": 0.0001}
@@ -533,8 +533,8 @@ def test_types_that_are_chosen_are_probed_and_their_role_corrected():
 
 def test_a_type_is_not_passed_over_for_a_price_that_nobody_measured():
     name = "blk.0.attn_v.weight"
-    kinds = {"Q4_0": 0.04, "Q5_1": 0.02, "Q5_K": 0.015}
-    errors = {name: {kind: quant_error(e, e) for kind, e in kinds.items()}}
+    types = {"Q4_0": 0.04, "Q5_1": 0.02, "Q5_K": 0.015}
+    errors = {name: {ggml_type: quant_error(e, e) for ggml_type, e in types.items()}}
     true = {name: {"Q4_0": 0.04, "Q5_1": 0.006, "Q5_K": 0.012, "Q8_0": 0.0001}}
 
     found, prober = settled(
@@ -546,7 +546,7 @@ def test_a_type_is_not_passed_over_for_a_price_that_nobody_measured():
     assert min(found[name], key=found[name].__getitem__) == "Q5_1"
     assert found[name]["Q5_1"] == pytest.approx(0.006)
     # What cannot be chosen, however well it does, is not probed.
-    assert not any(kind == "Q4_0" for _, kind in prober.asked[1:])
+    assert not any(ggml_type == "Q4_0" for _, ggml_type in prober.asked[1:])
 
 
 def test_a_doubtful_type_costs_the_worse_until_its_own_probe():

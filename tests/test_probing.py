@@ -56,8 +56,8 @@ def test_what_moves_nothing_costs_nothing_and_fewer_bits_cost_more(
 ):
     names = [t.name for t in tiny.layout.tensors if "ffn_up" in t.name]
     probes = [
-        Probe(name=kind, tensors=tuple(names), ggml_type=kind)
-        for kind in ("BF16", "Q8_0", "Q4_0")
+        Probe(name=ggml_type, tensors=tuple(names), ggml_type=ggml_type)
+        for ggml_type in ("BF16", "Q8_0", "Q4_0")
     ]
 
     found = probe(

@@ -114,7 +114,9 @@ def test_the_proof_of_concepts_pattern_would_have_taken_layers_10_to_19(
         tmp_path / "poc.log",
     )
 
-    taken = {layer_idx(name) for name, kind in found.items() if kind == "Q4_K"}
+    taken = {
+        layer_idx(name) for name, ggml_type in found.items() if ggml_type == "Q4_K"
+    }
     assert taken == {1, *range(10, 20)}
 
 
@@ -151,11 +153,11 @@ def test_names_with_capitals_and_metacharacters_match_only_themselves(
         "a=b", "a b", "é", "e", "中", "#a", '"a"', "$(a)", "`a`", "a/b", "~",
     ]  # fmt: skip
     names = [f"blk.0.{role}.weight" for role in roles]
-    kinds = {name: QUANTISED[i % len(QUANTISED)] for i, name in enumerate(names)}
+    types = {name: QUANTISED[i % len(QUANTISED)] for i, name in enumerate(names)}
     base = write_gguf(tmp_path / "odd.gguf", dict.fromkeys(names, (2, 256)))
-    lines = [f"{tensor_pattern(n)}={kinds[n].lower()}" for n in reversed(names)]
+    lines = [f"{tensor_pattern(n)}={types[n].lower()}" for n in reversed(names)]
 
-    assert dry_run(toolchain, base, "\n".join(lines)) == kinds
+    assert dry_run(toolchain, base, "\n".join(lines)) == types
 
 
 def test_each_quantizable_tensor_has_one_line_and_no_other_has(mixed):

@@ -112,7 +112,7 @@ def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
     def propose(self, rng):
         costs = self.predictor.costs
         upside = {
-            name: {kind: 1 / (cost + 1e-9) for kind, cost in one.items()}
+            name: {ggml_type: 1 / (cost + 1e-9) for ggml_type, cost in one.items()}
             for name, one in costs.items()
         }
         kept, self.predictor = self.predictor, Predictor(upside, 0.0)

@@ -153,8 +153,8 @@ def open_head(
             backend, n_threads
         )
         n_vocab = len(weights.matrix)
-        kind = int(GGMLQuantizationType[weights.ggml_type])
-        matrix = _new_2d(context, kind, n_embd, n_vocab)
+        number = int(GGMLQuantizationType[weights.ggml_type])
+        matrix = _new_2d(context, number, n_embd, n_vocab)
         states = _new_2d(context, int(GGMLQuantizationType.F32), n_embd, _N_ROWS)
         logits = _mul_mat(context, matrix, states)
         if weights.bias is not None:

@@ -85,7 +85,9 @@ def precisions_of(plan: Plan, tensors: Iterable[MappedTensor]) -> dict[str, Prec
                     "gives them different precisions",
                     "give them one with --granularity layer",
                 )
-    return {name: kind for name, kind in found.items() if kind is not None}
+    return {
+        name: precision for name, precision in found.items() if precision is not None
+    }
 
 
 def library_versions(*, needs_bitsandbytes: bool) -> str:

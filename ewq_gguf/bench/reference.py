@@ -203,8 +203,8 @@ class ReferenceScorer:
             if len(data[-1]) < size:
                 problem = "ended while it was read"
                 raise InputError(STAGE, self._file.path, problem, "copy it again")
-        kind = states_type(self._file.tensors[OUTPUT].ggml_type)
-        return unpack(b"".join(data), kind, self._file.n_embd)
+        ggml_type = states_type(self._file.tensors[OUTPUT].ggml_type)
+        return unpack(b"".join(data), ggml_type, self._file.n_embd)
 
     def copy(self, source: int, target: int) -> None:
         """Let a sequence begin as another is now."""

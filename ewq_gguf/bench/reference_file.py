@@ -172,11 +172,11 @@ def pack(states: FloatArray, ggml_type: str) -> bytes:
 
 def unpack(data: bytes, ggml_type: str, n_embd: int) -> FloatArray:
     """Kept hidden states as numbers; (n, n_embd)."""
-    kind = gguf.GGMLQuantizationType[ggml_type]
+    raw_type = gguf.GGMLQuantizationType[ggml_type]
     raw = np.frombuffer(data, np.uint8).reshape(
         -1, ggml_types.row_bytes(ggml_type, n_embd)
     )
-    return np.ascontiguousarray(dequantize(raw, kind), np.float32)
+    return np.ascontiguousarray(dequantize(raw, raw_type), np.float32)
 
 
 def write_header(path: Path, record: Reference, rows: Iterable[Row]) -> ReferenceFile:
@@ -191,8 +191,10 @@ def write_header(path: Path, record: Reference, rows: Iterable[Row]) -> Referenc
     for name, ggml_type, shape in rows:
         size = ggml_types.tensor_bytes(ggml_type, shape)
         needed += size
-        kind = gguf.GGMLQuantizationType[ggml_type]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+        raw_type = gguf.GGMLQuantizationType[ggml_type]
+        writer.add_tensor_info(
+            name, shape, np.dtype(np.float32), size, raw_dtype=raw_type
+        )
     store.check_free(path.parent, needed, STAGE)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -115,11 +115,13 @@ def write_reference(
 class _Maker:
     """Hidden states of a base as they are kept, compared with its own logits."""
 
-    def __init__(self, path: Path, scorer: LlamaScorer, n_embd: int, kind: str) -> None:
+    def __init__(
+        self, path: Path, scorer: LlamaScorer, n_embd: int, ggml_type: str
+    ) -> None:
         self.path = path
         self._scorer = scorer
         self.n_embd = n_embd
-        self._kind = kind
+        self._ggml_type = ggml_type
 
     def checked(self, batch: Sequence[Window], head: Head) -> Iterator[bytes]:
         """Kept states of a batch, pass by pass.
@@ -149,12 +151,12 @@ class _Maker:
                 continue
             if states.shape[1] != self.n_embd:
                 raise self.refusal(float("inf"))
-            kept = pack(states, self._kind)
+            kept = pack(states, self._ggml_type)
             error = self._error(logits, head.logits(self._unpacked(kept)))
             yield kept, error
 
     def _unpacked(self, kept: bytes) -> FloatArray:
-        return unpack(kept, self._kind, self.n_embd)
+        return unpack(kept, self._ggml_type, self.n_embd)
 
     def _error(self, logits: FloatArray, again: FloatArray) -> float:
         if not np.isfinite(logits).all():

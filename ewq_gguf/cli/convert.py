@@ -63,12 +63,12 @@ def convert(
     toolchain = find_toolchain(options.llama_cpp)
     checkpoint = api.open_model(model, options=options, progress=progress)
     check_is_no_gguf(checkpoint)
-    kind = base_type(checkpoint) if outtype == "auto" else outtype.upper()
+    ggml_type = base_type(checkpoint) if outtype == "auto" else outtype.upper()
     name = checkpoint.identity.name
-    out = out or Path(f"{name}-{kind}.gguf")
+    out = out or Path(f"{name}-{ggml_type}.gguf")
     if dry_run:
         flags = content_flags(checkpoint, "text")
-        argv = convert_argv(toolchain, checkpoint.folder, name, kind, out, flags)
+        argv = convert_argv(toolchain, checkpoint.folder, name, ggml_type, out, flags)
         for option in chosen_options(options, ("chat_template", "pre")):
             click.echo(f"# the converter has no option for {option}")
         click.echo(shlex.join(["python3", *argv]))
@@ -78,11 +78,11 @@ def convert(
     store.check_writable(out, "convert")
     if not checkpoint.is_mapped_by_name:  # whether it is whole, before the long work
         api.layout(checkpoint, toolchain, progress)
-    check_base(checkpoint, toolchain, kind)
+    check_base(checkpoint, toolchain, ggml_type)
     if out.exists() and not values["force"]:
         raise store.already_exists(out, "convert")
     beside = api.convert_model(
-        checkpoint, toolchain, out, kind, options=options, progress=progress
+        checkpoint, toolchain, out, ggml_type, options=options, progress=progress
     )
     for each in beside:
         progress.note(companion_line(each.path, each.found))

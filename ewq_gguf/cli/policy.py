@@ -308,7 +308,7 @@ def optimal_policy_of(values: dict[str, Any]) -> OptimalPolicy:
 def _by_role(given: tuple[str, ...]) -> dict[str, str]:
     """`attn_v=Q5_0`, or a type alone for every role."""
     pairs = (text.rpartition("=") for text in given)
-    return {of.strip() or "*": _type_name(kind) for of, _, kind in pairs}
+    return {of.strip() or "*": _type_name(ggml_type) for of, _, ggml_type in pairs}
 
 
 def _type_names(text: str) -> list[str]:

@@ -59,8 +59,8 @@ def measured_rounding(
         EwqError: of the stage that failed, with what to do.
     """
     roles = [
-        (group, kind)
-        for length, kind in _FINEST.items()
+        (group, ggml_type)
+        for length, ggml_type in _FINEST.items()
         for group in roles_of(n for n in tried if _fitting(tried[n], length))
     ]
     started = time.monotonic()
@@ -83,10 +83,14 @@ def measured_rounding(
             return {}
     while time.monotonic() < started + seconds:
         large = [
-            (group, kind)
-            for kind in _FINEST.values()
+            (group, ggml_type)
+            for ggml_type in _FINEST.values()
             for group in next_groups(
-                {group: cost for (group, of), cost in leaves.items() if of == kind},
+                {
+                    group: cost
+                    for (group, of), cost in leaves.items()
+                    if of == ggml_type
+                },
                 _LEAST_SHARE,
             )[:_MAX_HALVED]
         ]
@@ -94,19 +98,21 @@ def measured_rounding(
             break
         for cell in large:
             del leaves[cell]
-        parts = [(half, kind) for group, kind in large for half in halves(group)]
+        parts = [
+            (half, ggml_type) for group, ggml_type in large for half in halves(group)
+        ]
         leaves |= _costs(prober, toolchain, subject, parts)
     rounding: Rounding = {}
     for (group, finest), cost in leaves.items():
         for name in group:
-            kinds = _fitting(tried[name], block_size(finest))
-            known = dict.fromkeys(kinds, cost / len(group))
+            types = _fitting(tried[name], block_size(finest))
+            known = dict.fromkeys(types, cost / len(group))
             rounding[name] = rounding.get(name, {}) | known
     return rounding
 
 
-def _fitting(kinds: Collection[str], length: int) -> list[str]:
-    return [kind for kind in kinds if block_size(kind) == length]
+def _fitting(types: Collection[str], length: int) -> list[str]:
+    return [ggml_type for ggml_type in types if block_size(ggml_type) == length]
 
 
 def _costs(
@@ -120,10 +126,12 @@ def _costs(
     subject = replace(subject, lattices={})  # what is raw here stays raw
     raw = {tensor.name: subject.raw_type for tensor in tensors}
     plans = {
-        (group, kind): assemble(
-            subject, UniformPolicy(ggml_type=kind), raw | dict.fromkeys(group, kind)
+        (group, ggml_type): assemble(
+            subject,
+            UniformPolicy(ggml_type=ggml_type),
+            raw | dict.fromkeys(group, ggml_type),
         )
-        for group, kind in cells
+        for group, ggml_type in cells
     }
     # From 32 bits to 16, all the other tensors are rounded too: that is no role's.
     others = []

@@ -258,8 +258,8 @@ class Contest:
     def _propose(self, rng: np.random.Generator | None) -> Plan:
         now = self.predictor.costs_now(rng)
         allowed = {
-            name: {kind: now[name][kind] for kind in kinds}
-            for name, kinds in self.menu.items()
+            name: {ggml_type: now[name][ggml_type] for ggml_type in types}
+            for name, types in self.menu.items()
         }
         types = cheapest(self.subject, allowed, self.limit.n_bytes, self.pace)
         if types is None and self.pace is not None:

@@ -55,13 +55,13 @@ def measured_costs(
     doubtful = set()
     for name, one in errors.items():
         costs[name] = {}
-        for kind, error in one.items():
+        for ggml_type, error in one.items():
             cost = slopes.get(name, 0.0) * error.error
             if name in probed and is_doubtful(error, probed[name]):
                 # Until it is probed itself, what is worse counts.
-                doubtful.add((name, kind))
+                doubtful.add((name, ggml_type))
                 cost = slopes[name] * scaled_error(error, probed[name])
-            costs[name][kind] = cost
+            costs[name][ggml_type] = cost
     _settle(costs, doubtful, choose, prober, started + seconds)
     return costs
 
@@ -83,15 +83,19 @@ def _settle(
     known = {(role(name), PROBE_TYPE) for name in costs}
     while time.monotonic() < deadline:
         types = choose(_hopeful(costs, known, alone))
-        total = sum(costs[name][kind] for name, kind in types.items())
+        total = sum(costs[name][ggml_type] for name, ggml_type in types.items())
         shares: dict[tuple[str, str], float] = defaultdict(float)
         singles = []
-        for name, kind in types.items():
-            cost = costs[name][kind]
-            if (name, kind) in doubtful - alone:
-                singles.append((name, kind))
-            elif cost and (role(name), kind) not in known and (name, kind) not in alone:
-                shares[role(name), kind] += cost
+        for name, ggml_type in types.items():
+            cost = costs[name][ggml_type]
+            if (name, ggml_type) in doubtful - alone:
+                singles.append((name, ggml_type))
+            elif (
+                cost
+                and (role(name), ggml_type) not in known
+                and (name, ggml_type) not in alone
+            ):
+                shares[role(name), ggml_type] += cost
         singles = sorted(singles, key=lambda one: -costs[one[0]][one[1]])[:_MAX_PROBES]
         cells = sorted(shares, key=lambda cell: -shares[cell])
         cells = [cell for cell in cells if shares[cell] > _LEAST_SHARE * total]
@@ -109,19 +113,25 @@ def _settle(
             return
         found = prober(
             [
-                *(((name,), kind) for name, kind in singles),
-                *((group, kind) for (_, kind), group in groups.items()),
+                *(((name,), ggml_type) for name, ggml_type in singles),
+                *((group, ggml_type) for (_, ggml_type), group in groups.items()),
             ]
         )
-        for name, kind in singles:
-            costs[name][kind] = found[(name,), kind]
-            alone.add((name, kind))
+        for name, ggml_type in singles:
+            costs[name][ggml_type] = found[(name,), ggml_type]
+            alone.add((name, ggml_type))
         for cell, group in groups.items():
-            kind = cell[1]
-            factor = found[group, kind] / sum(costs[name][kind] for name in group)
+            ggml_type = cell[1]
+            factor = found[group, ggml_type] / sum(
+                costs[name][ggml_type] for name in group
+            )
             for name, one in costs.items():
-                if role(name) == cell[0] and kind in one and (name, kind) not in alone:
-                    one[kind] *= factor
+                if (
+                    role(name) == cell[0]
+                    and ggml_type in one
+                    and (name, ggml_type) not in alone
+                ):
+                    one[ggml_type] *= factor
             known.add(cell)
 
 
@@ -131,10 +141,10 @@ def _hopeful(
     """The costs where what was not probed costs as little as it may."""
     return {
         name: {
-            kind: cost
-            if (role(name), kind) in known or (name, kind) in alone
+            ggml_type: cost
+            if (role(name), ggml_type) in known or (name, ggml_type) in alone
             else _HOPE * cost
-            for kind, cost in one.items()
+            for ggml_type, cost in one.items()
         }
         for name, one in costs.items()
     }

@@ -55,13 +55,16 @@ def error_table(
     made_by = f"{identify(base).sha256} {weighed} {LLAMA_CPP_COMMIT} {share}"
     journal = store.cache_dir("errors") / f"{store.sha256_text(made_by)}.journal"
     wanted = {
-        name: [kind for kind in menu if kind not in FLOAT_TYPES]
+        name: [ggml_type for ggml_type in menu if ggml_type not in FLOAT_TYPES]
         for name, menu in menus.items()
     }
     with store.locked(journal, stage=STAGE, wait=True):
         known = read_journal(journal, QuantError)
         todo = [
-            (tensors[name], [kind for kind in menu if f"{name} {kind}" not in known])
+            (
+                tensors[name],
+                [ggml_type for ggml_type in menu if f"{name} {ggml_type}" not in known],
+            )
             for name, menu in wanted.items()
         ]
         n_todo = sum(len(menu) for _, menu in todo)
@@ -84,17 +87,21 @@ def error_table(
                     tell((i + 1) / n_todo)
     return {
         name: {
-            kind: known[f"{name} {kind}"]
-            if kind in wanted[name]
-            else _nothing(name, kind)
-            for kind in menu
+            ggml_type: known[f"{name} {ggml_type}"]
+            if ggml_type in wanted[name]
+            else _nothing(name, ggml_type)
+            for ggml_type in menu
         }
         for name, menu in menus.items()
     }
 
 
-def _nothing(name: str, kind: str) -> QuantError:
+def _nothing(name: str, ggml_type: str) -> QuantError:
     """What a float type loses: nothing worth counting."""
     return QuantError(
-        name=f"{name} {kind}", error=0.0, error_stderr=0.0, plain_error=0.0, n_rows=0
+        name=f"{name} {ggml_type}",
+        error=0.0,
+        error_stderr=0.0,
+        plain_error=0.0,
+        n_rows=0,
     )

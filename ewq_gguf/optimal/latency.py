@@ -37,10 +37,14 @@ class Latency:
     seconds_per_weight: Mapping[str, float]
     seconds_per_bit: float
 
-    def of_type(self, kind: str) -> float:
+    def of_type(self, ggml_type: str) -> float:
         """Seconds per weight."""
-        known = self.seconds_per_weight.get(kind)
-        return self.seconds_per_bit * bits_per_weight(kind) if known is None else known
+        known = self.seconds_per_weight.get(ggml_type)
+        return (
+            self.seconds_per_bit * bits_per_weight(ggml_type)
+            if known is None
+            else known
+        )
 
     def seconds(self, types: Mapping[str, str], weights: Mapping[str, float]) -> float:
         """A token's time with these types.
@@ -50,7 +54,7 @@ class Latency:
             weights: that a token needs, by tensor.
         """
         return self.constant_seconds + sum(
-            weights[name] * self.of_type(kind) for name, kind in types.items()
+            weights[name] * self.of_type(ggml_type) for name, ggml_type in types.items()
         )
 
 
@@ -86,12 +90,15 @@ def fit_latency(files: Sequence[tuple[Mapping[str, float], float]]) -> Latency:
     Args:
         files: weights by type that a token needs, and its seconds.
     """
-    types = sorted({kind for weights, _ in files for kind in weights})
+    types = sorted({ggml_type for weights, _ in files for ggml_type in weights})
     rows = np.array(
-        [[1.0, *(weights.get(kind, 0.0) for kind in types)] for weights, _ in files]
+        [
+            [1.0, *(weights.get(ggml_type, 0.0) for ggml_type in types)]
+            for weights, _ in files
+        ]
     )
     seconds = np.array([taken for _, taken in files])
-    bits = np.array([bits_per_weight(kind) for kind in types])
+    bits = np.array([bits_per_weight(ggml_type) for ggml_type in types])
     pace = float(np.median(seconds / (rows[:, 1:] @ bits)))
     prior = np.array([0.0, *(pace * bits)])
     std = np.array([_CONSTANT_STD * seconds.mean(), *(_TYPE_STD * pace * bits)])

@@ -48,10 +48,10 @@ def measured_pace(
     subject = replace(subject, lattices={})  # each file is of its own type
     weights = needed_weights(quantizable(subject), _expert_share(request))
     plans = []
-    for kind in sorted({kind for kinds in menu.values() for kind in kinds}):
+    for ggml_type in sorted(set().union(*menu.values())):
         # Where the type does not fit or is not allowed: the nearest in bits that is.
-        types = {name: _nearest(kind, kinds) for name, kinds in menu.items()}
-        plans.append(assemble(subject, UniformPolicy(ggml_type=kind), types))
+        nearest = {name: _nearest(ggml_type, types) for name, types in menu.items()}
+        plans.append(assemble(subject, UniformPolicy(ggml_type=ggml_type), nearest))
     speeds = time_plans(plans, request, toolchain, options=options, progress=progress)
     files = []
     for plan, tps in zip(plans, speeds, strict=True):
@@ -72,11 +72,11 @@ def measured_pace(
     return Pace(fit_latency(files), weights, 1 / min_tps)
 
 
-def _nearest(kind: str, kinds: Sequence[str]) -> str:
-    if kind in kinds:
-        return kind
-    bits = ggml_types.bits_per_weight(kind)
-    return min(kinds, key=lambda one: abs(ggml_types.bits_per_weight(one) - bits))
+def _nearest(ggml_type: str, types: Sequence[str]) -> str:
+    if ggml_type in types:
+        return ggml_type
+    bits = ggml_types.bits_per_weight(ggml_type)
+    return min(types, key=lambda name: abs(ggml_types.bits_per_weight(name) - bits))
 
 
 def _expert_share(request: Request) -> float:

@@ -69,7 +69,11 @@ class Predictor:
 
     def __post_init__(self) -> None:
         """Number the multipliers."""
-        cells = {(role(name), kind) for name, one in self.costs.items() for kind in one}
+        cells = {
+            (role(name), ggml_type)
+            for name, one in self.costs.items()
+            for ggml_type in one
+        }
         object.__setattr__(self, "_cells", tuple(sorted(cells)))
 
     def after(self, types: Mapping[str, str], kld_nats: float) -> Predictor:
@@ -79,7 +83,8 @@ class Predictor:
     def floor(self, types: Mapping[str, str]) -> float:
         """What rounding activations costs a file with these types, nats."""
         return self.floor_nats + sum(
-            self.rounding.get(name, {}).get(kind, 0.0) for name, kind in types.items()
+            self.rounding.get(name, {}).get(ggml_type, 0.0)
+            for name, ggml_type in types.items()
         )
 
     def predict(self, types: Mapping[str, str]) -> Prediction:
@@ -104,9 +109,9 @@ class Predictor:
         known = dict(zip(self._cells, np.maximum(mean, _LEAST).tolist(), strict=True))
         return {
             name: {
-                kind: known[role(name), kind] * cost
-                + self.rounding.get(name, {}).get(kind, 0.0)
-                for kind, cost in one.items()
+                ggml_type: known[role(name), ggml_type] * cost
+                + self.rounding.get(name, {}).get(ggml_type, 0.0)
+                for ggml_type, cost in one.items()
             }
             for name, one in self.costs.items()
         }
@@ -114,10 +119,10 @@ class Predictor:
     def _features(self, types: Mapping[str, str]) -> Floats:
         number = {cell: i for i, cell in enumerate(self._cells)}
         features = np.zeros(len(self._cells))
-        for name, kind in types.items():
-            cost = self.costs.get(name, {}).get(kind, 0.0)
+        for name, ggml_type in types.items():
+            cost = self.costs.get(name, {}).get(ggml_type, 0.0)
             if cost:
-                features[number[role(name), kind]] += cost
+                features[number[role(name), ggml_type]] += cost
         return features
 
     @cached_property

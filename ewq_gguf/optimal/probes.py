@@ -88,10 +88,12 @@ class Prober:
     ) -> dict[tuple[Group, str], float]:
         """The same with what any move costs."""
         probes = {
-            (group, kind): Probe(
-                name=f"{kind} {' '.join(group)}", tensors=group, ggml_type=kind
+            (group, ggml_type): Probe(
+                name=f"{ggml_type} {' '.join(group)}",
+                tensors=group,
+                ggml_type=ggml_type,
             )
-            for group, kind in wanted
+            for group, ggml_type in wanted
         }
         if not probes:
             return {}

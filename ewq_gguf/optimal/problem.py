@@ -66,10 +66,12 @@ def with_unseen(
     """
     mean = _mean_bits(subject, limit_bytes)
     found = dict(menu)
-    for name, kinds in menu.items():
-        if not any(costs[name][kind] for kind in kinds):
-            high = [kind for kind in kinds if bits_per_weight(kind) >= mean]
-            found[name] = tuple(high) or kinds[:1]
+    for name, types in menu.items():
+        if not any(costs[name][ggml_type] for ggml_type in types):
+            high = [
+                ggml_type for ggml_type in types if bits_per_weight(ggml_type) >= mean
+            ]
+            found[name] = tuple(high) or types[:1]
     return found if least_bytes(subject, found) <= limit_bytes else dict(menu)
 
 
@@ -82,7 +84,10 @@ def _mean_bits(subject: Subject, limit_bytes: int) -> float:
 def least_bytes(subject: Subject, menu: Mapping[str, Collection[str]]) -> int:
     """The smallest whole file that menus allow."""
     return other_bytes(subject) + sum(
-        min(padded(tensor_bytes(kind, tensor.shape)) for kind in menu[tensor.name])
+        min(
+            padded(tensor_bytes(ggml_type, tensor.shape))
+            for ggml_type in menu[tensor.name]
+        )
         for tensor in quantizable(subject)
     )
 
@@ -125,9 +130,9 @@ def keeps_bounds(
     """
     is_narrow = bool(set(TYPES) - set(policy.types))
     return all(
-        (not is_narrow or kind == raw_type or kind in policy.types)
-        and _is_allowed(policy, role(name), kind, raw_type)
-        for name, kind in types.items()
+        (not is_narrow or ggml_type == raw_type or ggml_type in policy.types)
+        and _is_allowed(policy, role(name), ggml_type, raw_type)
+        for name, ggml_type in types.items()
     )
 
 
@@ -182,14 +187,14 @@ def cheapest(
         By tensor; None where no types are as small, or as small and as fast.
     """
     tensors = [tensor for tensor in quantizable(subject) if tensor.name in costs]
-    kinds = sorted({kind for one in costs.values() for kind in one})
-    number = {kind: i for i, kind in enumerate(kinds)}
-    cost = np.full((len(tensors), len(kinds)), inf)
-    size = np.zeros((len(tensors), len(kinds)), np.int64)
+    all_types = sorted(set().union(*costs.values()))
+    number = {ggml_type: i for i, ggml_type in enumerate(all_types)}
+    cost = np.full((len(tensors), len(all_types)), inf)
+    size = np.zeros((len(tensors), len(all_types)), np.int64)
     for i, tensor in enumerate(tensors):
-        for kind, value in costs[tensor.name].items():
-            cost[i, number[kind]] = value
-            size[i, number[kind]] = padded(tensor_bytes(kind, tensor.shape))
+        for ggml_type, value in costs[tensor.name].items():
+            cost[i, number[ggml_type]] = value
+            size[i, number[ggml_type]] = padded(tensor_bytes(ggml_type, tensor.shape))
 
     limit = limit_bytes - other_bytes(subject)
 
@@ -198,14 +203,14 @@ def cheapest(
         if found is None:
             return None
         return {
-            tensor.name: kinds[choice]
+            tensor.name: all_types[choice]
             for tensor, choice in zip(tensors, found.options.tolist(), strict=True)
         }
 
     types = solve(cost)
     if types is None or pace is None or pace.keeps(types):
         return types
-    per_weight = np.array([pace.latency.of_type(kind) for kind in kinds])
+    per_weight = np.array([pace.latency.of_type(name) for name in all_types])
     needed = np.array([pace.weights[tensor.name] for tensor in tensors])
     seconds = needed[:, None] * per_weight
     # The price at which all errors together are worth a token's whole time.
@@ -236,29 +241,29 @@ def _menu(
 ) -> tuple[str, ...]:
     n_columns = tensor.shape[-1]
     fitting = [
-        kind
-        for kind in (raw if name == "raw" else name for name in policy.types)
-        if written_type(kind, n_columns) == kind
-        and not (needs_entry(kind, n_columns) and tensor.name not in entries)
+        ggml_type
+        for ggml_type in (raw if name == "raw" else name for name in policy.types)
+        if written_type(ggml_type, n_columns) == ggml_type
+        and not (needs_entry(ggml_type, n_columns) and tensor.name not in entries)
     ]
     allowed = [
-        kind
-        for kind in dict.fromkeys((raw, *fitting))
-        if _is_allowed(policy, role(tensor.name), kind, raw)
+        ggml_type
+        for ggml_type in dict.fromkeys((raw, *fitting))
+        if _is_allowed(policy, role(tensor.name), ggml_type, raw)
     ]
     # The user's order is any.
     allowed.sort(key=bits_per_weight, reverse=True)
     # Bounds that the user set hold, whatever is too small for this file otherwise.
-    low = [kind for kind in allowed if bits_per_weight(kind) >= least]
+    low = [ggml_type for ggml_type in allowed if bits_per_weight(ggml_type) >= least]
     return tuple(low or allowed[:1]) or (raw,)
 
 
-def _is_allowed(policy: OptimalPolicy, of: str, kind: str, raw: str) -> bool:
+def _is_allowed(policy: OptimalPolicy, of: str, ggml_type: str, raw: str) -> bool:
     floor, ceiling = (
         raw if bound == "raw" else bound
         for named in (policy.floors, policy.ceilings)
         for bound in [named.get(of, named.get("*"))]
     )
-    return (floor is None or bits_per_weight(kind) >= bits_per_weight(floor)) and (
-        ceiling is None or bits_per_weight(kind) <= bits_per_weight(ceiling)
+    return (floor is None or bits_per_weight(ggml_type) >= bits_per_weight(floor)) and (
+        ceiling is None or bits_per_weight(ggml_type) <= bits_per_weight(ceiling)
     )

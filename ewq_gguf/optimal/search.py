@@ -240,16 +240,16 @@ def _searched(
     assert lib_dir is not None  # checked before
     started, effort = time.monotonic(), policy.effort_minutes * 60
     # What rivals are made of has to be predicted too.
-    tried = {name: {*kinds} for name, kinds in menu.items()}
+    tried = {name: {*types} for name, types in menu.items()}
     for plan in rivals.values():
-        for name, kind in written_types(plan).items():
-            tried[name].add(kind)
+        for name, ggml_type in written_types(plan).items():
+            tried[name].add(ggml_type)
     for tensor in quantizable(subject):
         if tensor.shape[-1] % 32 == 0:
             tried[tensor.name].add(PROBE_TYPE)
     errors = error_table(
         base,
-        {name: sorted(kinds) for name, kinds in tried.items()},
+        {name: sorted(types) for name, types in tried.items()},
         lib_dir,
         options=measuring.options,
         progress=measuring.progress,
@@ -281,7 +281,7 @@ def _searched(
     def choose(costs: Costs) -> Mapping[str, str]:
         costs = without_loss(costs, subject.lattices)
         now = Predictor(costs, rounding=rounding).costs_now()
-        allowed = {n: {k: now[n][k] for k in kinds} for n, kinds in menu.items()}
+        allowed = {n: {k: now[n][k] for k in types} for n, types in menu.items()}
         return cheapest(subject, allowed, limit.n_bytes, pace) or {}
 
     costs = measured_costs(prober, errors, choose, _PROBE_SHARE * effort)

@@ -200,9 +200,9 @@ class _Choices:
         columns = [tensor.shape[-1] for tensor in unit.tensors]
         lacking = [t.shape[-1] for t in unit.tensors if t.name not in entries]
         asked, name = [], raw
-        for kind in reversed(types):
-            if not any(needs_entry(kind, n) for n in lacking):
-                name = kind
+        for ggml_type in reversed(types):
+            if not any(needs_entry(ggml_type, n) for n in lacking):
+                name = ggml_type
             asked.append(unit.fixed or name)
         self.asked = asked[::-1]
         self.sizes = [unit_bytes(unit.tensors, name) for name in self.asked]

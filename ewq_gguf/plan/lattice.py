@@ -56,7 +56,9 @@ def allowed(
 ) -> dict[str, tuple[str, ...]]:
     """Those types that a tensor may have."""
     found = {
-        name: tuple(kind for kind in types if kind in menus.get(name, ()))
+        name: tuple(
+            ggml_type for ggml_type in types if ggml_type in menus.get(name, ())
+        )
         for name, types in lattices.items()
     }
     return {name: types for name, types in found.items() if types}
@@ -68,8 +70,8 @@ def without_loss(
     """Costs by tensor and type, where a type that holds the tensor exactly costs 0."""
     return {
         name: {
-            kind: 0.0 if kind in lattices.get(name, ()) else cost
-            for kind, cost in one.items()
+            ggml_type: 0.0 if ggml_type in lattices.get(name, ()) else cost
+            for ggml_type, cost in one.items()
         }
         for name, one in costs.items()
     }
