@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.results import MODEL, N_CHUNKS, Commands, machine
 from ewq_gguf import store
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.experiments.comparison import compare_pair
 from ewq_gguf.experiments.comparison_record import ComparedPair, Comparison
 from ewq_gguf.experiments.study_record import Frontier, FrontierFile, Study

@@ -28,13 +28,13 @@ from unittest.mock import patch
 import numpy as np
 
 from ewq_gguf.api import base_file
-from ewq_gguf.bench.forward import prompt_tokens
-from ewq_gguf.bench.llama import LlamaModel, LlamaScorer, Log
-from ewq_gguf.bench.mmlu import score_question
-from ewq_gguf.bench.mmlu_data import MmluTask, Prompt, letter_tokens, load_task
-from ewq_gguf.bench.questions import N_PARALLEL, ask
+from ewq_gguf.bench.engines.forward import prompt_tokens
+from ewq_gguf.bench.engines.llama import LlamaModel, LlamaScorer, Log
+from ewq_gguf.bench.engines.scorer import Batch
 from ewq_gguf.bench.runner import CPU_SETUP
-from ewq_gguf.bench.scorer import Batch
+from ewq_gguf.bench.tasks.mmlu import score_question
+from ewq_gguf.bench.tasks.mmlu_data import MmluTask, Prompt, letter_tokens, load_task
+from ewq_gguf.bench.tasks.questions import N_PARALLEL, ask
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.process import N_CPUS, run

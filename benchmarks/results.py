@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.experiments.comparison import estimates
 from ewq_gguf.experiments.comparison_record import ComparedFile, Comparison, Estimate
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT

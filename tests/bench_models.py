@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ewq_gguf.bench.scorer import Batch, Buffers, FloatArray, IntArray, Model
+from ewq_gguf.bench.engines.scorer import Batch, Buffers, FloatArray, IntArray, Model
 from ewq_gguf.records import Engine
 
 BOS = 0

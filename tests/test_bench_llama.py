@@ -306,7 +306,7 @@ def test_an_rpc_worker_holds_the_layers(request_of, small, toolchain):
     ],
 )
 def test_memory_that_runs_out_is_said_with_what_to_do(small, said):
-    llama = pytest.importorskip("ewq_gguf.bench.llama")
+    llama = pytest.importorskip("ewq_gguf.bench.engines.llama")
 
     for error in (llama.load_error(small, said), llama.context_error(small, said)):
         assert isinstance(error, ResourceError)

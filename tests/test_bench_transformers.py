@@ -13,23 +13,23 @@ import pytest
 
 from ewq_gguf.api import base_file, for_transformers, scan
 from ewq_gguf.api import plan as make_plan
-from ewq_gguf.bench import precision
-from ewq_gguf.bench.datafile import read_text
-from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.job import MemoryUse
-from ewq_gguf.bench.precision import (
+from ewq_gguf.bench.engines import precision
+from ewq_gguf.bench.engines.precision import (
     SAVED_NAME,
     AppliedPlan,
     library_versions,
     precision_of,
     precisions_of,
 )
-from ewq_gguf.bench.quality import Named, check_comparable, score_text
+from ewq_gguf.bench.engines.saving import save_quantised
+from ewq_gguf.bench.engines.scorer import Batch
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file, is_result_of
-from ewq_gguf.bench.saving import save_quantised
-from ewq_gguf.bench.scorer import Batch
-from ewq_gguf.bench.summary import text_result
-from ewq_gguf.bench.texts import Windows, chunks_of
+from ewq_gguf.bench.tasks.datafile import read_text
+from ewq_gguf.bench.tasks.quality import Named, check_comparable, score_text
+from ewq_gguf.bench.tasks.summary import text_result
+from ewq_gguf.bench.tasks.texts import Windows, chunks_of
 from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.source import open_checkpoint
@@ -60,7 +60,7 @@ def kld_of(result: Result) -> float:
 
 
 def load(folder: Path, precisions=None, setup: BenchSetup = SETUP):
-    from ewq_gguf.bench.transformers_model import TransformersModel
+    from ewq_gguf.bench.engines.transformers_model import TransformersModel
 
     return TransformersModel(folder, setup, precisions or {})
 
@@ -137,7 +137,7 @@ def test_a_table_keeps_the_protocol():
 
 
 def test_llama_cpp_keeps_the_protocol(tiny):
-    llama = pytest.importorskip("ewq_gguf.bench.llama")
+    llama = pytest.importorskip("ewq_gguf.bench.engines.llama")
     # Keys and values are rounded to 16 bits, in batches of other shapes.
     check_protocol(llama.LlamaModel(tiny.base, SETUP, llama.Log()), 0.02)
 
@@ -184,7 +184,7 @@ def test_a_full_context_is_refused(exact):
 
 
 def test_the_built_in_model_is_tokenised_as_llama_cpp_does(toolchain):
-    llama = pytest.importorskip("ewq_gguf.bench.llama")
+    llama = pytest.importorskip("ewq_gguf.bench.engines.llama")
     base = base_file(open_checkpoint("demo"), toolchain)
     theirs = llama.LlamaModel(base, SETUP, llama.Log())
     ours = load(demo_checkpoint())
@@ -205,7 +205,7 @@ def test_the_built_in_model_is_tokenised_as_llama_cpp_does(toolchain):
 
 
 def test_the_tiny_models_spaces_survive_tokens(tiny):
-    llama = pytest.importorskip("ewq_gguf.bench.llama")
+    llama = pytest.importorskip("ewq_gguf.bench.engines.llama")
     theirs = llama.LlamaModel(tiny.base, SETUP, llama.Log())
     ours = load(tiny.folder)
 
@@ -524,7 +524,7 @@ def test_a_plan_of_another_checkpoint_is_refused(exact, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_the_built_in_model_is_the_same_in_both_engines(toolchain):
-    llama = pytest.importorskip("ewq_gguf.bench.llama")
+    llama = pytest.importorskip("ewq_gguf.bench.engines.llama")
     folder = os.environ.get("EWQ_TEXT_DIR")
     path = Path(folder or "", "wikitext-2-raw", "wiki.test.raw")
     if not folder or not path.is_file():

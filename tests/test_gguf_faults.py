@@ -28,7 +28,7 @@ MOST_SECONDS, MOST_BYTES = 1.0, 200_000_000
 #: In a child, so that its memory is its own.
 WATCHED = """
 import json, sys, time
-from ewq_gguf.bench.speed import peak_rss_bytes
+from ewq_gguf.bench.tasks.speed import peak_rss_bytes
 from ewq_gguf.cli import main
 codes, seconds = [], []
 for argv in json.loads(sys.argv[1]):

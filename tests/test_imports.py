@@ -204,7 +204,7 @@ def test_nobody_calls_a_shell_or_prints_from_the_library(path):
         "import ewq_gguf.errors, ewq_gguf.records, ewq_gguf.plan.build",
         "import ewq_gguf.fastewq.dataset, ewq_gguf.fastewq.evaluation",
         "import ewq_gguf.experiments.paper",
-        "import ewq_gguf.bench.mmlu, ewq_gguf.bench.generation, ewq_gguf.bench.chat",
+        "from ewq_gguf.bench.tasks import chat, generation, mmlu",
     ],
 )
 def test_nothing_heavy_is_imported_for_the_help(code):

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 
 from ewq_gguf.api import base_file
-from ewq_gguf.bench.answers import Texts, answer, chat_tokens, texts_for
-from ewq_gguf.bench.forward import forward, groups_of, prompt_tokens
-from ewq_gguf.bench.generation import GenerationPrompt
-from ewq_gguf.bench.mmlu import score_question
-from ewq_gguf.bench.mmlu_data import (
+from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
+from ewq_gguf.bench.engines.scorer import Batch
+from ewq_gguf.bench.tasks.answers import Texts, answer, chat_tokens, texts_for
+from ewq_gguf.bench.tasks.generation import GenerationPrompt
+from ewq_gguf.bench.tasks.mmlu import score_question
+from ewq_gguf.bench.tasks.mmlu_data import (
     MmluTask,
     Prompt,
     Question,
     letter_tokens,
     load_task,
 )
-from ewq_gguf.bench.mmlu_files import LETTERS
-from ewq_gguf.bench.questions import ask
-from ewq_gguf.bench.scorer import Batch
+from ewq_gguf.bench.tasks.mmlu_files import LETTERS
+from ewq_gguf.bench.tasks.questions import ask
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records import BenchSetup
@@ -326,7 +326,7 @@ def test_a_model_without_a_template_gets_the_prompts_as_they_are():
 
 
 def loaded(path: Path):
-    from ewq_gguf.bench.llama import LlamaModel, Log
+    from ewq_gguf.bench.engines.llama import LlamaModel, Log
 
     setup = BenchSetup(
         device="cpu",
@@ -381,7 +381,9 @@ def test_a_chats_tokens_are_those_of_llama_cpp(tiny, text):
 @pytest.mark.usefixtures("own_cache")
 def test_llama_cpp_shares_and_forgets_as_it_should(tiny, monkeypatch):
     letters = (5, 6, 7, 8)  # the tiny tokenizer has none
-    monkeypatch.setattr("ewq_gguf.bench.questions.letter_tokens", lambda _: letters)
+    monkeypatch.setattr(
+        "ewq_gguf.bench.tasks.questions.letter_tokens", lambda _: letters
+    )
     model = loaded(tiny.base)
 
     for n_parallel in (1, 3):

@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.bench.precision import AppliedPlan
+from ewq_gguf.bench.engines.precision import AppliedPlan
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.reference_file import check_asked, is_reference, read_reference
-from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.checkpoint.files import model_name, read_json_object
 from ewq_gguf.checkpoint.folder import longest_context
 from ewq_gguf.checkpoint.gguf_file import read_gguf

@@ -16,7 +16,8 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from ewq_gguf.bench.head import Head, Weights, open_head
+from ewq_gguf.bench.engines.head import Head, Weights, open_head
+from ewq_gguf.bench.engines.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
 from ewq_gguf.bench.reference_file import (
     BIAS,
     OUTPUT,
@@ -25,8 +26,7 @@ from ewq_gguf.bench.reference_file import (
     states_type,
     unpack,
 )
-from ewq_gguf.bench.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
-from ewq_gguf.bench.texts import Windows
+from ewq_gguf.bench.tasks.texts import Windows
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import Engine
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import Job, ReferenceRequest
 from ewq_gguf.bench.reference_file import is_made_of, read_reference
 from ewq_gguf.bench.runner import OnProgress, Request, run_job
-from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.records import BenchParameters, Reference

@@ -12,11 +12,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ewq_gguf.bench.engines.head import Head, Weights, open_head
+from ewq_gguf.bench.engines.llama import LlamaModel, LlamaScorer
+from ewq_gguf.bench.engines.scorer import STAGE, FloatArray
 from ewq_gguf.bench.files import parts_of
-from ewq_gguf.bench.head import Head, Weights, open_head
 from ewq_gguf.bench.job import ReferenceRequest
-from ewq_gguf.bench.llama import LlamaModel, LlamaScorer
-from ewq_gguf.bench.quality import N_BATCH, pieces
 from ewq_gguf.bench.reference_file import (
     BIAS,
     OUTPUT,
@@ -27,9 +27,9 @@ from ewq_gguf.bench.reference_file import (
     unpack,
     write_header,
 )
-from ewq_gguf.bench.scorer import STAGE, FloatArray
-from ewq_gguf.bench.scoring import largest_error
-from ewq_gguf.bench.texts import Window, Windows
+from ewq_gguf.bench.tasks.quality import N_BATCH, pieces
+from ewq_gguf.bench.tasks.scoring import largest_error
+from ewq_gguf.bench.tasks.texts import Window, Windows
 from ewq_gguf.checkpoint.gguf_file import KV_OFFSET, GgufTensor, read_gguf
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records import BenchParameters, HeadShape, Reference, ReferenceText

@@ -12,8 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ewq_gguf import store
+from ewq_gguf.bench.engines.precision import AppliedPlan, engine_key
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify, identify_base
-from ewq_gguf.bench.generation import check_libraries, prompts_hash
 from ewq_gguf.bench.job import (
     Failure,
     Job,
@@ -26,9 +27,8 @@ from ewq_gguf.bench.job import (
     stalled_for,
     too_large,
 )
-from ewq_gguf.bench.precision import AppliedPlan, engine_key
 from ewq_gguf.bench.results import result_of
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.tasks.generation import check_libraries, prompts_hash
 from ewq_gguf.errors import (
     ChildError,
     InputError,

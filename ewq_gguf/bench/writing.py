@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import Job, WritingRequest
 from ewq_gguf.bench.runner import OnProgress, Request, run_job
-from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import InputError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from ewq_gguf import store
 from ewq_gguf.api import for_transformers
+from ewq_gguf.bench.engines.saving import save_quantised
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import check_measurable, identify, identify_base
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
-from ewq_gguf.bench.saving import save_quantised
-from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.cli.bench_options import bench_options, request_of, with_data
 from ewq_gguf.cli.common import (
     PATH,

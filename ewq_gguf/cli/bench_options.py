@@ -10,9 +10,9 @@ from typing import Any, get_args
 import click
 
 from ewq_gguf import data
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.job import MmluRequest, PromptsRequest
 from ewq_gguf.bench.runner import CACHE_TYPES, Request
-from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.checkpoint.hub_data import billsum_file, mmlu_folder
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.cli.common import all_of, options_of, threads_option

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from ewq_gguf import api
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.cli.bench_options import bench_options, comma_list, request_of, with_data
 from ewq_gguf.cli.common import (
     PATH,

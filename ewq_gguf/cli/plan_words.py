@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ewq_gguf.api import PlanSpec
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,

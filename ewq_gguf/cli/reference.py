@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from ewq_gguf import store
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import check_measurable, identify
 from ewq_gguf.bench.reference_run import existing_reference, make_reference
 from ewq_gguf.bench.runner import Request
-from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.cli.bench_options import (
     named_texts,
     setup_of,

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import check_measurable, identify
 from ewq_gguf.bench.reference_run import cached_reference
 from ewq_gguf.bench.runner import Request, bench_file, is_result_of
-from ewq_gguf.bench.scorer import STAGE
-from ewq_gguf.bench.speed import combined
+from ewq_gguf.bench.tasks.speed import combined
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.experiments.comparison import estimates, pairs_of

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.comparison_record import Kind

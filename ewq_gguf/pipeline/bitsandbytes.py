@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ewq_gguf.bench.precision import SAVED_NAME, AppliedPlan, precisions_of
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.precision import SAVED_NAME, AppliedPlan, precisions_of
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.checkpoint.files import model_name
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors

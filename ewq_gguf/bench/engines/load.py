@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ewq_gguf.bench.llama import LlamaModel, Log
-from ewq_gguf.bench.precision import Precision
-from ewq_gguf.bench.quality import Named
+from ewq_gguf.bench.engines.llama import LlamaModel, Log
+from ewq_gguf.bench.engines.precision import Precision
 from ewq_gguf.bench.reference import ReferenceModel
 from ewq_gguf.bench.reference_file import is_reference
+from ewq_gguf.bench.tasks.quality import Named
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.records import BenchSetup
 
@@ -32,7 +32,7 @@ def load(
         EwqError: as of `LlamaModel`, `ReferenceModel` and `TransformersModel`.
     """
     if path.is_dir():
-        from ewq_gguf.bench.transformers_model import TransformersModel
+        from ewq_gguf.bench.engines.transformers_model import TransformersModel
 
         return Named(path, TransformersModel(path, setup, precisions or {}))
     if is_reference(read_gguf(path)):

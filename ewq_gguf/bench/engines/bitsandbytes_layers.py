@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ewq_gguf.bench.precision import Precision
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.precision import Precision
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.errors import InputError, VerificationError
 
 #: Activations beyond it are multiplied in 16 bits: transformers' default, and that of

@@ -1,6 +1,6 @@
 """Child process: load a checkpoint, quantise it, write it.
 
-python -m ewq_gguf.bench.save_child JOB
+python -m ewq_gguf.bench.engines.save_child JOB
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ewq_gguf.bench.engines.precision import SAVED_NAME
+from ewq_gguf.bench.engines.saving import SaveJob
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.job import Failure
-from ewq_gguf.bench.precision import SAVED_NAME
-from ewq_gguf.bench.saving import SaveJob
-from ewq_gguf.bench.scorer import STAGE
 from ewq_gguf.disk import advice
 from ewq_gguf.errors import EwqError, ResourceError
 
@@ -35,7 +35,7 @@ def main(path: Path) -> int:
 
 
 def _save(job: SaveJob) -> None:
-    from ewq_gguf.bench.transformers_model import TransformersModel
+    from ewq_gguf.bench.engines.transformers_model import TransformersModel
 
     source, out = Path(job.model), Path(job.out)
     model = TransformersModel(source, job.setup, job.precisions)

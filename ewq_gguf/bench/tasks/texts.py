@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ewq_gguf.bench.scorer import STAGE, IntArray, Model
+from ewq_gguf.bench.engines.scorer import STAGE, IntArray, Model
 from ewq_gguf.errors import InputError
 
 #: Documents of one forward pass; llama.cpp allows 256.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ewq_gguf.bench.scorer import STAGE, Batch, Buffers, FloatArray
+from ewq_gguf.bench.engines.scorer import STAGE, Batch, Buffers, FloatArray
 from ewq_gguf.errors import ResourceError
 
 #: Keys and values of each layer, (1, heads, tokens, width); None of one without any.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.bench.scorer import BoolArray, FloatArray, IntArray
+from ewq_gguf.bench.engines.scorer import BoolArray, FloatArray, IntArray
 
 #: Logits that are worked on at once: a block in float64 stays in the CPU's cache.
 _BLOCK_LOGITS = 1 << 18

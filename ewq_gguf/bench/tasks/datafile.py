@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.errors import InputError, ToolError
 
 _MAX_BYTES = 1 << 30

@@ -11,8 +11,8 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from ewq_gguf.bench.nvml import gpu_bytes
-from ewq_gguf.bench.scorer import Batch, IntArray, Model, Scorer
+from ewq_gguf.bench.engines.nvml import gpu_bytes
+from ewq_gguf.bench.engines.scorer import Batch, IntArray, Model, Scorer
 from ewq_gguf.records import Memory, Speed
 
 _STATUS = Path("/proc/self/status")

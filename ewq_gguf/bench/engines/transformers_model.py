@@ -19,9 +19,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ewq_gguf.bench.precision import SAVED_NAME, Precision, library_versions
-from ewq_gguf.bench.scorer import STAGE, IntArray
-from ewq_gguf.bench.transformers_scorer import TransformersScorer
+from ewq_gguf.bench.engines.precision import SAVED_NAME, Precision, library_versions
+from ewq_gguf.bench.engines.scorer import STAGE, IntArray
+from ewq_gguf.bench.engines.transformers_scorer import TransformersScorer
 from ewq_gguf.errors import InputError, ToolError, UsageError, VerificationError
 from ewq_gguf.records import BenchSetup, Engine, read_json
 
@@ -79,7 +79,7 @@ class TransformersModel:
         self.load_seconds = time.perf_counter() - started
         self._check_cache()
         if is_quantised:
-            from ewq_gguf.bench.bitsandbytes_layers import count_modules
+            from ewq_gguf.bench.engines.bitsandbytes_layers import count_modules
 
             self._n_modules |= count_modules(self._model)
         self._weights_bytes = _bytes_of(self._model)
@@ -163,7 +163,7 @@ class TransformersModel:
             path: of the file.
             metadata: for its header, beside the dtype.
         """
-        from ewq_gguf.bench.bitsandbytes_layers import write
+        from ewq_gguf.bench.engines.bitsandbytes_layers import write
 
         dtype = str(self._model.dtype).removeprefix("torch.")
         write(self._model, path, {"format": "pt", "dtype": dtype, **metadata})
@@ -178,7 +178,7 @@ class TransformersModel:
                 what = problem.replace("_keys", " in the checkpoint")
                 raise ValueError(f"{found[0]} is {what}, of {len(found)} tensors")
         if precisions:
-            from ewq_gguf.bench.bitsandbytes_layers import move_rest, quantise
+            from ewq_gguf.bench.engines.bitsandbytes_layers import move_rest, quantise
 
             if n_kept := quantise(model, precisions, self._device):
                 self._n_modules["kept_raw"] = n_kept
@@ -209,7 +209,7 @@ class TransformersModel:
             raise VerificationError(STAGE, self.folder, problem, remedy) from error
 
     def _saved(self) -> Any:
-        from ewq_gguf.bench.bitsandbytes_layers import no_weights, read
+        from ewq_gguf.bench.engines.bitsandbytes_layers import no_weights, read
 
         path = self.folder / SAVED_NAME
         with safe_open(path, framework="pt") as file:

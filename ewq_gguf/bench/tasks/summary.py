@@ -13,8 +13,8 @@ from math import exp, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.bench.scorer import BoolArray
-from ewq_gguf.bench.scoring import Float64Array
+from ewq_gguf.bench.engines.scorer import BoolArray
+from ewq_gguf.bench.tasks.scoring import Float64Array
 from ewq_gguf.records import Chunk, ChunkPart, Kld, TextResult
 
 _N_RESAMPLES = 1000

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.bench.mmlu_data import MmluTask, Question
-from ewq_gguf.bench.mmlu_files import LETTERS
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.statistics import mcnemar
+from ewq_gguf.bench.tasks.mmlu_data import MmluTask, Question
+from ewq_gguf.bench.tasks.mmlu_files import LETTERS
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import (
     MmluOutcome,

@@ -19,9 +19,9 @@ import llama_cpp
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ewq_gguf.bench.devices import check_offloaded, devices_for, gpu_names
+from ewq_gguf.bench.engines.devices import check_offloaded, devices_for, gpu_names
+from ewq_gguf.bench.engines.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
 from ewq_gguf.bench.job import is_out_of_memory, too_large
-from ewq_gguf.bench.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
 from ewq_gguf.errors import (
     ChildError,
     EwqError,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ewq_gguf.bench.scorer import Batch, FloatArray, IntArray, Model, Scorer
+from ewq_gguf.bench.engines.scorer import Batch, FloatArray, IntArray, Model, Scorer
 
 
 def prompt_tokens(model: Model, text: str) -> IntArray:

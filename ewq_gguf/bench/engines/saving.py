@@ -8,15 +8,15 @@ from tempfile import TemporaryDirectory
 from safetensors import SafetensorError, safe_open
 
 from ewq_gguf import store
-from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.job import Failure
-from ewq_gguf.bench.precision import (
+from ewq_gguf.bench.engines.precision import (
     SAVED_NAME,
     AppliedPlan,
     Precision,
     library_versions,
 )
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
+from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import Failure
 from ewq_gguf.errors import ChildError
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.process import python_argv, run
@@ -107,7 +107,7 @@ def _run(
             failure=str(failure),
         )
         file.write_text(job.model_dump_json(), encoding="utf-8")
-        argv = python_argv("ewq_gguf.bench.save_child", file)
+        argv = python_argv("ewq_gguf.bench.engines.save_child", file)
         try:
             with child_log("save", out) as log_path:
                 env = {"PYTHONSAFEPATH": "1"}  # the working folder may hold any code

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.checkpoint.mapping import MappedTensor
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.ggml_types import FLOAT_TYPES, bits_per_weight

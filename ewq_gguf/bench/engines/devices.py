@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.errors import ToolError, UsageError
 from ewq_gguf.records import BenchSetup
 

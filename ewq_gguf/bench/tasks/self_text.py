@@ -13,7 +13,7 @@ from math import isfinite, log
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.bench.scorer import STAGE, Batch, FloatArray, IntArray, Model
+from ewq_gguf.bench.engines.scorer import STAGE, Batch, FloatArray, IntArray, Model
 from ewq_gguf.errors import VerificationError
 
 #: Sampled in turn: careful, the model's own distribution, and a little wild.

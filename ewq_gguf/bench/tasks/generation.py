@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ewq_gguf.bench.datafile import read_parquet, read_text
-from ewq_gguf.bench.scorer import STAGE
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.statistics import Floats, bootstrap_interval
-from ewq_gguf.bench.tokens import common_prefix
+from ewq_gguf.bench.tasks.datafile import read_parquet, read_text
+from ewq_gguf.bench.tasks.tokens import common_prefix
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.records.base import Part
 from ewq_gguf.records.scores import (

@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from ewq_gguf.bench.scorer import STAGE, FloatArray
+from ewq_gguf.bench.engines.scorer import STAGE, FloatArray
 from ewq_gguf.errors import ChildError, ResourceError
 from ewq_gguf.records import HeadShape
 

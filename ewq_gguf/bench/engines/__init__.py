@@ -1,0 +1,1 @@
+"""Engines: llama.cpp and transformers behind one protocol, `Model` and `Scorer`."""

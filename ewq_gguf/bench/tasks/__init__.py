@@ -1,0 +1,1 @@
+"""Tasks: what `ewq bench` measures with a loaded model."""
