@@ -31,7 +31,7 @@ from ewq_gguf.fastewq import dataset
 from ewq_gguf.fastewq.classifier import layer_features, select_layers
 from ewq_gguf.plan.ask import Ask, parse_budget
 from ewq_gguf.plan.build import make_plan
-from ewq_gguf.plan.subject import layout_tensor
+from ewq_gguf.plan.model_tensors import layout_tensor
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,

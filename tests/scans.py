@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import (
     LayerScan,
     Layout,
@@ -115,7 +115,7 @@ def make_layout(scan, kv_bytes=1000):
 def subject_of(scan, raw_type="auto"):
     """The same model with its layout, of which no weight was read."""
     layout = make_layout(scan)
-    return Subject.of_tensors(scan.model, layout.tensors, layout, raw_type)
+    return ModelTensors.of_tensors(scan.model, layout.tensors, layout, raw_type)
 
 
 def decisions(plan):

@@ -21,9 +21,9 @@ from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.plan.ask import Ask, Limit, parse_bpw, parse_budget
 from ewq_gguf.plan.budget import FLOOR, fit
 from ewq_gguf.plan.build import make_fast_plan, make_plan
+from ewq_gguf.plan.groups import AllocationGroup
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import padded
-from ewq_gguf.plan.subject import Subject
-from ewq_gguf.plan.units import Unit
 from ewq_gguf.records import EwqPolicy, FastEwqPolicy, LayoutTensor, UniformPolicy
 from tests.scans import decisions, make_layout, make_scan, types
 
@@ -228,7 +228,7 @@ _TYPES = ("TQ1_0", "Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q4_1", "Q5_K", "Q6_K", "Q8
 def problems(draw):
     """Units of a few rows, a ladder, and a limit."""
     n_columns = st.sampled_from([32, 64, 256, 288, 512])
-    units = []
+    groups = []
     for index in range(draw(st.integers(1, 6))):
         shapes = draw(st.lists(st.tuples(st.integers(1, 9), n_columns), min_size=1))
         tensors = tuple(
@@ -237,17 +237,17 @@ def problems(draw):
         )
         priority = (draw(st.integers(0, 2)), -index)
         rung = draw(st.sampled_from([None, 0, 1]))
-        units.append(Unit(index, tensors, rung, priority))
+        groups.append(AllocationGroup(index, tensors, rung, priority))
     ladder = [
         *draw(st.lists(st.sampled_from(_TYPES), min_size=2, max_size=4, unique=True))
     ]
     ladder.sort(key=ggml_types.bits_per_weight)
     if draw(st.booleans()):
         ladder.append("F16")
-    return units, ladder, draw(st.integers(1, 60_000))
+    return groups, ladder, draw(st.integers(1, 60_000))
 
 
-def slowly(units, ladder, limit):
+def slowly(groups, ladder, limit):
     """The text of method.md section 3, types counted as written."""
 
     def size(types):
@@ -257,72 +257,72 @@ def slowly(units, ladder, limit):
                     ggml_types.written_type(types[u.key], t.shape[-1]), t.shape
                 )
             )
-            for u in units
+            for u in groups
             for t in u.tensors
         )
 
-    def written(unit, name):
-        return [ggml_types.written_type(name, t.shape[-1]) for t in unit.tensors]
+    def written(group, name):
+        return [ggml_types.written_type(name, t.shape[-1]) for t in group.tensors]
 
-    def of_unit(unit, name):
-        return size({**dict.fromkeys(range(len(units)), "F32"), unit.key: name})
+    def group_size(group, name):
+        return size({**dict.fromkeys(range(len(groups)), "F32"), group.key: name})
 
-    def rungs(unit):
+    def rungs(group):
         return (
-            ladder if unit.rung is not None else list(dict.fromkeys([*ladder, "F16"]))
+            ladder if group.rung is not None else list(dict.fromkeys([*ladder, "F16"]))
         )
 
     def promote(types):
         changed = True
         while changed:
             changed = False
-            for unit in sorted(units, key=lambda u: u.priority, reverse=True):
-                now = types[unit.key]
-                for name in rungs(unit)[rungs(unit).index(now) + 1 :]:
-                    larger = of_unit(unit, name) >= of_unit(unit, now)
-                    if larger and written(unit, name) != written(unit, now):
-                        if size({**types, unit.key: name}) <= limit:
-                            types = {**types, unit.key: name}
+            for group in sorted(groups, key=lambda g: g.priority, reverse=True):
+                now = types[group.key]
+                for name in rungs(group)[rungs(group).index(now) + 1 :]:
+                    larger = group_size(group, name) >= group_size(group, now)
+                    if larger and written(group, name) != written(group, now):
+                        if size({**types, group.key: name}) <= limit:
+                            types = {**types, group.key: name}
                             changed = True
                         break
         return types
 
-    raw = {u.key: "F16" for u in units}
+    raw = {u.key: "F16" for u in groups}
     if size(raw) <= limit:
         return raw
-    decision = {u.key: "F16" if u.rung is None else ladder[u.rung] for u in units}
+    decision = {u.key: "F16" if u.rung is None else ladder[u.rung] for u in groups}
     if size(decision) <= limit:
         return promote(decision)
-    uniform = [{u.key: name for u in units} for name in ladder if name != "F16"]
+    uniform = [{u.key: name for u in groups} for name in ladder if name != "F16"]
     fitting = [types for types in uniform if size(types) <= limit]
     if fitting:
         return promote(max(fitting, key=size))
     types = min(reversed(uniform), key=size)
-    below = ladder[: ladder.index(types[units[0].key])]
+    below = ladder[: ladder.index(types[groups[0].key])]
     if ladder[0] != FLOOR:
         below = [FLOOR, *below]
-    for unit in sorted(units, key=lambda u: u.priority):
+    for group in sorted(groups, key=lambda g: g.priority):
         for name in reversed(below):
-            if size(types) > limit and of_unit(unit, name) < of_unit(
-                unit, types[unit.key]
+            if size(types) > limit and group_size(group, name) < group_size(
+                group, types[group.key]
             ):
-                types = {**types, unit.key: name}
+                types = {**types, group.key: name}
     return types if size(types) <= limit else None
 
 
 @given(problems())
 @settings(max_examples=300)
 def test_the_result_is_what_the_repeated_passes_reach(problem):
-    units, ladder, n_bytes = problem
-    expected = slowly(units, ladder, n_bytes)
+    groups, ladder, n_bytes = problem
+    expected = slowly(groups, ladder, n_bytes)
 
     try:
-        found = fit(units, ladder, "F16", Limit("", n_bytes, True), other_bytes=0)
+        found = fit(groups, ladder, "F16", Limit("", n_bytes, True), other_bytes=0)
     except InputError:
         assert expected is None
     else:
         assert expected is not None
-        assert list(found.types) == [expected[unit.key] for unit in units]
+        assert list(found.types) == [expected[group.key] for group in groups]
 
 
 def test_a_budget_is_bytes_a_share_or_bits():
@@ -380,7 +380,7 @@ def test_a_policy_without_choices_takes_no_budget():
 
 def fast(n_bytes, **policy):
     scan = make_scan(ENTROPIES, layer=LAYER)
-    subject = Subject.of_scan(scan, None, "auto")
+    subject = ModelTensors.of_scan(scan, None, "auto")
     ask = None if n_bytes is None else Ask("test", n_bytes=n_bytes)
     return make_fast_plan(subject, FastEwqPolicy(**policy), [1, 3, 4], budget=ask)
 

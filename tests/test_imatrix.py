@@ -26,8 +26,8 @@ from ewq_gguf.pipeline import planning
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.importance import Importance, file_keys
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.naming import plan_name
-from ewq_gguf.plan.subject import Subject
 from ewq_gguf.process import run
 from ewq_gguf.records import (
     EwqPolicy,
@@ -143,7 +143,7 @@ def test_the_file_has_the_planned_types_and_bytes(
     planned, made, deep, head, policy, budget
 ):
     if isinstance(policy, FastEwqPolicy):
-        subject = Subject.of_tensors(
+        subject = ModelTensors.of_tensors(
             deep.scan.model, deep.layout.tensors, deep.layout, "auto"
         )
         weighed = replace(subject, importance=read_imatrix(head))

@@ -35,8 +35,8 @@ from ewq_gguf.optimal.sensitivity import (
     roles_of,
     slopes,
 )
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import padded
-from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
 from ewq_gguf.records.plan import TYPES
 from ewq_gguf.records.quant_error import QuantError
@@ -69,7 +69,7 @@ def layout(n_columns=256):
 
 
 def subject_of(tensors):
-    return Subject.of_tensors(MODEL, tensors, None, "auto")
+    return ModelTensors.of_tensors(MODEL, tensors, None, "auto")
 
 
 def quant_error(error, plain):

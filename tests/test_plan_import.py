@@ -20,7 +20,7 @@ from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.imported import gguf_types, poc_types
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.process import run
 from ewq_gguf.records import (
     ImportedPolicy,
@@ -53,7 +53,7 @@ FOUND = {
 
 
 @pytest.fixture
-def subject() -> Subject:
+def subject() -> ModelTensors:
     tensors = tuple(
         LayoutTensor(
             name=name,
@@ -63,7 +63,7 @@ def subject() -> Subject:
         )
         for name, (hf_name, shape) in SHAPES.items()
     )
-    return Subject(MODEL, tensors, "F16", None, None)
+    return ModelTensors(MODEL, tensors, "F16", None, None)
 
 
 # What a file says.
@@ -198,7 +198,7 @@ def test_parts_of_one_tensor_must_agree(subject):
     experts = LayoutTensor(
         name="blk.0.ffn_up_exps.weight", shape=(3, 64, 256), ggml_type="F16"
     ).model_copy(update={"sources": parts})
-    moe = Subject(MODEL, (experts,), "F16", None, None)
+    moe = ModelTensors(MODEL, (experts,), "F16", None, None)
     same = {f"experts.{i}.weight": "Q8_0" for i in range(3)}
     assert poc_types(same, moe, "p").types == {experts.name: "Q8_0"}
     with pytest.raises(InputError, match="/experts.2.weight: Q4_K, and Q8_0 for ano"):

@@ -22,7 +22,7 @@ from ewq_gguf.optimal.prober import probe
 from ewq_gguf.optimal.probes import Prober
 from ewq_gguf.optimal.problem import quantizable
 from ewq_gguf.plan.assemble import assemble
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import UniformPolicy
 from ewq_gguf.records.probe import BROKEN_NATS, Probe, ProbePart
 from ewq_gguf.stages.options import SILENT, Options
@@ -132,9 +132,11 @@ def test_a_probe_that_breaks_the_model_is_told_and_the_others_go_on(
     assert 0 <= found["blk.1.attn_q.weight"].kld_mean_nats < BROKEN_NATS
 
 
-def subject_of(tiny: Tiny) -> Subject:
+def subject_of(tiny: Tiny) -> ModelTensors:
     layout = tiny.layout
-    return Subject.of_tensors(tiny.checkpoint.identity, layout.tensors, layout, "auto")
+    return ModelTensors.of_tensors(
+        tiny.checkpoint.identity, layout.tensors, layout, "auto"
+    )
 
 
 @pytest.mark.parametrize("raw_type", ["BF16", "F16"])

@@ -20,7 +20,7 @@ import numpy as np
 
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.plan.ewq import decide, thresholds
-from ewq_gguf.plan.subject import check_whole
+from ewq_gguf.plan.model_tensors import check_whole
 from ewq_gguf.records import LayoutTensor, Scan, TensorScan
 from ewq_gguf.tensor_names import layer_idx
 

@@ -19,7 +19,7 @@ from ewq_gguf.optimal.probes import Prober
 from ewq_gguf.optimal.problem import quantizable
 from ewq_gguf.optimal.sensitivity import Group, halves, next_groups, roles_of
 from ewq_gguf.plan.assemble import assemble
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import Plan, UniformPolicy
 from ewq_gguf.stages.candidate_files import measure_plans, types_sha256
 
@@ -36,7 +36,7 @@ _MAX_HALVED = 2
 def measured_rounding(
     prober: Prober,
     toolchain: Toolchain,
-    subject: Subject,
+    subject: ModelTensors,
     tried: Mapping[str, Collection[str]],
     seconds: float,
 ) -> Rounding:
@@ -118,7 +118,7 @@ def _fitting(types: Collection[str], length: int) -> list[str]:
 def _costs(
     prober: Prober,
     toolchain: Toolchain,
-    subject: Subject,
+    subject: ModelTensors,
     cells: Sequence[tuple[Group, str]],
 ) -> dict[tuple[Group, str], float]:
     """Of groups, each in a type: its file's loss beyond that of the same values."""

@@ -20,7 +20,7 @@ from ewq_gguf.optimal.measuring import Measuring
 from ewq_gguf.optimal.predictor import Prediction, Predictor
 from ewq_gguf.optimal.problem import Pace, cheapest
 from ewq_gguf.plan.ask import Limit
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import Plan, PresetPolicy, SearchedFile, TextResult
 from ewq_gguf.stages.candidate_files import types_sha256
 
@@ -103,7 +103,7 @@ class Contest:
         n_left_out: rivals that the prediction ruled out.
     """
 
-    subject: Subject
+    subject: ModelTensors
     limit: Limit
     menu: Mapping[str, Sequence[str]]
     measuring: Measuring

@@ -14,14 +14,14 @@ from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.optimal.latency import fit_latency, needed_weights
 from ewq_gguf.optimal.problem import Pace, quantizable
 from ewq_gguf.plan.assemble import assemble
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import UniformPolicy
 from ewq_gguf.stages.candidate_files import time_plans
 from ewq_gguf.stages.options import Options, Progress
 
 
 def measured_pace(
-    subject: Subject,
+    subject: ModelTensors,
     menu: Mapping[str, Sequence[str]],
     min_tps: float,
     request: Request,

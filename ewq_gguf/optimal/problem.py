@@ -14,8 +14,8 @@ from ewq_gguf.optimal.allocation import select
 from ewq_gguf.optimal.latency import Latency
 from ewq_gguf.plan.assemble import header_of
 from ewq_gguf.plan.importance import needs_entry
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import padded
-from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
 from ewq_gguf.records.plan import TYPES
 from ewq_gguf.tensor_names import is_quantizable, role
@@ -32,7 +32,9 @@ Floats = NDArray[np.float64]
 Menus = dict[str, tuple[str, ...]]
 
 
-def menus_within(subject: Subject, policy: OptimalPolicy, limit_bytes: int) -> Menus:
+def menus_within(
+    subject: ModelTensors, policy: OptimalPolicy, limit_bytes: int
+) -> Menus:
     """What every tensor may be in a file of a size: no type that is far too small.
 
     Args:
@@ -48,7 +50,7 @@ def menus_within(subject: Subject, policy: OptimalPolicy, limit_bytes: int) -> M
 
 
 def with_unseen(
-    subject: Subject,
+    subject: ModelTensors,
     menu: Mapping[str, tuple[str, ...]],
     costs: Mapping[str, Mapping[str, float]],
     limit_bytes: int,
@@ -75,13 +77,13 @@ def with_unseen(
     return found if least_bytes(subject, found) <= limit_bytes else dict(menu)
 
 
-def _mean_bits(subject: Subject, limit_bytes: int) -> float:
+def _mean_bits(subject: ModelTensors, limit_bytes: int) -> float:
     """Per weight that is quantised, of a whole file's bytes."""
     n_weights = sum(prod(tensor.shape) for tensor in quantizable(subject))
     return 8 * max(limit_bytes - other_bytes(subject), 0) / max(n_weights, 1)
 
 
-def least_bytes(subject: Subject, menu: Mapping[str, Collection[str]]) -> int:
+def least_bytes(subject: ModelTensors, menu: Mapping[str, Collection[str]]) -> int:
     """The smallest whole file that menus allow."""
     return other_bytes(subject) + sum(
         min(
@@ -93,7 +95,7 @@ def least_bytes(subject: Subject, menu: Mapping[str, Collection[str]]) -> int:
 
 
 def menus(
-    subject: Subject,
+    subject: ModelTensors,
     policy: OptimalPolicy,
     least_bits: float = 0.0,
     *,
@@ -136,12 +138,12 @@ def keeps_bounds(
     )
 
 
-def quantizable(subject: Subject) -> list[LayoutTensor]:
+def quantizable(subject: ModelTensors) -> list[LayoutTensor]:
     """The tensors that llama-quantize quantises."""
     return [t for t in subject.tensors if is_quantizable(t.name, n_dims(t.shape))]
 
 
-def other_bytes(subject: Subject) -> int:
+def other_bytes(subject: ModelTensors) -> int:
     """Bytes of the file that no choice changes: the header, norms, biases."""
     return (header_of(subject) or 0) + sum(
         padded(tensor_bytes(tensor.ggml_type, tensor.shape))
@@ -170,7 +172,7 @@ class Pace:
 
 
 def cheapest(
-    subject: Subject,
+    subject: ModelTensors,
     costs: Mapping[str, Mapping[str, float]],
     limit_bytes: int,
     pace: Pace | None = None,

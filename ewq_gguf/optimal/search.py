@@ -45,8 +45,8 @@ from ewq_gguf.optimal.problem import (
 from ewq_gguf.plan.ask import Ask, Limit
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.lattice import without_loss
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import padded
-from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import Budget, OptimalPolicy, Plan, Search, load_cached
 from ewq_gguf.stages.bases import base_file
 from ewq_gguf.stages.candidate_files import types_sha256
@@ -70,7 +70,7 @@ _PROBE_SHARE, _ROUNDING_SHARE = 0.5, 0.2
 
 def search(
     checkpoint: Checkpoint,
-    subject: Subject,
+    subject: ModelTensors,
     policy: OptimalPolicy,
     ask: Ask,
     rivals: Mapping[str, Plan],
@@ -137,7 +137,7 @@ def search(
         LLAMA_CPP_COMMIT,
         setup.model_dump_json(),
         platform.node() if policy.min_tps else None,
-        subject.model.model_dump_json(),
+        subject.identity.model_dump_json(),
         subject.raw_type,
         str(limit),
         policy.model_dump_json(),
@@ -157,7 +157,7 @@ def search(
 
 
 def check_search(
-    subject: Subject, policy: OptimalPolicy, ask: Ask, options: Options
+    subject: ModelTensors, policy: OptimalPolicy, ask: Ask, options: Options
 ) -> None:
     """Refuse early what cannot be searched for: before texts are written.
 
@@ -190,7 +190,7 @@ def _built_toolchain(options: Options) -> Toolchain:
     return toolchain
 
 
-def _most_bytes(subject: Subject) -> int:
+def _most_bytes(subject: ModelTensors) -> int:
     """Of the whole file, nothing quantised."""
     return other_bytes(subject) + sum(
         padded(tensor_bytes(subject.raw_type, tensor.shape))
@@ -198,7 +198,9 @@ def _most_bytes(subject: Subject) -> int:
     )
 
 
-def _limit(subject: Subject, ask: Ask, menu: Mapping[str, tuple[str, ...]]) -> Limit:
+def _limit(
+    subject: ModelTensors, ask: Ask, menu: Mapping[str, tuple[str, ...]]
+) -> Limit:
     """The bytes that may be used: no more than nothing quantised takes.
 
     Raises:
@@ -228,7 +230,7 @@ def _check_roles(policy: OptimalPolicy, menu: Mapping[str, object]) -> None:
 
 
 def _searched(
-    subject: Subject,
+    subject: ModelTensors,
     policy: OptimalPolicy,
     limit: Limit,
     menu: Mapping[str, tuple[str, ...]],
@@ -317,7 +319,7 @@ def _searched(
 
 
 def _plan(
-    subject: Subject, policy: OptimalPolicy, limit: Limit, types: Mapping[str, str]
+    subject: ModelTensors, policy: OptimalPolicy, limit: Limit, types: Mapping[str, str]
 ) -> Plan:
     budget = Budget(
         asked=limit.asked,

@@ -27,9 +27,9 @@ from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.importance import Importance, check_model
 from ewq_gguf.plan.lattice import Lattices, allowed, lattice_line, lattices_of
+from ewq_gguf.plan.model_tensors import ModelTensors, check_whole, layout_tensor
 from ewq_gguf.plan.naming import plan_label, plan_name
 from ewq_gguf.plan.policy import check_policy
-from ewq_gguf.plan.subject import Subject, check_whole, layout_tensor
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
@@ -178,7 +178,7 @@ def _optimal_plan(
             "give --budget SIZE, or use --policy ewq",
         )
     scanned, laid_out = measured(source, policy, options=options, progress=progress)
-    subject = Subject.of_scan(scanned, laid_out, raw_type)
+    subject = ModelTensors.of_scan(scanned, laid_out, raw_type)
     lattices = lattices_of(scanned)
     if options.keep_lattice:
         subject = replace(subject, lattices=allowed(lattices, menus(subject, policy)))
@@ -213,7 +213,7 @@ def _unread(
     raw_type: str,
     options: Options,
     progress: Progress,
-) -> Subject:
+) -> ModelTensors:
     """What is planned, from config and headers alone.
 
     The converter takes seconds to lay a file out, so it is asked only where names alone
@@ -230,10 +230,10 @@ def _unread(
     ):
         laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
     if laid_out is not None:
-        return Subject.of_tensors(model, laid_out.tensors, laid_out, raw_type)
+        return ModelTensors.of_tensors(model, laid_out.tensors, laid_out, raw_type)
     found = source.tensors if isinstance(source, Scan) else map_tensors(source)[0]
     known = [layout_tensor(t.name, t.shape, t.dtype) for t in found]
-    return Subject.of_tensors(model, known, None, raw_type)
+    return ModelTensors.of_tensors(model, known, None, raw_type)
 
 
 def _need_header(
@@ -256,9 +256,11 @@ def _need_header(
         )
 
 
-def _fast_plan(subject: Subject, policy: FastEwqPolicy, budget: Ask | None) -> Plan:
+def _fast_plan(
+    subject: ModelTensors, policy: FastEwqPolicy, budget: Ask | None
+) -> Plan:
     rows = dataset.rows_in_use()
-    layers = layer_features(subject.tensors, subject.model.n_layers)
+    layers = layer_features(subject.tensors, subject.identity.n_layers)
     answers = select_layers(rows, list(layers.values()), policy.variant)
     told = policy.model_copy(
         update={

@@ -11,8 +11,8 @@ from ewq_gguf._version import __version__
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.plan.importance import check_entries
 from ewq_gguf.plan.lattice import exact_types
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import header_bytes, padded, string_kv_bytes
-from ewq_gguf.plan.subject import Subject
 from ewq_gguf.records import (
     Budget,
     LayoutTensor,
@@ -36,7 +36,7 @@ _FTYPES = {
 
 
 def assemble(
-    subject: Subject,
+    model: ModelTensors,
     policy: Policy,
     types: Mapping[str, str],
     *,
@@ -48,7 +48,7 @@ def assemble(
     """The plan that asks for these types.
 
     Args:
-        subject: what is planned.
+        model: Tensors of the model that is planned.
         policy: that led to the types.
         types: by tensor name; a quantisable tensor that is not named is raw.
         layers: the decisions; without them each layer's type is its tensors', where
@@ -61,32 +61,32 @@ def assemble(
         InputError: the importance matrix is another model's, or lacks an entry.
     """
     entropies = entropies or {}
-    types = exact_types(subject.tensors, types, subject.raw_type, subject.lattices)
+    types = exact_types(model.tensors, types, model.raw_type, model.lattices)
     tensors = tuple(
         plan_tensor(
             tensor,
-            asked := types.get(tensor.name, subject.raw_type),
+            asked := types.get(tensor.name, model.raw_type),
             entropies.get(tensor.name),
-            is_exact=asked in subject.lattices.get(tensor.name, ()),
+            is_exact=asked in model.lattices.get(tensor.name, ()),
         )
-        for tensor in subject.tensors
+        for tensor in model.tensors
     )
-    importance = subject.importance
+    importance = model.importance
     if importance is not None:
         check_entries(tensors, importance)
     return Plan(
         ewq_version=__version__,
-        model=subject.model,
-        weights_sha256=subject.weights_sha256,
+        model=model.identity,
+        weights_sha256=model.weights_sha256,
         policy=policy,
-        raw_type=subject.raw_type,
+        raw_type=model.raw_type,
         ftype=ftype_of(tensors),
         thresholds=dict(thresholds or {}),
         budget=budget,
         imatrix=importance.record if importance else None,
         tensors=tensors,
         layers=_layers(layers, tensors),
-        totals=totals_of(tensors, header_of(subject)),
+        totals=totals_of(tensors, header_of(model)),
     )
 
 
@@ -124,15 +124,15 @@ def layers_of(tensors: Iterable[PlanTensor]) -> tuple[PlanLayer, ...]:
     )
 
 
-def header_of(subject: Subject) -> int | None:
-    """Bytes before the data of any file of this subject; None where not known."""
-    layout = subject.layout
+def header_of(model: ModelTensors) -> int | None:
+    """Bytes before the data of any file of this model; None without a layout."""
+    layout = model.layout
     if layout is None:
         return None
-    pairs = provenance(subject.model, __version__)
+    pairs = provenance(model.identity, __version__)
     kv_bytes = layout.kv_bytes + layout.added_kv_bytes + string_kv_bytes(pairs)
-    if subject.importance is not None:
-        kv_bytes += subject.importance.kv_bytes
+    if model.importance is not None:
+        kv_bytes += model.importance.kv_bytes
     return header_bytes(kv_bytes, ((t.name, t.shape) for t in layout.tensors))
 
 

@@ -6,9 +6,9 @@
 4. None fits: demote below the ladder, lowest priority first, until it does.
 
 Below the ladder is TQ1_0; with an importance matrix IQ2_XXS and IQ1_M, which lose less.
-A unit with a tensor the matrix has no entry for passes over the steps that need one.
+A group with a tensor the matrix has no entry for passes over the steps that need one.
 
-To promote is to pass over the units again and again, highest priority first, one step
+To promote is to pass over the groups again and again, highest priority first, one step
 each; what does not fit is skipped, and the passes end when one changes nothing. A step
 counts in types as written: where llama-quantize's fallback makes two rungs the same,
 they are one. More budget never means fewer bytes: the smaller budget's first refusal is
@@ -23,9 +23,9 @@ from typing import Literal
 
 from ewq_gguf.ggml_types import bits_per_weight, tensor_bytes, written_type
 from ewq_gguf.plan.ask import Limit
+from ewq_gguf.plan.groups import AllocationGroup
 from ewq_gguf.plan.importance import needs_entry
 from ewq_gguf.plan.sizes import padded
-from ewq_gguf.plan.units import Unit
 from ewq_gguf.records import LayoutTensor
 
 #: Below every ladder that does not go as low: the paper's 1.58-bit type.
@@ -36,7 +36,7 @@ _IMATRIX_FLOOR = ("IQ1_M", "IQ2_XXS")
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` reached: the type asked for each unit; see records.plan.Budget."""
+    """What `fit` reached: the type asked for each group; see records.plan.Budget."""
 
     types: tuple[str, ...]
     case: Literal[1, 2, 3, 4]
@@ -44,7 +44,7 @@ class Fitted:
     n_steps: int
 
 
-def unit_bytes(tensors: Sequence[LayoutTensor], ggml_type: str) -> int:
+def group_bytes(tensors: Sequence[LayoutTensor], ggml_type: str) -> int:
     """Bytes of some tensors in a file where all are asked to have this type."""
     return sum(
         padded(tensor_bytes(written_type(ggml_type, tensor.shape[-1]), tensor.shape))
@@ -53,7 +53,7 @@ def unit_bytes(tensors: Sequence[LayoutTensor], ggml_type: str) -> int:
 
 
 def fit(
-    units: Sequence[Unit],
+    groups: Sequence[AllocationGroup],
     ladder: Sequence[str],
     raw: str,
     limit: Limit,
@@ -62,14 +62,14 @@ def fit(
     demote_decision: bool = False,
     entries: Collection[str] | None = None,
 ) -> Fitted:
-    """Choose a type for every unit so that the file stays within the limit.
+    """Choose a type for every group so that the file stays within the limit.
 
     Args:
-        units: with their decisions.
+        groups: with their decisions.
         ladder: types from low to high, no `raw` among them but by its own name.
         raw: the source's type.
         limit: of the file.
-        other_bytes: of the file without the units.
+        other_bytes: of the file without the groups.
         demote_decision: before a uniform type is taken, demote what was decided below
             the highest rung, lowest priority first.
         entries: names of the tensors that an importance matrix weighs; None without
@@ -88,32 +88,32 @@ def fit(
     top, undecided = len(rungs) - 1, [*rungs, raw]
     choices = [
         _Choices(
-            unit,
-            undecided if unit.rung is None else [*rungs, ladder[-1]],
+            group,
+            undecided if group.rung is None else [*rungs, ladder[-1]],
             raw,
             entries or (),
         )
-        for unit in units
+        for group in groups
     ]
-    state = _State(units, undecided, choices, limit.n_bytes - other_bytes)
+    state = _State(groups, undecided, choices, limit.n_bytes - other_bytes)
     uniform = sorted(
         (
             i
             for i in range(len(floor), top + 1)
             if bits_per_weight(rungs[i]) < bits_per_weight(raw)
         ),
-        key=lambda i: -state.bytes_at([i] * len(units)),
+        key=lambda i: -state.bytes_at([i] * len(groups)),
     )
-    raw_types = tuple(unit.fixed or raw for unit in units)
+    raw_types = tuple(group.fixed or raw for group in groups)
     most = other_bytes + sum(
-        unit_bytes(unit.tensors, name)
-        for unit, name in zip(units, raw_types, strict=True)
+        group_bytes(group.tensors, name)
+        for group, name in zip(groups, raw_types, strict=True)
     )
     least = other_bytes + sum(min(c.sizes[: uniform[-1] + 1]) for c in state.choices)
     limit.check_reached(least, most, "this ladder reaches", "another --ladder")
     if limit.n_bytes >= most:
         return Fitted(raw_types, 1, "raw", 0)
-    state.begin([top + 1 if u.rung is None else u.rung + len(floor) for u in units])
+    state.begin([top + 1 if u.rung is None else u.rung + len(floor) for u in groups])
     if state.room >= 0:
         return state.fitted(2, "decision", state.promote())
     if demote_decision:
@@ -121,7 +121,7 @@ def fit(
         if state.room >= 0:
             return state.fitted(3, "decision", n_steps)
     for rung in uniform:
-        state.begin([rung] * len(units))
+        state.begin([rung] * len(groups))
         if state.room >= 0:
             return state.fitted(3, state.types[rung], state.promote())
     n_steps = state.demote(lambda rung: True)
@@ -129,20 +129,20 @@ def fit(
 
 
 class _State:
-    """The units' rungs, and the room that is left."""
+    """The groups' rungs, and the room that is left."""
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        groups: Sequence[AllocationGroup],
         types: Sequence[str],
         choices: Sequence[_Choices],
         room: int,
     ) -> None:
         self.types = types
-        self.order = sorted(range(len(units)), key=lambda i: units[i].priority)
+        self.order = sorted(range(len(groups)), key=lambda i: groups[i].priority)
         self.choices = choices
         self.all_room = room
-        self.begin([0] * len(units))
+        self.begin([0] * len(groups))
 
     def bytes_at(self, rungs: Sequence[int]) -> int:
         return sum(c.sizes[rung] for c, rung in zip(self.choices, rungs, strict=True))
@@ -151,10 +151,10 @@ class _State:
         self.rungs = list(rungs)
         self.room = self.all_room - self.bytes_at(rungs)
 
-    def move(self, unit: int, rung: int) -> None:
-        sizes = self.choices[unit].sizes
-        self.room -= sizes[rung] - sizes[self.rungs[unit]]
-        self.rungs[unit] = rung
+    def move(self, group: int, rung: int) -> None:
+        sizes = self.choices[group].sizes
+        self.room -= sizes[rung] - sizes[self.rungs[group]]
+        self.rungs[group] = rung
 
     def promote(self) -> int:
         """Step up, highest priority first, until nothing fits; return the steps."""
@@ -192,20 +192,24 @@ class _State:
 
 
 class _Choices:
-    """What one unit is asked to be on each rung, its bytes, and which are steps."""
+    """What one group is asked to be on each rung, its bytes, and which are steps."""
 
     def __init__(
-        self, unit: Unit, types: Sequence[str], raw: str, entries: Collection[str]
+        self,
+        group: AllocationGroup,
+        types: Sequence[str],
+        raw: str,
+        entries: Collection[str],
     ) -> None:
-        columns = [tensor.shape[-1] for tensor in unit.tensors]
-        lacking = [t.shape[-1] for t in unit.tensors if t.name not in entries]
+        columns = [tensor.shape[-1] for tensor in group.tensors]
+        lacking = [t.shape[-1] for t in group.tensors if t.name not in entries]
         asked, name = [], raw
         for ggml_type in reversed(types):
             if not any(needs_entry(ggml_type, n) for n in lacking):
                 name = ggml_type
-            asked.append(unit.fixed or name)
+            asked.append(group.fixed or name)
         self.asked = asked[::-1]
-        self.sizes = [unit_bytes(unit.tensors, name) for name in self.asked]
+        self.sizes = [group_bytes(group.tensors, name) for name in self.asked]
         self.written = [[written_type(name, n) for n in columns] for name in self.asked]
 
     def above(self, rung: int) -> int | None:

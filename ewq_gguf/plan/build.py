@@ -9,13 +9,13 @@ from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import assemble, header_of
-from ewq_gguf.plan.budget import fit, unit_bytes
+from ewq_gguf.plan.budget import fit, group_bytes
+from ewq_gguf.plan.groups import AllocationGroup, Decision, decide_ewq, decide_fast
 from ewq_gguf.plan.importance import Importance
 from ewq_gguf.plan.lattice import Lattices, lattices_of
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.sizes import padded
-from ewq_gguf.plan.subject import Subject
-from ewq_gguf.plan.units import Decision, Unit, decide_ewq, decide_fast
 from ewq_gguf.records import (
     Budget,
     EwqPolicy,
@@ -58,11 +58,11 @@ def make_plan(
     """
     has_budget, has_imatrix = budget is not None, importance is not None
     check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
-    subject = Subject.of_scan(scan, layout, raw_type)
+    model = ModelTensors.of_scan(scan, layout, raw_type)
     lattices = lattices_of(scan) if keep_lattice else {}
-    subject = replace(subject, importance=importance, lattices=lattices)
+    model = replace(model, importance=importance, lattices=lattices)
     if isinstance(policy, UniformPolicy):
-        wanted = subject.plain(policy.ggml_type)
+        wanted = model.plain(policy.ggml_type)
         layers = [
             PlanLayer(
                 layer_idx=layer.layer_idx,
@@ -73,12 +73,12 @@ def make_plan(
             for layer in scan.layers
         ]
         types = {
-            tensor.name: subject.plain(_uniform_type(policy, tensor.name))
-            for tensor in subject.tensors
+            tensor.name: model.plain(_uniform_type(policy, tensor.name))
+            for tensor in model.tensors
         }
-        return assemble(subject, policy, types, layers=layers)
+        return assemble(model, policy, types, layers=layers)
     _check_measures(scan, policy)
-    return _planned(subject, policy, decide_ewq(policy, scan, subject.tensors), budget)
+    return _planned(model, policy, decide_ewq(policy, scan, model.tensors), budget)
 
 
 def _uniform_type(policy: UniformPolicy, name: str) -> str:
@@ -91,7 +91,7 @@ def _uniform_type(policy: UniformPolicy, name: str) -> str:
 
 
 def make_fast_plan(
-    subject: Subject,
+    model: ModelTensors,
     policy: FastEwqPolicy,
     selected: Iterable[int],
     *,
@@ -100,7 +100,7 @@ def make_fast_plan(
     """Plan by the layers that a classifier selected; no weight has to be read.
 
     Args:
-        subject: what is planned.
+        model: Tensors of the model that is planned.
         policy: with every parameter.
         selected: layers to quantise.
         budget: what the file may take.
@@ -108,14 +108,14 @@ def make_fast_plan(
     Raises:
         UsageError, InputError: as of `make_plan`.
     """
-    has_budget, has_imatrix = budget is not None, subject.importance is not None
+    has_budget, has_imatrix = budget is not None, model.importance is not None
     check_policy(policy, has_budget=has_budget, has_imatrix=has_imatrix)
-    decision = decide_fast(policy, selected, subject.tensors)
-    return _planned(subject, policy, decision, budget)
+    decision = decide_fast(policy, selected, model.tensors)
+    return _planned(model, policy, decision, budget)
 
 
 def _planned(
-    subject: Subject,
+    model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
     decision: Decision,
     ask: Ask | None,
@@ -125,14 +125,14 @@ def _planned(
     Raises:
         InputError: the budget cannot be met, or nothing can be placed.
     """
-    plan = _decided(subject, policy, decision, ask)
+    plan = _decided(model, policy, decision, ask)
     if ask is None or not ask.machines:
         return plan
     if not can_place(plan.tensors, ask.machines, ask.n_ctx):
         whole = plan.budget
         smaller = replace(ask, machines=(), may_exceed=True)
         plan = _placeable(
-            lambda n: _decided(subject, policy, decision, replace(smaller, n_bytes=n)),
+            lambda n: _decided(model, policy, decision, replace(smaller, n_bytes=n)),
             plan.totals.file_size_bytes,
             ask,
         )
@@ -175,7 +175,7 @@ def _placeable(plan_of: Callable[[int], Plan], too_large: int, ask: Ask) -> Plan
 
 
 def _decided(
-    subject: Subject,
+    model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
     decision: Decision,
     ask: Ask | None,
@@ -185,55 +185,55 @@ def _decided(
     What is quantised already is exact first, and the budget is for the rest; where the
     rest would then be demoted below the ladder, all are fitted alike.
     """
-    if ask is not None and subject.lattices:
+    if ask is not None and model.lattices:
         try:
-            plan = _fitted_plan(subject, policy, decision, ask, subject.lattices)
+            plan = _fitted_plan(model, policy, decision, ask, model.lattices)
         except InputError:
             pass  # they alone take more than there is
         else:
             if plan.budget is not None and plan.budget.case != 4:
                 return plan
-    return _fitted_plan(subject, policy, decision, ask, {})
+    return _fitted_plan(model, policy, decision, ask, {})
 
 
 def _fitted_plan(
-    subject: Subject,
+    model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
     decision: Decision,
     ask: Ask | None,
     kept: Lattices,
 ) -> Plan:
     """A decision's plan where some tensors are exact, whatever else is decided."""
-    raw = subject.raw_type
-    units = [
-        replace(unit, fixed=unit.fixed and subject.plain(unit.fixed))
-        for unit in decision.units
+    raw = model.raw_type
+    groups = [
+        replace(group, fixed=group.fixed and model.plain(group.fixed))
+        for group in decision.groups
     ]
-    ladder = [subject.plain(name) for name in policy.ladder]
-    decided = [raw if unit.rung is None else ladder[unit.rung] for unit in units]
-    types = [unit.fixed or name for unit, name in zip(units, decided, strict=True)]
+    ladder = [model.plain(name) for name in policy.ladder]
+    decided = [raw if group.rung is None else ladder[group.rung] for group in groups]
+    types = [group.fixed or name for group, name in zip(groups, decided, strict=True)]
     budget = None
     if ask is not None:
-        types, budget = _fitted(subject, policy, units, ask, kept)
+        types, budget = _fitted(model, policy, groups, ask, kept)
     asked = {
         tensor.name: name
-        for unit, name in zip(units, types, strict=True)
-        for tensor in unit.tensors
+        for group, name in zip(groups, types, strict=True)
+        for tensor in group.tensors
     } | {name: types[0] for name, types in kept.items()}
     by_tensor = isinstance(policy, EwqPolicy) and policy.granularity == "tensor"
-    entropies = {str(u.key): u.entropy for u in units} if by_tensor else {}
+    entropies = {str(u.key): u.entropy for u in groups} if by_tensor else {}
     layers = [
         PlanLayer(
-            layer_idx=unit.key,
-            entropy=unit.entropy,
+            layer_idx=group.key,
+            entropy=group.entropy,
             decision=was,
             ggml_type=name,
         )
-        for unit, was, name in zip(units, decided, types, strict=True)
-        if isinstance(unit.key, int)
+        for group, was, name in zip(groups, decided, types, strict=True)
+        if isinstance(group.key, int)
     ]
     return assemble(
-        subject,
+        model,
         policy,
         asked,
         layers=layers,
@@ -244,39 +244,39 @@ def _fitted_plan(
 
 
 def _fitted(
-    subject: Subject,
+    model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
-    units: Sequence[Unit],
+    groups: Sequence[AllocationGroup],
     ask: Ask,
     kept: Lattices,
 ) -> tuple[list[str], Budget]:
-    """Each unit's type under a budget; what is kept as it is takes its own bytes."""
-    units = [
-        replace(unit, tensors=tuple(t for t in unit.tensors if t.name not in kept))
-        for unit in units
+    """Each group's type under a budget; what is kept as it is takes its own bytes."""
+    groups = [
+        replace(group, tensors=tuple(t for t in group.tensors if t.name not in kept))
+        for group in groups
     ]
-    in_units = {tensor.name for unit in units for tensor in unit.tensors}
-    other_bytes = (header_of(subject) or 0) + sum(
+    in_groups = {tensor.name for group in groups for tensor in group.tensors}
+    other_bytes = (header_of(model) or 0) + sum(
         padded(
             tensor_bytes(kept.get(tensor.name, (tensor.ggml_type,))[0], tensor.shape)
         )
-        for tensor in subject.tensors
-        if tensor.name not in in_units
+        for tensor in model.tensors
+        if tensor.name not in in_groups
     )
-    of_units = sum(unit_bytes(unit.tensors, subject.raw_type) for unit in units)
-    limit = ask.limit(other_bytes + of_units, subject.tensors)
+    of_groups = sum(group_bytes(group.tensors, model.raw_type) for group in groups)
+    limit = ask.limit(other_bytes + of_groups, model.tensors)
     fitted = fit(
-        units,
-        [subject.plain(name) for name in policy.ladder],
-        subject.raw_type,
+        groups,
+        [model.plain(name) for name in policy.ladder],
+        model.raw_type,
         limit,
         other_bytes=other_bytes,
         demote_decision=isinstance(policy, FastEwqPolicy),
-        entries=subject.importance.n_values.keys() if subject.importance else None,
+        entries=model.importance.n_values.keys() if model.importance else None,
     )
     of_file = other_bytes + sum(
-        unit_bytes(unit.tensors, name)
-        for unit, name in zip(units, fitted.types, strict=True)
+        group_bytes(group.tensors, name)
+        for group, name in zip(groups, fitted.types, strict=True)
     )
     return list(fitted.types), Budget(
         asked=limit.asked,

@@ -19,7 +19,7 @@ from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import n_dims
 from ewq_gguf.plan.budget import FLOOR
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.tensor_names import is_quantizable, layer_idx, nearest_name
 
 #: What the proof of concept and the paper call precisions, as ggml types.
@@ -46,7 +46,7 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def poc_types(values: object, subject: Subject, file: str) -> Imported:
+def poc_types(values: object, model: ModelTensors, file: str) -> Imported:
     """The types that a plan of the proof of concept asks for.
 
     A tensor may be named as in the GGUF or as in the checkpoint; its own entry wins
@@ -54,17 +54,17 @@ def poc_types(values: object, subject: Subject, file: str) -> Imported:
 
     Args:
         values: the parsed JSON.
-        subject: the model.
+        model: the model.
         file: its name, for messages.
 
     Raises:
         InputError: it is no such plan, names a layer or tensor that the model lacks or
             a type that cannot be planned.
     """
-    quantizable = set(_quantizable(subject))
+    quantizable = set(_quantizable(model))
     layers: dict[int, list[str]] = defaultdict(list)
     fed: dict[str, list[str]] = defaultdict(list)
-    for tensor in subject.tensors:
+    for tensor in model.tensors:
         if (idx := layer_idx(tensor.name)) is not None and tensor.name in quantizable:
             layers[idx].append(tensor.name)
         for known in {tensor.name, *(source.hf_name for source in tensor.sources)}:
@@ -73,7 +73,7 @@ def poc_types(values: object, subject: Subject, file: str) -> Imported:
     by_name: dict[str, str] = {}
     left: list[str] = []
     for key, value in _entries(values, file).items():
-        asked = subject.plain(_type_of(value, f"/{key}", file))
+        asked = model.plain(_type_of(value, f"/{key}", file))
         if _LAYER.fullmatch(key):
             if int(key) not in layers:
                 raise InputError(
@@ -100,24 +100,24 @@ def poc_types(values: object, subject: Subject, file: str) -> Imported:
                     "give all parts of one tensor one type",
                 )
     types = by_layer | by_name
-    raw = [name for name in _quantizable(subject) if name not in types]
-    return Imported(types, (*_left_note(left), *_raw_note(raw, subject.raw_type)))
+    raw = [name for name in _quantizable(model) if name not in types]
+    return Imported(types, (*_left_note(left), *_raw_note(raw, model.raw_type)))
 
 
 def gguf_types(
-    found: Mapping[str, tuple[tuple[int, ...], str]], subject: Subject, file: str
+    found: Mapping[str, tuple[tuple[int, ...], str]], model: ModelTensors, file: str
 ) -> Imported:
     """The types of another GGUF file of the same model.
 
     Args:
         found: each tensor's shape, slowest dimension first, and type, by name.
-        subject: the model.
+        model: the model.
         file: its name, for messages.
 
     Raises:
         InputError: its tensors are not the model's, or a type cannot be planned.
     """
-    shapes = {tensor.name: tensor.shape for tensor in subject.tensors}
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
     for name, (shape, _) in found.items():
         if name not in shapes:
             raise _unknown(name, list(shapes), file)
@@ -137,19 +137,19 @@ def gguf_types(
             "give a whole file of this model",
         )
     types = {
-        name: _plannable(found[name][1], name, file) for name in _quantizable(subject)
+        name: _plannable(found[name][1], name, file) for name in _quantizable(model)
     }
     left = [
         tensor.name
-        for tensor in subject.tensors
+        for tensor in model.tensors
         if tensor.name not in types and found[tensor.name][1] != tensor.ggml_type
     ]
     return Imported(types, _left_note(left))
 
 
-def _quantizable(subject: Subject) -> list[str]:
+def _quantizable(model: ModelTensors) -> list[str]:
     """Names of what llama-quantize quantises, in the file's order."""
-    return [t.name for t in subject.tensors if is_quantizable(t.name, n_dims(t.shape))]
+    return [t.name for t in model.tensors if is_quantizable(t.name, n_dims(t.shape))]
 
 
 def _entries(values: object, file: str) -> dict[str, object]:

@@ -14,7 +14,7 @@ from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.imported import Imported, gguf_types, poc_types
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import ImportedPolicy, Plan, Scan, read_json
 from ewq_gguf.stages.options import SILENT, Options, Progress
 from ewq_gguf.stages.scanning import layout
@@ -51,17 +51,19 @@ def import_plan(
 
 def _subject(
     source: Checkpoint | Scan, raw_type: str, options: Options, progress: Progress
-) -> Subject:
+) -> ModelTensors:
     if isinstance(source, Scan):
         known = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
-        subject = Subject.of_scan(source, known, raw_type)
+        subject = ModelTensors.of_scan(source, known, raw_type)
         # The types depend on no weight, whoever has measured them.
         return replace(subject, weights_sha256=None)
     laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
-    return Subject.of_tensors(source.identity, laid_out.tensors, laid_out, raw_type)
+    return ModelTensors.of_tensors(
+        source.identity, laid_out.tensors, laid_out, raw_type
+    )
 
 
-def _read(file: Path, subject: Subject) -> tuple[ImportedPolicy, Imported]:
+def _read(file: Path, subject: ModelTensors) -> tuple[ImportedPolicy, Imported]:
     """What a file says, by its first bytes."""
     if not file.is_file():
         raise InputError("plan", file, "is no file", "check the path")
@@ -80,7 +82,7 @@ def _read(file: Path, subject: Subject) -> tuple[ImportedPolicy, Imported]:
     return _policy("poc", file, text), imported
 
 
-def _read_gguf(file: Path, subject: Subject) -> tuple[ImportedPolicy, Imported]:
+def _read_gguf(file: Path, subject: ModelTensors) -> tuple[ImportedPolicy, Imported]:
     try:
         header = read_gguf(file, header_only=True)
     except VerificationError as error:

@@ -22,7 +22,7 @@ from ewq_gguf.llamacpp.layout import (
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.lattice import Lattices
-from ewq_gguf.plan.subject import Subject
+from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import Plan, PresetPolicy, Scan
 from ewq_gguf.stages.options import SILENT, Options, Progress
 from ewq_gguf.stages.scanning import layout
@@ -116,7 +116,7 @@ def preset_plans(
     options = options or Options()
     toolchain = find_toolchain(options.llama_cpp)
     laid_out = layout(checkpoint, toolchain, progress)
-    subject = Subject.of_tensors(
+    subject = ModelTensors.of_tensors(
         checkpoint.identity, laid_out.tensors, laid_out, raw_type
     )
     subject = replace(subject, lattices=lattices or {})

@@ -1,4 +1,4 @@
-"""What a plan is about: a checkpoint's tensors as they would stand in a file."""
+"""A model's tensors as they would stand in a GGUF file, before a plan is made."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _F16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a plan is about.
+class ModelTensors:
+    """The tensors that a plan gives types to.
 
     Attributes:
-        model: which checkpoint.
-        tensors: of the file, in the base types.
-        raw_type: what `raw` means.
-        weights_sha256: which weights, or None where none was read.
-        layout: the converter's, or None: then the header's bytes are not known.
-        importance: the matrix the file is made with, or None.
-        lattices: types that hold a tensor exactly, small to large, by its name; empty
+        identity: The checkpoint.
+        tensors: All tensors of the file, in the types of the base GGUF.
+        raw_type: The ggml type that `raw` stands for.
+        weights_sha256: Hash of the weights; None where none was read.
+        layout: The converter's layout; without it the header's bytes are not known.
+        importance: The importance matrix that the file is made with, or None.
+        lattices: By tensor name, the types that hold it exactly, small to large; empty
             where nothing is quantised already, or it is not to be kept.
     """
 
-    model: ModelIdentity
+    identity: ModelIdentity
     tensors: tuple[LayoutTensor, ...]
     raw_type: str
     weights_sha256: str | None
@@ -43,19 +43,21 @@ class Subject:
     lattices: Lattices = field(default_factory=dict)
 
     @classmethod
-    def of_scan(cls, scan: Scan, layout: Layout | None, raw_type: str) -> Subject:
-        """Of a scanned checkpoint; without a layout the file's tensors are the scan's.
+    def of_scan(cls, scan: Scan, layout: Layout | None, raw_type: str) -> ModelTensors:
+        """The tensors of a scanned checkpoint; without a layout those of the scan.
 
         Raises:
             InputError: it is a part of a scan.
         """
         check_whole(scan)
-        found = (
-            layout_tensor(t.name, t.shape, t.dtype, t.hf_names) for t in scan.tensors
-        )
         return cls(
-            model=scan.model,
-            tensors=layout.tensors if layout else tuple(found),
+            identity=scan.model,
+            tensors=layout.tensors
+            if layout
+            else tuple(
+                layout_tensor(t.name, t.shape, t.dtype, t.hf_names)
+                for t in scan.tensors
+            ),
             raw_type=_raw_type(scan) if raw_type == "auto" else raw_type,
             weights_sha256=scan.weights_sha256,
             layout=layout,
@@ -64,32 +66,32 @@ class Subject:
     @classmethod
     def of_tensors(
         cls,
-        model: ModelIdentity,
+        identity: ModelIdentity,
         tensors: Iterable[LayoutTensor],
         layout: Layout | None,
         raw_type: str,
-    ) -> Subject:
-        """Of a checkpoint whose weights were not read.
+    ) -> ModelTensors:
+        """The tensors of a checkpoint whose weights were not read.
 
         32-bit weights may be larger than an F16 holds, so raw is then BF16.
         """
-        known = tuple(tensors)
+        tensors = tuple(tensors)
         weights: Counter[str] = Counter()
-        for tensor in known:
+        for tensor in tensors:
             if is_quantizable(tensor.name, n_dims(tensor.shape)):
                 weights[tensor.ggml_type] += prod(tensor.shape)
         base = weights.most_common(1)[0][0] if weights else "F16"
         raw = "BF16" if base == "F32" else base
         return cls(
-            model=model,
-            tensors=known,
+            identity=identity,
+            tensors=tensors,
             raw_type=raw if raw_type == "auto" else raw_type,
             weights_sha256=None,
             layout=layout,
         )
 
     def plain(self, name: str) -> str:
-        """A type of a policy, `raw` by its own name."""
+        """A type as a policy spells it, with `raw` replaced by the ggml type."""
         return self.raw_type if name == "raw" else name
 
 
@@ -130,7 +132,7 @@ def check_whole(scan: Scan) -> None:
 def layout_tensor(
     name: str, shape: tuple[int, ...], dtype: str, hf_names: Iterable[str] = ()
 ) -> LayoutTensor:
-    """What the converter writes for a dense model, where it could not be asked."""
+    """The tensor that the converter would write for a dense model."""
     quantizable = is_quantizable(name, n_dims(shape))
     return LayoutTensor(
         name=name,

@@ -1,6 +1,6 @@
-"""What a policy decides: units, each a layer or a single tensor, and their rungs.
+"""What a policy decides: groups, each a layer or a single tensor, and their rungs.
 
-A unit takes its steps up and down the ladder as a whole.
+A group takes its steps up and down the ladder as a whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LAYERS, _OUTSIDE, _OUTPUT = 0.0, 1.0, 2.0
 
 
 @dataclass(frozen=True)
-class Unit:
+class AllocationGroup:
     """A layer, or one tensor.
 
     Attributes:
@@ -46,11 +46,11 @@ class Decision:
     """What a policy decided, before any budget.
 
     Attributes:
-        units: every quantisable tensor is in exactly one.
+        groups: every quantisable tensor is in exactly one.
         thresholds: by `layer` or role; empty where no entropy decided.
     """
 
-    units: tuple[Unit, ...]
+    groups: tuple[AllocationGroup, ...]
     thresholds: dict[str, Thresholds]
 
 
@@ -59,15 +59,15 @@ def decide_ewq(
 ) -> Decision:
     """By the entropies of a scan.
 
-    A layer without a linear matrix has no unit; a tensor that was not scanned (the
+    A layer without a linear matrix has no group; a tensor that was not scanned (the
     converter computed it) stays at the source's type.
     """
     layers, outside = _split(tensors, policy)
     if policy.granularity == "tensor":
-        units, limits = _by_tensor(policy, scan, layers)
+        groups, limits = _by_tensor(policy, scan, layers)
     else:
-        units, limits = _by_layer(policy, scan, layers)
-    return Decision((*units, *outside), limits)
+        groups, limits = _by_layer(policy, scan, layers)
+    return Decision((*groups, *outside), limits)
 
 
 def decide_fast(
@@ -80,8 +80,8 @@ def decide_fast(
     chosen = sorted(selected, reverse=True)
     low, top = set(chosen[: policy.n_low]), len(policy.ladder) - 1
     layers, outside = _split(tensors, policy)
-    units = [
-        Unit(
+    groups = [
+        AllocationGroup(
             key=idx,
             tensors=tuple(members),
             rung=top if idx not in chosen else max(top - 1 - (idx in low), 0),
@@ -89,12 +89,12 @@ def decide_fast(
         )
         for idx, members in sorted(layers.items())
     ]
-    return Decision((*units, *outside), {})
+    return Decision((*groups, *outside), {})
 
 
 def _by_layer(
     policy: EwqPolicy, scan: Scan, layers: Mapping[int, list[LayoutTensor]]
-) -> tuple[list[Unit], dict[str, Thresholds]]:
+) -> tuple[list[AllocationGroup], dict[str, Thresholds]]:
     found = {
         layer.layer_idx: layer.softmax_entropy_nats
         if policy.measure == "softmax"
@@ -111,11 +111,11 @@ def _by_layer(
         if found
         else None
     )
-    units = []
+    groups = []
     for idx, tensors in sorted(layers.items()):
         entropy = found.get(idx)
-        units.append(
-            Unit(
+        groups.append(
+            AllocationGroup(
                 key=idx,
                 tensors=tuple(tensors),
                 rung=_rung(entropy, limits, policy),
@@ -123,12 +123,12 @@ def _by_layer(
                 entropy=entropy,
             )
         )
-    return units, {"layer": limits} if limits else {}
+    return groups, {"layer": limits} if limits else {}
 
 
 def _by_tensor(
     policy: EwqPolicy, scan: Scan, layers: Mapping[int, list[LayoutTensor]]
-) -> tuple[list[Unit], dict[str, Thresholds]]:
+) -> tuple[list[AllocationGroup], dict[str, Thresholds]]:
     """Each tensor among those of its role, ordered by how far it is from their mean.
 
     Both measures mostly rank matrices of different roles by their size and shape, so
@@ -149,15 +149,15 @@ def _by_tensor(
         )
         for found, tensors in sorted(by_role.items())
     }
-    units = []
+    groups = []
     for idx, members in sorted(layers.items()):
         for order, tensor in enumerate(members):
             seen = scanned.get(tensor.name)
             entropy = _entropy(policy, seen) if seen else None
             of_role = limits.get(role(tensor.name))
             z = 0.0 if entropy is None or not of_role else z_score(entropy, of_role)
-            units.append(
-                Unit(
+            groups.append(
+                AllocationGroup(
                     key=tensor.name,
                     tensors=(tensor,),
                     rung=_rung(entropy, of_role, policy),
@@ -165,7 +165,7 @@ def _by_tensor(
                     entropy=entropy,
                 )
             )
-    return units, limits
+    return groups, limits
 
 
 def _rung(
@@ -183,8 +183,8 @@ def _entropy(policy: EwqPolicy, tensor: TensorScan) -> float:
 
 def _split(
     tensors: Iterable[LayoutTensor], policy: EwqPolicy | FastEwqPolicy
-) -> tuple[dict[int, list[LayoutTensor]], list[Unit]]:
-    """Quantisable tensors by layer, and a unit for each of those outside the layers."""
+) -> tuple[dict[int, list[LayoutTensor]], list[AllocationGroup]]:
+    """Quantisable tensors by layer; a group for each tensor outside the layers."""
     layers: dict[int, list[LayoutTensor]] = defaultdict(list)
     outside = []
     for order, tensor in enumerate(tensors):
@@ -197,7 +197,7 @@ def _split(
         is_output = tensor.name == "output.weight"
         asked = policy.output_type if is_output else policy.embedding_type
         outside.append(
-            Unit(
+            AllocationGroup(
                 key=tensor.name,
                 tensors=(tensor,),
                 rung=None,
