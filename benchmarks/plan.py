@@ -29,9 +29,9 @@ from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.entropy.layers import layer_scans
 from ewq_gguf.fastewq import dataset
 from ewq_gguf.fastewq.classifier import layer_features, select_layers
-from ewq_gguf.plan.ask import Ask, parse_budget
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.model_tensors import layout_tensor
+from ewq_gguf.plan.size_target import SizeTarget, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
@@ -96,7 +96,7 @@ def plan_405b(folder: Path) -> None:
     print(f"fastewq    no budget    {took:6.3f} s")
 
 
-def machines(n: int, memory_bytes: int) -> Ask:
+def machines(n: int, memory_bytes: int) -> SizeTarget:
     """Machines of which no two are alike, each with so much memory or a little more."""
     cluster = tuple(
         Machine(
@@ -106,7 +106,7 @@ def machines(n: int, memory_bytes: int) -> Ask:
         )
         for i in range(n)
     )
-    return Ask(f"{n} machines", machines=cluster, may_exceed=True)
+    return SizeTarget(f"{n} machines", machines=cluster, may_exceed=True)
 
 
 def scan_of_headers(checkpoint: Checkpoint) -> Scan:

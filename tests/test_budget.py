@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.plan.ask import Ask, Limit, parse_bpw, parse_budget
 from ewq_gguf.plan.budget import FLOOR, fit
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.groups import AllocationGroup
 from ewq_gguf.plan.model_tensors import ModelTensors
+from ewq_gguf.plan.size_target import SizeLimit, SizeTarget, parse_bpw, parse_budget
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import EwqPolicy, FastEwqPolicy, LayoutTensor, UniformPolicy
 from tests.scans import decisions, make_layout, make_scan, types
@@ -37,7 +37,7 @@ ALL_Q8, ALL_Q4, ALL_FLOOR = 428_800, 237_312, 112_896
 
 def planned(n_bytes, policy=POLICY, **ask):
     scan = make_scan(ENTROPIES, layer=LAYER)
-    return make_plan(scan, policy, budget=Ask("test", n_bytes=n_bytes, **ask))
+    return make_plan(scan, policy, budget=SizeTarget("test", n_bytes=n_bytes, **ask))
 
 
 def seen(plan):
@@ -162,8 +162,8 @@ def test_steps_that_the_fallback_makes_void_do_not_count():
     policy = EwqPolicy(ladder=("Q2_K", "Q3_K", "Q8_0"))
     least = 4 * 20_736 + 2304
 
-    exactly = make_plan(scan, policy, budget=Ask("test", n_bytes=least))
-    more = make_plan(scan, policy, budget=Ask("test", n_bytes=least + 18_432))
+    exactly = make_plan(scan, policy, budget=SizeTarget("test", n_bytes=least))
+    more = make_plan(scan, policy, budget=SizeTarget("test", n_bytes=least + 18_432))
 
     assert exactly.budget is not None
     assert exactly.budget.n_steps == 0
@@ -213,7 +213,9 @@ def test_more_budget_never_means_fewer_bytes_nor_one_over(
 
     for share in sorted((one, other)):
         n_bytes = round(ends[0] + share * (ends[1] - ends[0]))
-        plan = make_plan(scan, policy, layout, budget=Ask("test", n_bytes=n_bytes))
+        plan = make_plan(
+            scan, policy, layout, budget=SizeTarget("test", n_bytes=n_bytes)
+        )
         assert plan.totals.file_size_bytes <= n_bytes
         sizes.append(plan.totals.file_size_bytes)
 
@@ -317,7 +319,7 @@ def test_the_result_is_what_the_repeated_passes_reach(problem):
     expected = slowly(groups, ladder, n_bytes)
 
     try:
-        found = fit(groups, ladder, "F16", Limit("", n_bytes, True), other_bytes=0)
+        found = fit(groups, ladder, "F16", SizeLimit("", n_bytes, True), other_bytes=0)
     except InputError:
         assert expected is None
     else:
@@ -381,7 +383,7 @@ def test_a_policy_without_choices_takes_no_budget():
 def fast(n_bytes, **policy):
     scan = make_scan(ENTROPIES, layer=LAYER)
     subject = ModelTensors.of_scan(scan, None, "auto")
-    ask = None if n_bytes is None else Ask("test", n_bytes=n_bytes)
+    ask = None if n_bytes is None else SizeTarget("test", n_bytes=n_bytes)
     return make_fast_plan(subject, FastEwqPolicy(**policy), [1, 3, 4], budget=ask)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ewq_gguf.cli.machines import machines_of
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.plan.ask import Ask
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records.layout import LayoutTensor
 from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.records.plan import PlanTensor
@@ -395,7 +395,9 @@ def test_the_memory_of_several_devices_holds_a_buffer_in_each():
     room = 10 * context_bytes(tensors, 256)
 
     one, two = (
-        Ask("auto", memory_bytes=room, n_devices=n, n_ctx=256).limit(room, tensors)
+        SizeTarget("auto", memory_bytes=room, n_devices=n, n_ctx=256).limit(
+            room, tensors
+        )
         for n in (1, 2)
     )
 
@@ -405,8 +407,8 @@ def test_the_memory_of_several_devices_holds_a_buffer_in_each():
 @pytest.mark.parametrize(
     ("ask", "option"),
     [
-        (Ask("auto", memory_bytes=1), "--budget"),
-        (Ask("1 machines", machines=(parse_machine("a=1B"),)), "--machine"),
+        (SizeTarget("auto", memory_bytes=1), "--budget"),
+        (SizeTarget("1 machines", machines=(parse_machine("a=1B"),)), "--machine"),
     ],
 )
 def test_too_little_memory_is_said_of_the_option_that_was_given(ask, option):

@@ -14,9 +14,9 @@ from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.exact import write_exactly
 from ewq_gguf.llamacpp.quantize import export_sh
-from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.lattice import EXACT_TYPES, allowed, exact_types, without_loss
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records import (
     EwqPolicy,
     Exactness,
@@ -185,10 +185,10 @@ def test_a_budget_is_for_the_rest_where_the_exact_types_fit_it(base, tmp_path):
     path, _, _ = base
     checkpoint = open_checkpoint(str(path))
     roomy = api.plan(
-        checkpoint, EwqPolicy(), budget=Ask("60%", share=0.6), options=QUICK
+        checkpoint, EwqPolicy(), budget=SizeTarget("60%", share=0.6), options=QUICK
     )
     tight = api.plan(
-        checkpoint, EwqPolicy(), budget=Ask("2 bpw", bpw=2.0), options=QUICK
+        checkpoint, EwqPolicy(), budget=SizeTarget("2 bpw", bpw=2.0), options=QUICK
     )
 
     assert len(exact_names(roomy)) == 6

@@ -23,11 +23,11 @@ from ewq_gguf.llamacpp.layout import NEED_IMATRIX
 from ewq_gguf.llamacpp.quantize import export_sh, quantize, tensor_types
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.pipeline import planning
-from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.importance import Importance, file_keys
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.naming import plan_name
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.process import run
 from ewq_gguf.records import (
     EwqPolicy,
@@ -90,7 +90,7 @@ def planned(deep):
             deep.scan,
             policy,
             deep.layout,
-            budget=Ask("test", **budget) if budget else None,
+            budget=SizeTarget("test", **budget) if budget else None,
             importance=read_imatrix(path) if path else None,
         )
 
@@ -416,7 +416,7 @@ def test_a_preset_without_the_matrix_or_entry_that_it_needs_is_refused(
 
 def hand_made(policy, importance, n_bytes=None):
     scan = make_scan([1.0, 2.0, 3.0, 4.0, 10.0], layer=LAYER)
-    ask = None if n_bytes is None else Ask("test", n_bytes=n_bytes)
+    ask = None if n_bytes is None else SizeTarget("test", n_bytes=n_bytes)
     layout = make_layout(scan)
     return make_plan(scan, policy, layout, budget=ask, importance=importance)
 

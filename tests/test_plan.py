@@ -14,12 +14,12 @@ from ewq_gguf import ggml_types
 from ewq_gguf._version import __version__
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.ggml_types import n_dims
-from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import provenance
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.ewq import decide, thresholds
 from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.plan.sizes import header_bytes, padded, tensor_info_bytes
 from ewq_gguf.records import (
     EwqPolicy,
@@ -229,7 +229,9 @@ def test_tensors_are_promoted_by_their_distance_from_the_roles_mean():
     uniform = 3 * (576 * 612 + 576 * 1632 + 1536 * 612) + 2 * 73_728 + 4 * 2304
     step = 576 * 576 * 2 - 576 * 612  # of attn_q, the smallest matrix
 
-    plan = by_tensor(values, budget=Ask("test", n_bytes=uniform + step), **policy)
+    plan = by_tensor(
+        values, budget=SizeTarget("test", n_bytes=uniform + step), **policy
+    )
 
     assert plan.totals.file_size_bytes == uniform + step
     raw = [t.name for t in plan.tensors if t.layer_idx is not None]

@@ -14,8 +14,8 @@ from ewq_gguf import api
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
-from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_plan
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records import EwqPolicy, Machine, Plan, UniformPolicy, load_record
 from tests.checkpoints import write_llama
 from tests.scans import make_layout, make_scan
@@ -280,7 +280,7 @@ def test_an_edited_plan_is_one_line(change, pointer, command, tmp_path, capsys):
         Machine(name="10.0.0.2", memory_bytes=120_000_000),
     )
     scan = make_scan([1.0, 2.0, 3.0, 4.0] * 4)
-    ask = Ask("2 machines", machines=machines, n_ctx=256, may_exceed=True)
+    ask = SizeTarget("2 machines", machines=machines, n_ctx=256, may_exceed=True)
     path = tmp_path / "plan.json"
     path.write_text(make_plan(scan, EwqPolicy(), budget=ask).to_json())
     edit(path, change)

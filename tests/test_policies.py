@@ -11,7 +11,7 @@ from ewq_gguf import api
 from ewq_gguf.api import Options, make_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.pipeline import planning
-from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
+from ewq_gguf.plan.size_target import SizeTarget, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
@@ -24,7 +24,7 @@ from ewq_gguf.records import (
 pytest_plugins = ["tests.toolchain_fixtures"]
 pytestmark = [pytest.mark.llamacpp, pytest.mark.slow]
 
-POLICIES: dict[str, tuple[RulePolicy, Ask | None]] = {
+POLICIES: dict[str, tuple[RulePolicy, SizeTarget | None]] = {
     "histogram": (EwqPolicy(measure="histogram"), None),
     "q75": (EwqPolicy(rule="q75", factor=0.5), None),
     "eight-bit-mixed": (EwqPolicy(ladder=("Q8_0", "raw")), None),

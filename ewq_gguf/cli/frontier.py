@@ -16,8 +16,8 @@ from ewq_gguf.experiments.frontier import study_frontier
 from ewq_gguf.experiments.frontier_view import draw_frontier
 from ewq_gguf.experiments.study import STAGE, StudySpec
 from ewq_gguf.experiments.study_record import Study
-from ewq_gguf.plan.ask import Ask, parse_budget
 from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.plan.size_target import SizeTarget, parse_budget
 from ewq_gguf.stages.calibrating import with_imatrix
 
 _PRESETS = "Q6_K,Q5_K_M,Q5_K_S,Q4_K_M,Q4_K_S,Q3_K_M,IQ4_XS"
@@ -70,7 +70,7 @@ def frontier(
             draw_frontier(found, temporary)
 
 
-def _preset_sizes(spec: StudySpec, names: list[str]) -> dict[str, Ask]:
+def _preset_sizes(spec: StudySpec, names: list[str]) -> dict[str, SizeTarget]:
     """The sizes of presets, by their names."""
     names = [name.upper() for name in names]
     api.check_presets(names, has_imatrix=True)
@@ -84,4 +84,4 @@ def _preset_sizes(spec: StudySpec, names: list[str]) -> dict[str, Ask]:
         progress=spec.progress,
     )
     sizes = {name: plans[name].totals.file_size_bytes for name in names}
-    return {name: Ask(f"{size}B", n_bytes=size) for name, size in sizes.items()}
+    return {name: SizeTarget(f"{size}B", n_bytes=size) for name, size in sizes.items()}

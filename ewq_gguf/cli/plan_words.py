@@ -11,7 +11,7 @@ import click
 
 from ewq_gguf.api import PlanSpec
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
+from ewq_gguf.plan.size_target import SizeTarget, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
@@ -106,7 +106,7 @@ def _policy(text: str) -> RulePolicy | None:
     return _POLICIES[name](**values)
 
 
-def _budget(text: str | None) -> Ask | None:
+def _budget(text: str | None) -> SizeTarget | None:
     if text is None:
         return None
     bits = text.removesuffix("bpw")

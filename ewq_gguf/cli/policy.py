@@ -12,7 +12,7 @@ import click
 from ewq_gguf.api import machine_budget
 from ewq_gguf.cli.common import PATH, F, all_of, explicit, options_of
 from ewq_gguf.cli.machines import machines_of
-from ewq_gguf.plan.ask import Ask, parse_bpw, parse_budget
+from ewq_gguf.plan.size_target import SizeTarget, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
@@ -357,7 +357,7 @@ def raw_type_of(values: dict[str, Any]) -> str:
     return raw if raw == "auto" else raw.upper()
 
 
-def ask_of(values: dict[str, Any]) -> Ask | None:
+def ask_of(values: dict[str, Any]) -> SizeTarget | None:
     """The budget that the command line asks for.
 
     Raises:
@@ -380,7 +380,7 @@ def ask_of(values: dict[str, Any]) -> Ask | None:
     if has_machines:
         machines = machines_of(values["machine"], values["machines"])
         text = f"{len(machines)} machines"
-        return Ask(text, machines=machines, n_ctx=values["ctx"], may_exceed=True)
+        return SizeTarget(text, machines=machines, n_ctx=values["ctx"], may_exceed=True)
     if bpw is not None:
         return parse_bpw(bpw)
     return None if budget is None else parse_budget(budget)

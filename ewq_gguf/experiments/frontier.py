@@ -14,14 +14,14 @@ from ewq_gguf.experiments.controls import kld_mean
 from ewq_gguf.experiments.study import StudySpec, run_study
 from ewq_gguf.experiments.study_record import Frontier, FrontierFile, Study, StudyFile
 from ewq_gguf.pipeline.planning import plan
-from ewq_gguf.plan.ask import Ask
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records import EwqPolicy, FastEwqPolicy, OptimalPolicy, Plan, RulePolicy
 from ewq_gguf.stages.calibrating import with_imatrix
 from ewq_gguf.stages.presets import all_preset_plans
 
 
 def study_frontier(
-    spec: StudySpec, budgets: Mapping[str, Ask], policy: OptimalPolicy
+    spec: StudySpec, budgets: Mapping[str, SizeTarget], policy: OptimalPolicy
 ) -> Study:
     """Measure the best file of each size beside everything else of any size.
 

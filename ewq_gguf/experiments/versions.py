@@ -15,9 +15,9 @@ from ewq_gguf.llamacpp.layout import PRESETS
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.making import layout_bytes
 from ewq_gguf.pipeline.planning import check_weights, given_importance, plan
-from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.naming import plan_label
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records import Plan, RulePolicy
 from ewq_gguf.stages.options import Options, Progress
 from ewq_gguf.stages.presets import check_presets, preset_plans
@@ -39,7 +39,7 @@ class PlanSpec:
     """
 
     source: RulePolicy | Plan
-    budget: Ask | None = None
+    budget: SizeTarget | None = None
     name: str | None = None
 
 

@@ -19,8 +19,8 @@ from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.optimal.measuring import Measuring
 from ewq_gguf.optimal.predictor import Prediction, Predictor
 from ewq_gguf.optimal.problem import Pace, cheapest
-from ewq_gguf.plan.ask import Limit
 from ewq_gguf.plan.model_tensors import ModelTensors
+from ewq_gguf.plan.size_target import SizeLimit
 from ewq_gguf.records import Plan, PresetPolicy, SearchedFile, TextResult
 from ewq_gguf.stages.candidate_files import types_sha256
 
@@ -104,7 +104,7 @@ class Contest:
     """
 
     subject: ModelTensors
-    limit: Limit
+    limit: SizeLimit
     menu: Mapping[str, Sequence[str]]
     measuring: Measuring
     predictor: Predictor

@@ -42,10 +42,10 @@ from ewq_gguf.optimal.problem import (
     quantizable,
     with_unseen,
 )
-from ewq_gguf.plan.ask import Ask, Limit
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.lattice import without_loss
 from ewq_gguf.plan.model_tensors import ModelTensors
+from ewq_gguf.plan.size_target import SizeLimit, SizeTarget
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import Budget, OptimalPolicy, Plan, Search, load_cached
 from ewq_gguf.stages.bases import base_file
@@ -72,7 +72,7 @@ def search(
     checkpoint: Checkpoint,
     subject: ModelTensors,
     policy: OptimalPolicy,
-    ask: Ask,
+    ask: SizeTarget,
     rivals: Mapping[str, Plan],
     *,
     options: Options | None = None,
@@ -157,7 +157,7 @@ def search(
 
 
 def check_search(
-    subject: ModelTensors, policy: OptimalPolicy, ask: Ask, options: Options
+    subject: ModelTensors, policy: OptimalPolicy, ask: SizeTarget, options: Options
 ) -> None:
     """Refuse early what cannot be searched for: before texts are written.
 
@@ -199,8 +199,8 @@ def _most_bytes(subject: ModelTensors) -> int:
 
 
 def _limit(
-    subject: ModelTensors, ask: Ask, menu: Mapping[str, tuple[str, ...]]
-) -> Limit:
+    subject: ModelTensors, ask: SizeTarget, menu: Mapping[str, tuple[str, ...]]
+) -> SizeLimit:
     """The bytes that may be used: no more than nothing quantised takes.
 
     Raises:
@@ -232,7 +232,7 @@ def _check_roles(policy: OptimalPolicy, menu: Mapping[str, object]) -> None:
 def _searched(
     subject: ModelTensors,
     policy: OptimalPolicy,
-    limit: Limit,
+    limit: SizeLimit,
     menu: Mapping[str, tuple[str, ...]],
     rivals: Mapping[str, Plan],
     measuring: Measuring,
@@ -319,7 +319,10 @@ def _searched(
 
 
 def _plan(
-    subject: ModelTensors, policy: OptimalPolicy, limit: Limit, types: Mapping[str, str]
+    subject: ModelTensors,
+    policy: OptimalPolicy,
+    limit: SizeLimit,
+    types: Mapping[str, str],
 ) -> Plan:
     budget = Budget(
         asked=limit.asked,

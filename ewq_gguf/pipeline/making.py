@@ -25,9 +25,9 @@ from ewq_gguf.pipeline.planning import (
     plan,
     plan_file,
 )
-from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.naming import nearest_preset
 from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
 from ewq_gguf.records import (
     EwqPolicy,
@@ -78,7 +78,7 @@ def make_gguf(
     policy: RulePolicy | Plan | None = None,
     *,
     raw_type: str = "auto",
-    budget: Ask | None = None,
+    budget: SizeTarget | None = None,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Made:
@@ -163,7 +163,9 @@ def make_gguf(
     )
 
 
-def _check_policy(policy: RulePolicy, budget: Ask | None, options: Options) -> None:
+def _check_policy(
+    policy: RulePolicy, budget: SizeTarget | None, options: Options
+) -> None:
     """Refuse what a policy cannot do without, before any work.
 
     Raises:

@@ -23,13 +23,13 @@ from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.optimal.problem import menus
 from ewq_gguf.optimal.search import check_search, search
-from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.importance import Importance, check_model
 from ewq_gguf.plan.lattice import Lattices, allowed, lattice_line, lattices_of
 from ewq_gguf.plan.model_tensors import ModelTensors, check_whole, layout_tensor
 from ewq_gguf.plan.naming import plan_label, plan_name
 from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records import (
     EwqPolicy,
     FastEwqPolicy,
@@ -62,7 +62,7 @@ def plan(
     policy: RulePolicy,
     *,
     raw_type: str = "auto",
-    budget: Ask | None = None,
+    budget: SizeTarget | None = None,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
@@ -90,7 +90,7 @@ def _rule_plan(
     source: Checkpoint | Scan,
     policy: EwqPolicy | FastEwqPolicy | UniformPolicy | PresetPolicy,
     raw_type: str,
-    budget: Ask | None,
+    budget: SizeTarget | None,
     importance: Importance | None,
     options: Options,
     progress: Progress,
@@ -158,7 +158,7 @@ def _optimal_plan(
     source: Checkpoint | Scan,
     policy: OptimalPolicy,
     raw_type: str,
-    budget: Ask,
+    budget: SizeTarget,
     options: Options,
     progress: Progress,
 ) -> Plan:
@@ -257,7 +257,7 @@ def _need_header(
 
 
 def _fast_plan(
-    subject: ModelTensors, policy: FastEwqPolicy, budget: Ask | None
+    subject: ModelTensors, policy: FastEwqPolicy, budget: SizeTarget | None
 ) -> Plan:
     rows = dataset.rows_in_use()
     layers = layer_features(subject.tensors, subject.identity.n_layers)
@@ -300,7 +300,7 @@ def measured(
 
 def machine_budget(
     n_ctx: int, device: str = "auto", options: Options | None = None
-) -> Ask:
+) -> SizeTarget:
     """What this machine has free for a file and its context.
 
     Args:
@@ -315,7 +315,7 @@ def machine_budget(
     # A thirty-second less at most: what is free moves from one minute to the next, and
     # the same machine should make the same plan.
     step = 1 << max(n_bytes.bit_length() - 6, 0)
-    return Ask(
+    return SizeTarget(
         f"auto ({', '.join(names)})",
         memory_bytes=n_bytes // step * step,
         n_devices=len(names),

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ewq_gguf.ggml_types import bits_per_weight, tensor_bytes, written_type
-from ewq_gguf.plan.ask import Limit
 from ewq_gguf.plan.groups import AllocationGroup
 from ewq_gguf.plan.importance import needs_entry
+from ewq_gguf.plan.size_target import SizeLimit
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import LayoutTensor
 
@@ -56,7 +56,7 @@ def fit(
     groups: Sequence[AllocationGroup],
     ladder: Sequence[str],
     raw: str,
-    limit: Limit,
+    limit: SizeLimit,
     *,
     other_bytes: int,
     demote_decision: bool = False,

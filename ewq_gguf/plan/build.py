@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import tensor_bytes
-from ewq_gguf.plan.ask import Ask
 from ewq_gguf.plan.assemble import assemble, header_of
 from ewq_gguf.plan.budget import fit, group_bytes
 from ewq_gguf.plan.groups import AllocationGroup, Decision, decide_ewq, decide_fast
@@ -15,6 +14,7 @@ from ewq_gguf.plan.importance import Importance
 from ewq_gguf.plan.lattice import Lattices, lattices_of
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.policy import check_policy
+from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import (
     Budget,
@@ -36,7 +36,7 @@ def make_plan(
     layout: Layout | None = None,
     *,
     raw_type: str = "auto",
-    budget: Ask | None = None,
+    budget: SizeTarget | None = None,
     importance: Importance | None = None,
     keep_lattice: bool = True,
 ) -> Plan:
@@ -95,7 +95,7 @@ def make_fast_plan(
     policy: FastEwqPolicy,
     selected: Iterable[int],
     *,
-    budget: Ask | None = None,
+    budget: SizeTarget | None = None,
 ) -> Plan:
     """Plan by the layers that a classifier selected; no weight has to be read.
 
@@ -118,7 +118,7 @@ def _planned(
     model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
     decision: Decision,
-    ask: Ask | None,
+    ask: SizeTarget | None,
 ) -> Plan:
     """A decision's plan within a budget and, on a cluster, placed.
 
@@ -145,7 +145,7 @@ def _planned(
     return plan.model_copy(update={"placement": placement})
 
 
-def _placeable(plan_of: Callable[[int], Plan], too_large: int, ask: Ask) -> Plan:
+def _placeable(plan_of: Callable[[int], Plan], too_large: int, ask: SizeTarget) -> Plan:
     """The largest plan that can be placed, to a 65 536th of its bytes.
 
     Together machines have room that no run of layers on each of them fills: halve what
@@ -178,7 +178,7 @@ def _decided(
     model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
     decision: Decision,
-    ask: Ask | None,
+    ask: SizeTarget | None,
 ) -> Plan:
     """A decision's plan, fitted to a budget if there is one.
 
@@ -200,7 +200,7 @@ def _fitted_plan(
     model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
     decision: Decision,
-    ask: Ask | None,
+    ask: SizeTarget | None,
     kept: Lattices,
 ) -> Plan:
     """A decision's plan where some tensors are exact, whatever else is decided."""
@@ -247,7 +247,7 @@ def _fitted(
     model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
     groups: Sequence[AllocationGroup],
-    ask: Ask,
+    ask: SizeTarget,
     kept: Lattices,
 ) -> tuple[list[str], Budget]:
     """Each group's type under a budget; what is kept as it is takes its own bytes."""

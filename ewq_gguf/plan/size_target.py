@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"[0-9]{1,30}(\.[0-9]{1,30})?")
 
 
 @dataclass(frozen=True)
-class Limit:
+class SizeLimit:
     """What a file may take.
 
     Attributes:
@@ -57,7 +57,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Ask:
+class SizeTarget:
     """A budget as it was asked for; exactly one of the numbers is given.
 
     Attributes:
@@ -69,7 +69,7 @@ class Ask:
         n_devices: that this memory belongs to.
         machines: of a cluster that does; the file is then placed on them too.
         n_ctx: tokens of that context.
-        may_exceed: as of Limit.
+        may_exceed: as of SizeLimit.
     """
 
     text: str
@@ -82,7 +82,7 @@ class Ask:
     n_ctx: int = 4096
     may_exceed: bool = False
 
-    def limit(self, raw_bytes: int, tensors: Sequence[LayoutTensor]) -> Limit:
+    def limit(self, raw_bytes: int, tensors: Sequence[LayoutTensor]) -> SizeLimit:
         """The bytes, for a model of these tensors that takes `raw_bytes` unquantised.
 
         Raises:
@@ -102,9 +102,9 @@ class Ask:
         else:
             assert self.bpw is not None
             n_bytes = int(self.bpw * sum(prod(t.shape) for t in tensors) / 8)
-        return Limit(self.text, n_bytes, self.may_exceed)
+        return SizeLimit(self.text, n_bytes, self.may_exceed)
 
-    def _beside(self, context: int, memory: int, weights: int) -> Limit:
+    def _beside(self, context: int, memory: int, weights: int) -> SizeLimit:
         """What memory leaves beside a context, but not more than room for weights."""
         if memory <= context:
             raise InputError(
@@ -114,7 +114,7 @@ class Ask:
                 f"that {self.n_ctx} tokens of context take",
                 "choose a smaller --ctx",
             )
-        return Limit(
+        return SizeLimit(
             self.text, min(memory - context, weights), True, self.n_ctx, context
         )
 
@@ -124,7 +124,7 @@ def weight_room(machines: Sequence[Machine]) -> int:
     return sum(min(m.memory_bytes, m.disk_bytes or m.memory_bytes) for m in machines)
 
 
-def parse_budget(text: str) -> Ask:
+def parse_budget(text: str) -> SizeTarget:
     """`6GiB`, `5.5GB`, or `80%` of the unquantised file.
 
     Raises:
@@ -133,18 +133,18 @@ def parse_budget(text: str) -> Ask:
     stripped = text.strip()
     if stripped.endswith("%"):
         share = _positive(stripped[:-1], "--budget", "80%") / 100
-        return Ask(stripped, share=share)
-    return Ask(stripped, n_bytes=parse_size(stripped, "--budget"))
+        return SizeTarget(stripped, share=share)
+    return SizeTarget(stripped, n_bytes=parse_size(stripped, "--budget"))
 
 
-def parse_bpw(text: str) -> Ask:
+def parse_bpw(text: str) -> SizeTarget:
     """`4.5` bits per weight of the whole file.
 
     Raises:
         UsageError: it is no number above 0.
     """
     bpw = _positive(text, "--bpw", "4.5")
-    return Ask(f"{bpw:g} bpw", bpw=bpw)
+    return SizeTarget(f"{bpw:g} bpw", bpw=bpw)
 
 
 def _positive(text: str, option: str, example: str) -> float:
