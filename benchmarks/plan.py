@@ -27,8 +27,8 @@ from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.entropy.layers import layer_scans
-from ewq_gguf.fastewq import dataset
-from ewq_gguf.fastewq.classifier import layer_features, select_layers
+from ewq_gguf.fastewq.classifier import select_layers
+from ewq_gguf.fastewq.rows import layer_features, shipped_rows
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.model_tensors import layout_tensor
 from ewq_gguf.plan.size_target import SizeTarget, parse_budget
@@ -55,7 +55,7 @@ def compare_ways(folder: Path) -> None:
     """EWQ beside FastEWQ, on a made model."""
     write_checkpoint(folder, SHAPE_1B, "BF16")
     checkpoint = open_checkpoint(str(folder))
-    rows = dataset.shipped_rows()
+    rows = shipped_rows()
     tensors = [
         layout_tensor(t.name, t.shape, t.dtype) for t in map_tensors(checkpoint)[0]
     ]

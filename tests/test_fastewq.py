@@ -18,27 +18,25 @@ from ewq_gguf import data, store
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.experiments.paper_shapes import layer_parameters
-from ewq_gguf.fastewq import dataset
-from ewq_gguf.fastewq import evaluation as classify
+from ewq_gguf.fastewq import evaluation
+from ewq_gguf.fastewq import rows as dataset
 from ewq_gguf.fastewq.classifier import (
     CLASSIFIERS,
     FOREST,
-    Row,
     fit_and_score,
-    merge_rows,
-    parse_rows,
-    rows_of_scan,
     select_layers,
     split,
 )
 from ewq_gguf.fastewq.evaluation import (
     MAJORITY,
     NEIGHBOURS,
-    roc_auc,
+    Settings,
+    leave_models_out,
     score,
     score_left_out,
     scores_of,
 )
+from ewq_gguf.fastewq.rows import Row, merge_rows, parse_rows, rows_of_scan
 from tests.scans import LAYER, MODEL, make_scan
 from tests.test_paper import paper_dir
 
@@ -220,18 +218,14 @@ def test_a_split_is_70_to_30_of_both_labels_and_repeats():
     assert split(ROWS, 1) != (train, asked)
 
 
-def test_a_model_left_out_takes_its_twins_with_it(monkeypatch):
-    seen = {}
-
-    def remember(name, known, asked):
-        seen[asked[0].model_name] = {r.model_name for r in known}
-        return [0.0] * len(asked)
-
-    monkeypatch.setattr(classify, "score", remember)
-    score_left_out("kNN", ROWS)
+def test_a_model_left_out_takes_its_twins_with_it():
+    seen = {
+        test[0].model_name: {r.model_name for r in train}
+        for train, test in leave_models_out(ROWS)
+    }
 
     assert len(seen) == 17
-    assert all(model not in known for model, known in seen.items())
+    assert all(model not in train for model, train in seen.items())
     # Mistral-7B-v0.3 has Llama-3.1-8B's shape: its one row is one of Llama's.
     assert "mistralai/Mistral-7B-Instruct-v0.3" not in seen[LLAMA]
 
@@ -262,7 +256,7 @@ def test_a_label_never_called_has_no_precision_and_no_division():
 
     assert (found.quantised.precision, found.quantised.f1) == (0, 0)
     assert found.roc_auc == 0.5
-    assert roc_auc([1, 1], [0.1, 0.2]) is None
+    assert scores_of("x", labelled("11"), [0.1, 0.2]).roc_auc is None
 
 
 def test_baselines():
@@ -420,10 +414,14 @@ def test_a_broken_file_of_rows_is_one_line(capsys):
 # The evaluation.
 
 
-def test_evaluate_shows_ours_beside_the_papers(capsys, monkeypatch):
-    # The one long fit of many splits has its own figures in docs/ewq-and-fastewq.md.
-    monkeypatch.setattr(classify, "N_SPLITS", 2)
-    monkeypatch.setattr("ewq_gguf.fastewq.classifier._N_TREES", 20)
+@pytest.fixture(scope="module")
+def evaluated():
+    """A short one; the long one has its own figures in docs/ewq-and-fastewq.md."""
+    return evaluation.evaluate(ROWS, Settings(n_splits=2, n_trees=20))
+
+
+def test_evaluate_shows_ours_beside_the_papers(evaluated, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", {ROWS: evaluated}.__getitem__)
 
     assert main(["fastewq", "evaluate", "-q"]) == 0
     text = capsys.readouterr().out
@@ -439,11 +437,8 @@ def test_evaluate_shows_ours_beside_the_papers(capsys, monkeypatch):
     assert "On a model it has not met, a forest fitted on these 147 rows" in text
 
 
-def test_evaluation_figures_add_up(monkeypatch):
-    monkeypatch.setattr(classify, "N_SPLITS", 2)
-    monkeypatch.setattr("ewq_gguf.fastewq.classifier._N_TREES", 20)
-
-    found = classify.evaluate(ROWS, dataset.rows_sha256(ROWS))
+def test_evaluation_figures_add_up(evaluated):
+    found = evaluated
 
     assert [s.tn + s.fp + s.fn + s.tp for s in found.left_out] == [147] * 8
     assert [m.n_rows for m in found.left_out_models] == [28, 42, 32, 32]
@@ -456,7 +451,7 @@ def test_evaluation_figures_add_up(monkeypatch):
 
 def test_the_documentation_says_what_a_new_model_may_expect():
     found = scores_of(FOREST, ROWS, score_left_out(FOREST, ROWS))
-    page = Path(__file__).parent.parent / "docs" / "fastewq.md"
+    page = Path(__file__).parent.parent / "docs" / "ewq-and-fastewq.md"
 
     stated = re.search(r"forest is right for (\d+) %", page.read_text())
 

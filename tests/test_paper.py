@@ -13,7 +13,7 @@ from ewq_gguf import data
 from ewq_gguf.cli import main
 from ewq_gguf.experiments.paper import check_paper
 from ewq_gguf.experiments.paper_shapes import layer_parameters
-from ewq_gguf.fastewq import dataset
+from ewq_gguf.fastewq.rows import shipped_rows
 
 TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
 
@@ -21,7 +21,7 @@ TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
 @pytest.fixture(scope="module")
 def result():
     tables = {number: data.table(f"paper_table{number}") for number in TABLES}
-    return check_paper(tables, dataset.shipped_rows())
+    return check_paper(tables, shipped_rows())
 
 
 def by_what(result, subject):
@@ -131,7 +131,7 @@ def test_every_figure_is_checked_once_and_printed(result, capsys):
     n_wrong = sum(not check.agrees for check in result.checks)
     n = len(result.checks)
     assert f"{n - n_wrong} of {n} figures agree, {n_wrong} differ." in text
-    page = (Path(__file__).parent.parent / "docs" / "paper.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "ewq-and-fastewq.md").read_text()
     assert f"{n - n_wrong} of {n} figures" in page
     assert max(map(len, text.splitlines())) <= 80
 

@@ -1,4 +1,4 @@
-"""`ewq fastewq`: what its classifiers are worth, and rows of your own."""
+"""`ewq fastewq`: evaluate its classifiers, and train with rows of your own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from ewq_gguf.cli.common import (
     quiet_option,
     show_record,
 )
-from ewq_gguf.fastewq import dataset
-from ewq_gguf.fastewq import evaluation as classify
-from ewq_gguf.fastewq.classifier import rows_of_scan
+from ewq_gguf.fastewq import evaluation, rows
 from ewq_gguf.fastewq.records import Added
 from ewq_gguf.fastewq.view import added_view, evaluation_view, training_view
 from ewq_gguf.records import Scan, load_record
@@ -39,9 +37,9 @@ def evaluate(quiet: bool, as_json: bool) -> None:
 
     On held-out rows, on whole models left out, and in sample; half a minute.
     """
-    rows = dataset.rows_in_use()
-    BarProgress(quiet=quiet).note(f"fitting and asking about {len(rows)} rows")
-    result = classify.evaluate(rows, dataset.rows_sha256(rows))
+    labelled = rows.rows_in_use()
+    BarProgress(quiet=quiet).note(f"fitting and asking about {len(labelled)} rows")
+    result = evaluation.evaluate(labelled)
     show_record(result, evaluation_view, as_json=as_json)
 
 
@@ -54,9 +52,12 @@ def add(scans: tuple[Path, ...], as_json: bool) -> None:
     A model that was added before is replaced. Plans change only after
     `ewq fastewq train`.
     """
-    found = [rows_of_scan(load_record(Scan, path, "fastewq")) for path in scans]
-    new = [row for rows in found for row in rows]
-    merged = dataset.add(new)
+    new = [
+        row
+        for path in scans
+        for row in rows.rows_of_scan(load_record(Scan, path, rows.STAGE))
+    ]
+    merged = rows.add(new)
     n_rows = Counter(row.model_name for row in merged)
     n_quantised: Counter[str] = Counter()
     for row in merged:
@@ -65,7 +66,7 @@ def add(scans: tuple[Path, ...], as_json: bool) -> None:
         name: (n_rows[name], n_quantised[name])
         for name in sorted({row.model_name for row in new})
     }
-    result = Added(path=str(dataset.own_path()), n_rows=len(merged), models=models)
+    result = Added(path=str(rows.own_path()), n_rows=len(merged), models=models)
     show_record(result, added_view, as_json=as_json)
 
 
@@ -73,14 +74,14 @@ def add(scans: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--reset", is_flag=True, help="Go back to the paper's rows alone.")
 @json_option
 def train(reset: bool, as_json: bool) -> None:
-    """Let plans learn from your own rows too, and say what that is worth.
+    """Let plans learn from your own rows too, and say how right they then are.
 
     No fitted model is stored: the rows are, and each plan fits the forest anew.
     """
     if reset:
-        dataset.reset()
-    rows = dataset.shipped_rows() if reset else dataset.merged_rows()
-    result = classify.training(rows, dataset.rows_sha256(rows))
+        rows.reset()
+    labelled = rows.shipped_rows() if reset else rows.merged_rows()
+    result = evaluation.training(labelled)
     if not reset:
-        dataset.use(rows)
+        rows.use(labelled)
     show_record(result, training_view, as_json=as_json)

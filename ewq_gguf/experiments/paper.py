@@ -15,8 +15,7 @@ from statistics import fmean, pvariance
 
 from ewq_gguf.experiments.paper_record import Check, PaperCheck, Relation
 from ewq_gguf.experiments.paper_shapes import SHAPES, layer_parameters
-from ewq_gguf.fastewq.classifier import Row
-from ewq_gguf.fastewq.evaluation import class_scores
+from ewq_gguf.fastewq.rows import Row
 from ewq_gguf.significance import composite_score, paired_t
 
 Table = Sequence[Mapping[str, str]]
@@ -164,8 +163,8 @@ def _table3(report: Table, confusion: Table) -> Iterator[Check]:
     for row in report:
         matrix = matrices[row["classifier"]]
         tn, fp, fn, tp = (int(matrix[key]) for key in ("tn", "fn", "fp", "tp"))
-        zero, one = class_scores(tn, fn, fp), class_scores(tp, fp, fn)
-        n = zero.support + one.support
+        zero, one = _class_scores(tn, fn, fp), _class_scores(tp, fp, fn)
+        n = tn + fp + fn + tp
         what = f"{row['classifier']} {row['class']}"
         if row["class"] == "Accuracy":
             yield _check("table 3", what, float(row["f1"]), (tn + tp) / n, 0.005)
@@ -174,16 +173,22 @@ def _table3(report: Table, confusion: Table) -> Iterator[Check]:
                 "0": (1.0, 0.0),
                 "1": (0.0, 1.0),
                 "Macro avg": (0.5, 0.5),
-                "Weighted avg": (zero.support / n, one.support / n),
+                "Weighted avg": ((tn + fp) / n, (tp + fn) / n),
             }[row["class"]]
             for key in ("precision", "recall", "f1"):
-                value = sum(
-                    weight * getattr(scores, key)
-                    for weight, scores in zip(weights, (zero, one), strict=True)
-                )
+                value = weights[0] * zero[key] + weights[1] * one[key]
                 yield _check("table 3", f"{what} {key}", float(row[key]), value, 0.005)
-        support = {"0": zero.support, "1": one.support}.get(row["class"], n)
+        support = {"0": tn + fp, "1": tp + fn}.get(row["class"], n)
         yield _check("table 3", f"{what} support", int(row["support"]), support)
+
+
+def _class_scores(right: int, wrongly_called: int, missed: int) -> dict[str, float]:
+    """Precision, recall and F1 of one label."""
+    return {
+        "precision": right / (right + wrongly_called),
+        "recall": right / (right + missed),
+        "f1": 2 * right / (2 * right + wrongly_called + missed),
+    }
 
 
 def _table5(report: Table, confusion: Table) -> Iterator[Check]:

@@ -1,31 +1,24 @@
-"""FastEWQ: which layers to quantise, from the model's shape alone.
+"""FastEWQ's classifiers: which layers to quantise, from the model's shape alone.
 
 A classifier sees three numbers of a layer and answers whether EWQ would quantise it.
-The paper's 700 labelled rows were never published; 147 of them can be derived from its
-tables (docs/ewq-and-fastewq.md). It names no hyperparameters, so these are the
-libraries' own.
+The paper names no hyperparameters, so these are the libraries' own.
 
 Source: arXiv:2503.04704 section 4.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
 import numpy as np
 
-from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.plan.ewq import decide, thresholds
-from ewq_gguf.plan.model_tensors import check_whole
-from ewq_gguf.records import LayoutTensor, Scan, TensorScan
-from ewq_gguf.tensor_names import layer_idx
+from ewq_gguf.errors import ToolError
+from ewq_gguf.fastewq.rows import STAGE, Features, Row
 
-STAGE = "fastewq"
-#: Of the split of variant `train`, and of every classifier.
+#: Seed of variant `train`'s split, and of every classifier.
 SEED = 0
 TRAIN_SHARE = 0.7
 FEATURES = ("num_blocks", "exec_index", "num_parameters")
@@ -34,57 +27,14 @@ CLASSIFIERS = (
     "Gaussian naive Bayes",
 )  # fmt: skip
 FOREST = "random forest"
-Variant = Literal["full", "train"]
-Features = tuple[int, int, int]
-
 #: Double the library's: another seed then moves fewer layers across one half.
-_N_TREES = 200
-_LABELS = ("4-bit", "8-bit", "raw")
-#: Of one layer; a classifier's numbers stay finite.
-_MOST_PARAMETERS = 10**15
-
-
-@dataclass(frozen=True)
-class Row:
-    """One labelled layer.
-
-    Attributes:
-        model_name: Hub id, or a folder's name.
-        num_blocks: transformer layers of the model.
-        exec_index: layer_idx + 2; the token embedding is 1.
-        num_parameters: of the layer, norms and biases included.
-        quantization_type: EWQ's decision: `raw`, `8-bit` or `4-bit`.
-        source: `table 2` or `table 8` of the paper, or `scan`.
-        original_num_parameters: as printed, where the paper's own number is wrong.
-    """
-
-    model_name: str
-    num_blocks: int
-    exec_index: int
-    num_parameters: int
-    quantization_type: str
-    source: str
-    original_num_parameters: int | None = None
-
-    @property
-    def quantized(self) -> int:
-        """The label: 1 for a quantised layer, 0 for a raw one."""
-        return int(self.quantization_type != "raw")
-
-    @property
-    def features(self) -> Features:
-        """What a classifier sees, in the order of FEATURES."""
-        return self.num_blocks, self.exec_index, self.num_parameters
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Which layer of which model."""
-        return self.model_name, self.exec_index
+N_TREES = 200
+Variant = Literal["full", "train"]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A layer's answer.
+    """The forest's answer about one layer.
 
     Attributes:
         quantise: whether to.
@@ -95,108 +45,8 @@ class Selection:
     probability: float
 
 
-def parse_rows(table: Iterable[Mapping[str, str]], name: str) -> tuple[Row, ...]:
-    """Rows from a CSV file's, checked.
-
-    Args:
-        table: as csv.DictReader gives them.
-        name: of the file, for errors.
-
-    Raises:
-        InputError: a column is missing, a number is none, or the label contradicts
-            the type.
-    """
-    return tuple(_parse_row(values, f"{name}:{n}") for n, values in enumerate(table, 2))
-
-
-def _parse_row(values: Mapping[str, str], where: str) -> Row:
-    try:
-        row = Row(
-            model_name=values["model_name"],
-            num_blocks=int(values["num_blocks"]),
-            exec_index=int(values["exec_index"]),
-            num_parameters=int(values["num_parameters"]),
-            quantization_type=values["quantization_type"],
-            source=values["source"],
-            original_num_parameters=int(values["original_num_parameters"] or 0) or None,
-        )
-        is_sound = (
-            row.quantization_type in _LABELS
-            and int(values["quantized"]) == row.quantized
-            and 2 <= row.exec_index <= row.num_blocks + 1
-            and 0 < row.num_parameters < _MOST_PARAMETERS
-        )
-    except (KeyError, TypeError, ValueError):
-        is_sound = False
-    if not is_sound:
-        raise InputError(
-            STAGE,
-            where,
-            "is not a labelled layer",
-            "delete the file, and run `ewq fastewq add`, then `train`, again",
-        )
-    return row
-
-
-def rows_of_scan(scan: Scan) -> tuple[Row, ...]:
-    """A scanned model's layers, labelled by EWQ with the paper's defaults.
-
-    Raises:
-        InputError: the scan is a part, has no layers, or another epsilon.
-    """
-    model = scan.model
-    check_whole(scan)
-    if not scan.layers:
-        raise InputError(
-            STAGE, model.name, "the model has no layers", "scan another one"
-        )
-    if scan.measures.epsilon != 0.01:
-        raise InputError(
-            STAGE,
-            model.name,
-            f"was scanned with epsilon {scan.measures.epsilon:g}, the labels need 0.01",
-            "scan again without --epsilon",
-        )
-    features = layer_features(scan.tensors, model.n_layers)
-    labels = _ewq_labels([layer.softmax_entropy_nats for layer in scan.layers])
-    return tuple(
-        Row(
-            model_name=model.hub_id or model.name,
-            num_blocks=model.n_layers,
-            exec_index=features[layer.layer_idx][1],
-            num_parameters=features[layer.layer_idx][2],
-            quantization_type=label,
-            source="scan",
-        )
-        for layer, label in zip(scan.layers, labels, strict=True)
-    )
-
-
-def _ewq_labels(entropies: Sequence[float]) -> list[str]:
-    limits = thresholds(entropies, 1.0)
-    return [_LABELS[decide(entropy, limits, 3)] for entropy in entropies]
-
-
-def layer_features(
-    tensors: Iterable[LayoutTensor | TensorScan], n_blocks: int
-) -> dict[int, Features]:
-    """What a classifier sees of each layer, by layer_idx, from shapes alone."""
-    sizes: Counter[int] = Counter()
-    for tensor in tensors:
-        idx = layer_idx(tensor.name)
-        if idx is not None:
-            sizes[idx] += prod(tensor.shape)
-    return {idx: (n_blocks, idx + 2, sizes[idx]) for idx in sorted(sizes)}
-
-
-def merge_rows(*sets: Iterable[Row]) -> tuple[Row, ...]:
-    """Rows of several sets, sorted; of one layer the last set's row counts."""
-    merged = {row.key: row for rows in sets for row in rows}
-    return tuple(merged[key] for key in sorted(merged))
-
-
 def split(rows: Sequence[Row], seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """70 % to train with and 30 % to ask, with the same share of quantised layers.
+    """70 % to train with and 30 % to test, with the same share of quantised layers.
 
     Layers with equal features stay together: two models of one shape would otherwise
     put the same question on both sides.
@@ -209,19 +59,19 @@ def split(rows: Sequence[Row], seed: int) -> tuple[tuple[Row, ...], tuple[Row, .
         by_label[int(2 * sum(r.quantized for r in group) > len(group))].append(group)
     rng = np.random.default_rng(seed)
     train: list[Row] = []
-    asked: list[Row] = []
+    test: list[Row] = []
     for label in sorted(by_label):
         members = by_label[label]
         n_train = round(TRAIN_SHARE * len(members))
         for rank, i in enumerate(rng.permutation(len(members))):
-            (train if rank < n_train else asked).extend(members[i])
-    return tuple(train), tuple(asked)
+            (train if rank < n_train else test).extend(members[i])
+    return tuple(train), tuple(test)
 
 
 def select_layers(
     rows: Sequence[Row], features: Sequence[Features], variant: Variant = "full"
 ) -> tuple[Selection, ...]:
-    """Which layers the random forest would quantise.
+    """The layers that the random forest would quantise.
 
     Args:
         rows: to learn from, of both labels.
@@ -236,8 +86,8 @@ def select_layers(
     """
     if not features:
         return ()
-    learned = split(rows, SEED)[0] if variant == "train" else rows
-    scores = fit_and_score(FOREST, learned, features)
+    train = split(rows, SEED)[0] if variant == "train" else rows
+    scores = fit_and_score(FOREST, train, features)
     return tuple(Selection(quantise=s > 0.5, probability=s) for s in scores)
 
 
@@ -245,51 +95,50 @@ def fit_and_score(
     name: str,
     rows: Sequence[Row],
     features: Sequence[Features],
+    *,
     columns: Sequence[int] = (0, 1, 2),
+    n_trees: int = N_TREES,
 ) -> list[float]:
     """Fit a classifier and ask it: above 0.5 means quantise.
 
     Probabilities in [0, 1], but for the SVM, whose margins are shifted by 0.5.
 
     Args:
-        name: of CLASSIFIERS.
+        name: one of CLASSIFIERS.
         rows: to learn from, of both labels.
         features: to answer for.
         columns: the features used, as indices of FEATURES.
+        n_trees: trees of the random forest.
 
     Raises:
         ToolError: a library is missing.
     """
-    model = _pipeline(name)
-    known = np.array([row.features for row in rows], dtype=np.float64)[:, columns]
-    asked = np.array(features, dtype=np.float64)[:, columns]
-    model.fit(known, np.array([row.quantized for row in rows]))
+    model = _fitted(name, rows, columns, n_trees)
+    test = np.array(features, dtype=np.float64)[:, columns]
     if name == "SVM":
-        return [float(margin) + 0.5 for margin in model.decision_function(asked)]
-    return [float(p) for p in model.predict_proba(asked)[:, 1]]
+        return [float(margin) + 0.5 for margin in model.decision_function(test)]
+    return [float(p) for p in model.predict_proba(test)[:, 1]]
 
 
-def feature_importance(rows: Sequence[Row]) -> list[float]:
+def feature_importance(rows: Sequence[Row], n_trees: int = N_TREES) -> list[float]:
     """The forest's mean decrease in impurity by feature; sums to 1.
 
     Raises:
         ToolError: scikit-learn is missing.
     """
-    model = _pipeline(FOREST)
-    model.fit(
-        np.array([row.features for row in rows], dtype=np.float64),
-        np.array([row.quantized for row in rows]),
-    )
-    return [float(share) for share in model[-1].feature_importances_]
+    forest = _fitted(FOREST, rows, range(len(FEATURES)), n_trees)[-1]
+    return [float(share) for share in forest.feature_importances_]
 
 
-def _pipeline(name: str) -> Any:
-    """StandardScaler and a classifier: seeded, on one thread."""
+def _fitted(
+    name: str, rows: Sequence[Row], columns: Sequence[int], n_trees: int
+) -> Any:
+    """StandardScaler and a classifier, fitted: seeded, on one thread."""
     try:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        return make_pipeline(StandardScaler(), _classifier(name))
+        model = make_pipeline(StandardScaler(), _classifier(name, n_trees))
     except ImportError as error:
         raise ToolError(
             STAGE,
@@ -297,9 +146,12 @@ def _pipeline(name: str) -> Any:
             "is not installed",
             "pip install 'ewq-gguf[fastewq]'",
         ) from error
+    features = np.array([row.features for row in rows], dtype=np.float64)
+    model.fit(features[:, columns], np.array([row.quantized for row in rows]))
+    return model
 
 
-def _classifier(name: str) -> Any:
+def _classifier(name: str, n_trees: int) -> Any:
     if name == "XGB":
         from xgboost import XGBClassifier
 
@@ -310,11 +162,11 @@ def _classifier(name: str) -> Any:
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
 
-    made: dict[str, Any] = {
+    classifiers: dict[str, Any] = {
         "logistic regression": LogisticRegression(random_state=SEED),
         "SVM": SVC(kernel="rbf", random_state=SEED),
-        FOREST: RandomForestClassifier(_N_TREES, random_state=SEED, n_jobs=1),
+        FOREST: RandomForestClassifier(n_trees, random_state=SEED, n_jobs=1),
         "kNN": KNeighborsClassifier(n_jobs=1),
         "Gaussian naive Bayes": GaussianNB(),
     }
-    return made[name]
+    return classifiers[name]

@@ -8,7 +8,8 @@ majority label, and the labels of the neighbouring layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
@@ -17,8 +18,8 @@ from ewq_gguf.fastewq.classifier import (
     CLASSIFIERS,
     FEATURES,
     FOREST,
+    N_TREES,
     SEED,
-    Row,
     feature_importance,
     fit_and_score,
     split,
@@ -26,84 +27,94 @@ from ewq_gguf.fastewq.classifier import (
 from ewq_gguf.fastewq.records import (
     ClassScores,
     Evaluation,
-    FeatureWorth,
+    FeatureImportance,
     LeftOutModel,
     Repeated,
     Scores,
     Training,
 )
+from ewq_gguf.fastewq.rows import Row, rows_sha256
 from ewq_gguf.significance import wilson
 
 MAJORITY = "majority"
 NEIGHBOURS = "neighbours"
 NAMES = (*CLASSIFIERS, MAJORITY, NEIGHBOURS)
-N_SPLITS = 20
 
 
-def evaluate(rows: Sequence[Row], rows_sha256: str) -> Evaluation:
+@dataclass(frozen=True)
+class Settings:
+    """How much is fitted.
+
+    Attributes:
+        n_splits: random splits; the first is the one that is shown whole.
+        n_trees: trees of the random forest.
+    """
+
+    n_splits: int = 20
+    n_trees: int = N_TREES
+
+
+DEFAULT = Settings()
+
+
+def evaluate(rows: Sequence[Row], settings: Settings = DEFAULT) -> Evaluation:
     """Every classifier and baseline, in and out of sample; takes about half a minute.
-
-    Args:
-        rows: labelled layers.
-        rows_sha256: of them as CSV.
 
     Raises:
         ToolError: a library is missing.
     """
-    splits = [split(rows, SEED + n) for n in range(N_SPLITS)]
-    asked = [{name: score(name, *parts) for name in NAMES} for parts in splits]
-    unseen = {name: score_left_out(name, rows) for name in NAMES}
+    splits = [split(rows, SEED + n) for n in range(settings.n_splits)]
+    held_out = [
+        {name: score(name, *parts, settings) for name in NAMES} for parts in splits
+    ]
+    left_out = {name: score_left_out(name, rows, settings) for name in NAMES}
     pairs = _adjacent_pairs(rows)
-    importance = feature_importance(rows)
+    importance = feature_importance(rows, settings.n_trees)
     return Evaluation(
-        rows_sha256=rows_sha256,
+        rows_sha256=rows_sha256(rows),
         n_rows=len(rows),
         n_quantised=sum(row.quantized for row in rows),
         n_models=len({row.model_name for row in rows}),
         n_pairs=len(pairs),
         n_equal_pairs=sum(a.quantized == b.quantized for a, b in pairs),
         n_train=len(splits[0][0]),
-        n_splits=N_SPLITS,
-        split=tuple(scores_of(name, splits[0][1], asked[0][name]) for name in NAMES),
+        n_splits=settings.n_splits,
+        split=tuple(scores_of(name, splits[0][1], held_out[0][name]) for name in NAMES),
         repeated=tuple(
             _repeated(
                 name,
                 [
-                    accuracy(parts[1], scores[name])
-                    for parts, scores in zip(splits, asked, strict=True)
+                    accuracy(test, scores[name])
+                    for (_, test), scores in zip(splits, held_out, strict=True)
                 ],
             )
             for name in NAMES
         ),
-        left_out=tuple(scores_of(name, rows, unseen[name]) for name in NAMES),
-        left_out_models=_whole_models(rows, unseen),
+        left_out=tuple(scores_of(name, rows, left_out[name]) for name in NAMES),
+        left_out_models=_whole_models(rows, left_out),
         in_sample=tuple(
-            scores_of(name, rows, score(name, rows, rows)) for name in NAMES
+            scores_of(name, rows, score(name, rows, rows, settings)) for name in NAMES
         ),
         features=tuple(
-            FeatureWorth(
+            FeatureImportance(
                 feature=feature,
                 importance=importance[n],
-                accuracy_without=_accuracy_without(n, splits),
+                accuracy_without=_accuracy_without(n, splits, settings),
             )
             for n, feature in enumerate(FEATURES)
         ),
     )
 
 
-def training(rows: Sequence[Row], rows_sha256: str) -> Training:
-    """What a forest learns from rows, in and out of sample.
-
-    Args:
-        rows: of the paper and of scans.
-        rows_sha256: of them as CSV.
+def training(rows: Sequence[Row]) -> Training:
+    """How right the forest is that learns from rows, in and out of sample.
 
     Raises:
         ToolError: scikit-learn is missing.
     """
     own = [row for row in rows if row.source == "scan"]
     return Training(
-        rows_sha256=rows_sha256,
+        rows_sha256=rows_sha256(rows),
         n_models=len({row.model_name for row in rows}),
         n_paper=len(rows) - len(own),
         n_own=len(own),
@@ -116,25 +127,28 @@ def training(rows: Sequence[Row], rows_sha256: str) -> Training:
     )
 
 
-def score(name: str, known: Sequence[Row], asked: Sequence[Row]) -> list[float]:
+def score(
+    name: str, train: Sequence[Row], test: Sequence[Row], settings: Settings = DEFAULT
+) -> list[float]:
     """Fit a classifier or baseline on some rows and ask it about others.
 
-    `majority` answers the more frequent label among `known`. `neighbours` answers the
-    mean label of those layers exec_index - 1 and + 1 of the same model that are among
-    `known`, and the majority where there are none or they disagree. It reads labels of
-    the model asked about, which no classifier can for a new model.
+    `majority` answers the more frequent label of `train`. `neighbours` answers the mean
+    label of those layers exec_index - 1 and + 1 of the same model that are in `train`,
+    and the majority where there are none or they disagree. It reads labels of the model
+    asked about, which no classifier can for a new model.
 
     Returns:
-        Per row of `asked`; above 0.5 means quantised.
+        One number per row of `test`; above 0.5 means quantised.
     """
     if name in CLASSIFIERS:
-        return fit_and_score(name, known, [row.features for row in asked])
-    majority = float(2 * sum(row.quantized for row in known) > len(known))
+        features = [row.features for row in test]
+        return fit_and_score(name, train, features, n_trees=settings.n_trees)
+    majority = float(2 * sum(row.quantized for row in train) > len(train))
     if name == MAJORITY:
-        return [majority] * len(asked)
-    labels = {row.key: row.quantized for row in known}
+        return [majority] * len(test)
+    labels = {row.key: row.quantized for row in train}
     answers = []
-    for row in asked:
+    for row in test:
         beside = [
             labels[row.model_name, index]
             for index in (row.exec_index - 1, row.exec_index + 1)
@@ -144,74 +158,77 @@ def score(name: str, known: Sequence[Row], asked: Sequence[Row]) -> list[float]:
     return answers
 
 
-def score_left_out(name: str, rows: Sequence[Row]) -> list[float]:
-    """Ask about each model with its rows left out, and all that have equal features.
+def leave_models_out(
+    rows: Sequence[Row],
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """For each model the rows to train with, and the model's own to test.
+
+    Rows of other models with features that the model has are left out too.
+    """
+    for model in sorted({row.model_name for row in rows}):
+        test = [row for row in rows if row.model_name == model]
+        twins = {row.features for row in test}
+        others = (row for row in rows if row.model_name != model)
+        yield [row for row in others if row.features not in twins], test
+
+
+def score_left_out(
+    name: str, rows: Sequence[Row], settings: Settings = DEFAULT
+) -> list[float]:
+    """Ask about each model with its rows left out.
 
     Only the baseline `neighbours` keeps them: it is nothing without the model's labels.
     """
     if name == NEIGHBOURS:
         return score(name, rows, rows)
     answers: dict[tuple[str, int], float] = {}
-    for model in sorted({row.model_name for row in rows}):
-        asked = [row for row in rows if row.model_name == model]
-        same = {row.features for row in asked}
-        known = [
-            row for row in rows if row.model_name != model and row.features not in same
-        ]
-        answers |= zip(
-            (row.key for row in asked), score(name, known, asked), strict=True
-        )
+    for train, test in leave_models_out(rows):
+        scores = score(name, train, test, settings)
+        answers |= zip((row.key for row in test), scores, strict=True)
     return [answers[row.key] for row in rows]
 
 
-def accuracy(asked: Sequence[Row], scores: Sequence[float]) -> float:
+def accuracy(rows: Sequence[Row], scores: Sequence[float]) -> float:
     """Share of rows whose score is on the label's side of one half."""
     return fmean(
-        (s > 0.5) == row.quantized for row, s in zip(asked, scores, strict=True)
+        (s > 0.5) == row.quantized for row, s in zip(rows, scores, strict=True)
     )
 
 
-def scores_of(name: str, asked: Sequence[Row], scores: Sequence[float]) -> Scores:
-    """The confusion matrix and all that follows from it."""
-    counts = [[0, 0], [0, 0]]  # [label][answer]
-    for row, s in zip(asked, scores, strict=True):
-        counts[row.quantized][s > 0.5] += 1
-    (tn, fp), (fn, tp) = counts
+def scores_of(name: str, rows: Sequence[Row], scores: Sequence[float]) -> Scores:
+    """The confusion matrix, and the figures that follow from it."""
+    from sklearn.metrics import classification_report, confusion_matrix, roc_auc_score
+
+    labels = [row.quantized for row in rows]
+    answers = [int(s > 0.5) for s in scores]
+    (tn, fp), (fn, tp) = confusion_matrix(labels, answers, labels=[0, 1]).tolist()
+    report = classification_report(
+        labels, answers, labels=[0, 1], output_dict=True, zero_division=0
+    )
     # Neighbouring layers are not independent: in truth it is wider.
-    low, high = wilson(tn + tp, len(asked))
+    low, high = wilson(tn + tp, len(rows))
     return Scores(
         name=name,
         tn=tn,
         fp=fp,
         fn=fn,
         tp=tp,
-        accuracy=(tn + tp) / len(asked),
+        accuracy=(tn + tp) / len(rows),
         accuracy_low=low,
         accuracy_high=high,
-        raw=class_scores(tn, fn, fp),
-        quantised=class_scores(tp, fp, fn),
-        roc_auc=roc_auc([row.quantized for row in asked], scores),
+        raw=_class_scores(report["0"]),
+        quantised=_class_scores(report["1"]),
+        roc_auc=float(roc_auc_score(labels, scores)) if len(set(labels)) > 1 else None,
     )
 
 
-def class_scores(hit: int, wrongly_called: int, missed: int) -> ClassScores:
-    """Precision, recall and F1 of one label; 0 where a share has no rows."""
+def _class_scores(report: Mapping[str, float]) -> ClassScores:
     return ClassScores(
-        precision=hit / (hit + wrongly_called) if hit else 0.0,
-        recall=hit / (hit + missed) if hit else 0.0,
-        f1=2 * hit / (2 * hit + wrongly_called + missed) if hit else 0.0,
-        support=hit + missed,
+        precision=report["precision"],
+        recall=report["recall"],
+        f1=report["f1-score"],
+        support=int(report["support"]),
     )
-
-
-def roc_auc(labels: Sequence[int], scores: Sequence[float]) -> float | None:
-    """Share of (quantised, raw) pairs that the scores order rightly; ties are half."""
-    ones = np.array([s for s, label in zip(scores, labels, strict=True) if label])
-    zeros = np.array([s for s, label in zip(scores, labels, strict=True) if not label])
-    if not len(ones) or not len(zeros):
-        return None
-    higher = (ones[:, None] > zeros).sum() + 0.5 * (ones[:, None] == zeros).sum()
-    return float(higher / (len(ones) * len(zeros)))
 
 
 def _adjacent_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -224,22 +241,22 @@ def _adjacent_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 
 def _whole_models(
-    rows: Sequence[Row], unseen: dict[str, list[float]]
+    rows: Sequence[Row], left_out: dict[str, list[float]]
 ) -> tuple[LeftOutModel, ...]:
     """Models with every layer labelled; a single row says nothing about a model."""
-    found = []
+    models = []
     for model in sorted({row.model_name for row in rows}):
         places = [n for n, row in enumerate(rows) if row.model_name == model]
-        asked = [rows[n] for n in places]
-        if len(asked) == asked[0].num_blocks:
+        layers = [rows[n] for n in places]
+        if len(layers) == layers[0].num_blocks:
             by_name = {
-                name: accuracy(asked, [scores[n] for n in places])
-                for name, scores in unseen.items()
+                name: accuracy(layers, [scores[n] for n in places])
+                for name, scores in left_out.items()
             }
-            found.append(
-                LeftOutModel(model_name=model, n_rows=len(asked), accuracy=by_name)
+            models.append(
+                LeftOutModel(model_name=model, n_rows=len(layers), accuracy=by_name)
             )
-    return tuple(found)
+    return tuple(models)
 
 
 def _repeated(name: str, accuracies: Sequence[float]) -> Repeated:
@@ -248,13 +265,21 @@ def _repeated(name: str, accuracies: Sequence[float]) -> Repeated:
 
 
 def _accuracy_without(
-    dropped: int, splits: Sequence[tuple[Sequence[Row], Sequence[Row]]]
+    dropped: int,
+    splits: Sequence[tuple[Sequence[Row], Sequence[Row]]],
+    settings: Settings,
 ) -> float:
     columns = [n for n in range(len(FEATURES)) if n != dropped]
     return fmean(
         accuracy(
-            asked,
-            fit_and_score(FOREST, known, [row.features for row in asked], columns),
+            test,
+            fit_and_score(
+                FOREST,
+                train,
+                [row.features for row in test],
+                columns=columns,
+                n_trees=settings.n_trees,
+            ),
         )
-        for known, asked in splits
+        for train, test in splits
     )

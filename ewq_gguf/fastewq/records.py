@@ -1,4 +1,4 @@
-"""What the classifiers of FastEWQ are worth on rows they have not seen."""
+"""Records of `ewq fastewq`: how well classifiers answer for rows they have not seen."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Scores(Part):
     """One classifier or baseline on some rows; positive means quantised.
 
     Attributes:
-        name: of the classifier, `majority` or `neighbours`.
+        name: a classifier's, `majority` or `neighbours`.
         tn: raw layers called raw.
         fp: raw layers called quantised.
         fn: quantised layers called raw.
         tp: quantised layers called quantised.
         accuracy: share of rows.
-        accuracy_low: of Wilson's 95 % interval.
-        accuracy_high: of Wilson's 95 % interval.
+        accuracy_low: lower end of Wilson's 95 % interval.
+        accuracy_high: upper end of it.
         raw: the label 0.
         quantised: the label 1.
         roc_auc: None where only one label occurs.
@@ -57,8 +57,8 @@ class Repeated(Part):
     """Accuracy over many splits.
 
     Attributes:
-        name: of the classifier or baseline.
-        mean: of the accuracies.
+        name: a classifier's or baseline's.
+        mean: mean accuracy.
         low: 2.5th percentile.
         high: 97.5th percentile.
     """
@@ -73,7 +73,7 @@ class LeftOutModel(Part):
     """One model, asked of classifiers that have not seen it.
 
     Attributes:
-        model_name: which.
+        model_name: Hub id, or a folder's name.
         n_rows: its labelled layers.
         accuracy: by classifier and baseline.
     """
@@ -83,11 +83,11 @@ class LeftOutModel(Part):
     accuracy: dict[str, float]
 
 
-class FeatureWorth(Part):
-    """What one feature gives the random forest.
+class FeatureImportance(Part):
+    """One feature's part in the random forest.
 
     Attributes:
-        feature: which.
+        feature: its name.
         importance: mean decrease in impurity, fitted on all rows; a share of 1.
         accuracy_without: mean over the same splits, with the feature dropped.
     """
@@ -101,7 +101,7 @@ class Evaluation(Record):
     """Six classifiers and two baselines on the same rows.
 
     Attributes:
-        rows_sha256: of the rows as CSV.
+        rows_sha256: SHA-256 of the rows as CSV.
         n_rows: labelled layers.
         n_quantised: those with label 1.
         n_models: they are from.
@@ -114,7 +114,7 @@ class Evaluation(Record):
         left_out: every row asked of classifiers without its model, together.
         left_out_models: the same for each model with all its layers.
         in_sample: fitted on all rows and asked about them: circular.
-        features: of the random forest.
+        features: importance of each in the random forest.
     """
 
     schema_name: Literal["ewq.fastewq_evaluation"] = "ewq.fastewq_evaluation"
@@ -133,14 +133,14 @@ class Evaluation(Record):
     left_out: tuple[Scores, ...]
     left_out_models: tuple[LeftOutModel, ...]
     in_sample: tuple[Scores, ...]
-    features: tuple[FeatureWorth, ...]
+    features: tuple[FeatureImportance, ...]
 
 
 class Training(Record):
-    """What the policy `fastewq` learns from.
+    """The rows that policy `fastewq` learns from.
 
     Attributes:
-        rows_sha256: of the rows as CSV.
+        rows_sha256: SHA-256 of the rows as CSV.
         n_models: all rows are from.
         n_paper: rows of the paper.
         n_own: rows of the user's scans.
@@ -165,7 +165,7 @@ class Added(Record):
     """Rows of scans, as they were added to the user's own.
 
     Attributes:
-        path: of the file, below the cache.
+        path: the file of the user's rows, below the cache.
         n_rows: now in it.
         models: labelled layers and quantised ones of each model added.
     """

@@ -46,7 +46,7 @@ def evaluation_view(result: Evaluation) -> RenderableType:
 
 
 def training_view(result: Training) -> RenderableType:
-    """What plans learn from now, for a rich console."""
+    """The rows that plans learn from now, for a rich console."""
     table = Table.grid(padding=(0, 2))
     table.add_row("rows", f"{result.n_paper} of the paper, {result.n_own} of your own")
     for model in result.own_models:
@@ -58,7 +58,7 @@ def training_view(result: Training) -> RenderableType:
 
 
 def added_view(result: Added) -> RenderableType:
-    """What was added, for a rich console."""
+    """The rows that were added, for a rich console."""
     table = Table.grid(padding=(0, 2))
     for model, (n_rows, n_quantised) in result.models.items():
         table.add_row(
@@ -74,16 +74,16 @@ def verdict(left_out: Sequence[Scores], n_models: int) -> str:
     forest, majority = by_name["random forest"], by_name["majority"]
     n_rows = forest.tn + forest.fp + forest.fn + forest.tp
     if forest.accuracy_low > majority.accuracy:
-        worth = "better than"
+        verb = "better than"
     elif forest.accuracy_high < majority.accuracy:
-        worth = "worse than"
+        verb = "worse than"
     else:
-        worth = "not distinguishable from"
+        verb = "not distinguishable from"
     return (
         f"On a model it has not met, a forest fitted on these {n_rows} rows of "
         f"{n_models} models is right for {forest.accuracy:.0%} of the layers (95 % "
         f"interval {forest.accuracy_low:.0%} to {forest.accuracy_high:.0%}, if layers "
-        f"were independent): {worth} always answering the more frequent label "
+        f"were independent): {verb} always answering the more frequent label "
         f"({majority.accuracy:.0%})."
     )
 
@@ -133,7 +133,7 @@ def _accuracies(result: Evaluation) -> Table:
 
 
 def _confusions(
-    title: str, found: Sequence[Scores], paper: dict[str, tuple[str, ...]]
+    title: str, rows: Sequence[Scores], paper: dict[str, tuple[str, ...]]
 ) -> Table:
     table = _table(f"{title}\npositive: quantise; P precision, R recall, F their F1")
     table.add_column("")
@@ -143,7 +143,7 @@ def _confusions(
         for heading in (f"{label}\nP", "\nR", "\nF"):
             table.add_column(heading, justify="right")
     table.add_column("ROC\nAUC", justify="right")
-    for scores in found:
+    for scores in rows:
         auc = "-" if scores.roc_auc is None else f"{scores.roc_auc:.2f}"
         table.add_row(
             scores.name,
@@ -178,13 +178,13 @@ def _features(result: Evaluation) -> Table:
     for heading in ("importance", "paper", "accuracy without", "paper"):
         table.add_column(heading, justify="right")
     paper = {row["feature"]: row for row in data.table("paper_features")}
-    for worth in result.features:
-        printed = paper[worth.feature]
+    for importance in result.features:
+        printed = paper[importance.feature]
         table.add_row(
-            worth.feature,
-            f"{worth.importance:.1%}",
+            importance.feature,
+            f"{importance.importance:.1%}",
             f"{float(printed['importance']):.1%}",
-            f"{worth.accuracy_without:.1%}",
+            f"{importance.accuracy_without:.1%}",
             f"{float(printed['accuracy_without']):.1%}",
         )
     all_three = float(paper["none"]["accuracy_without"])

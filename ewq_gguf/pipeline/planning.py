@@ -15,8 +15,8 @@ from ewq_gguf.errors import (
     UsageError,
     VerificationError,
 )
-from ewq_gguf.fastewq import dataset
-from ewq_gguf.fastewq.classifier import layer_features, select_layers
+from ewq_gguf.fastewq.classifier import select_layers
+from ewq_gguf.fastewq.rows import layer_features, rows_in_use, rows_sha256
 from ewq_gguf.llamacpp.devices import free_memory
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import cached_layout
@@ -259,12 +259,12 @@ def _need_header(
 def _fast_plan(
     subject: ModelTensors, policy: FastEwqPolicy, budget: SizeTarget | None
 ) -> Plan:
-    rows = dataset.rows_in_use()
+    rows = rows_in_use()
     layers = layer_features(subject.tensors, subject.identity.n_layers)
     answers = select_layers(rows, list(layers.values()), policy.variant)
     told = policy.model_copy(
         update={
-            "rows_sha256": dataset.rows_sha256(rows),
+            "rows_sha256": rows_sha256(rows),
             "library": f"scikit-learn {version('scikit-learn')}",
         }
     )
