@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ewq_gguf import data, store
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.experiments.paper_shapes import layer_parameters
+from ewq_gguf.experiments.paper_classifiers import layer_parameters
 from ewq_gguf.fastewq import evaluation
 from ewq_gguf.fastewq import rows as dataset
 from ewq_gguf.fastewq.classifier import (
@@ -38,6 +38,7 @@ from ewq_gguf.fastewq.evaluation import (
 )
 from ewq_gguf.fastewq.rows import Row, merge_rows, parse_rows, rows_of_scan
 from tests.scans import LAYER, MODEL, make_scan
+from tests.test_paper import BY_MODEL as SHAPES
 from tests.test_paper import paper_dir
 
 ROWS = dataset.shipped_rows()
@@ -117,7 +118,7 @@ def test_the_rows_follow_from_tables_2_and_8():
                     model,
                     n_layers[r["model"]],
                     n,
-                    layer_parameters(r["model"]),
+                    layer_parameters(SHAPES, r["model"]),
                     "4-bit" if str(n) in four else
                     "8-bit" if str(n) in chosen else "raw",
                     "table 8",
@@ -128,7 +129,10 @@ def test_the_rows_follow_from_tables_2_and_8():
     known = {r.key: r for r in made}
     n_repeated = 0
     for r in table("table2_dataset_sample.csv"):
-        printed, right = int(r["num_parameters"]), layer_parameters(r["model_name"])
+        printed, right = (
+            int(r["num_parameters"]),
+            layer_parameters(SHAPES, r["model_name"]),
+        )
         sample = Row(
             r["model_name"],
             int(r["num_blocks"]),

@@ -49,7 +49,7 @@ PURE_MODULES = {
         "optimal.allocation", "optimal.latency", "optimal.predictor",
         "optimal.problem", "optimal.sensitivity",
         "fastewq.classifier", "fastewq.evaluation",
-        "experiments.controls", "experiments.paper", "experiments.paper_shapes",
+        "experiments.controls", "experiments.paper", "experiments.paper_classifiers",
     )
 }  # fmt: skip
 PURE_LIBRARIES = {

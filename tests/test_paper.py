@@ -12,16 +12,18 @@ import pytest
 from ewq_gguf import data
 from ewq_gguf.cli import main
 from ewq_gguf.experiments.paper import check_paper
-from ewq_gguf.experiments.paper_shapes import layer_parameters
+from ewq_gguf.experiments.paper_classifiers import layer_parameters
 from ewq_gguf.fastewq.rows import shipped_rows
 
 TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
+SHAPES = data.table("paper_shapes")
+BY_MODEL = {row["model"]: row for row in SHAPES}
 
 
 @pytest.fixture(scope="module")
 def result():
     tables = {number: data.table(f"paper_table{number}") for number in TABLES}
-    return check_paper(tables, shipped_rows())
+    return check_paper(tables, SHAPES, shipped_rows())
 
 
 def by_what(result, subject):
@@ -42,7 +44,7 @@ def by_what(result, subject):
     ],
 )
 def test_layers_have_the_parameters_of_their_shapes(model, n_parameters):
-    assert layer_parameters(model) == n_parameters
+    assert layer_parameters(BY_MODEL, model) == n_parameters
 
 
 def test_table_9_is_gib_at_16_8_and_4_25_bits(result):

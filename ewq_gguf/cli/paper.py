@@ -7,7 +7,7 @@ import click
 from ewq_gguf import data
 from ewq_gguf.cli.common import json_option, show_record
 from ewq_gguf.experiments.paper import check_paper
-from ewq_gguf.experiments.paper_view import paper_view
+from ewq_gguf.experiments.paper_report import paper_view
 from ewq_gguf.fastewq.rows import shipped_rows
 
 _TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
@@ -27,5 +27,5 @@ def check(as_json: bool) -> None:
     exit code is 0 whatever is found.
     """
     tables = {number: data.table(f"paper_table{number}") for number in _TABLES}
-    result = check_paper(tables, shipped_rows())
+    result = check_paper(tables, data.table("paper_shapes"), shipped_rows())
     show_record(result, paper_view, as_json=as_json)

@@ -1,4 +1,4 @@
-"""The paper against itself: what its tables and public shapes allow to recompute.
+"""The paper against itself: every figure that its tables and public shapes give.
 
 Nothing here is our measurement. A disagreement says that two printed figures, or a
 printed one and a model's public shape, cannot both be right; not which of them is.
@@ -8,22 +8,28 @@ Source: arXiv:2503.04704v2. Its "block" is a layer.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from math import fsum, sqrt
-from statistics import fmean, pvariance
+from math import fsum
 
-from ewq_gguf.experiments.paper_record import Check, PaperCheck, Relation
-from ewq_gguf.experiments.paper_shapes import SHAPES, layer_parameters
+from ewq_gguf.experiments.paper_classifiers import (
+    Shapes,
+    check_classifiers,
+    check_rows,
+    check_scores,
+    layer_parameters,
+)
+from ewq_gguf.experiments.paper_report import (
+    Check,
+    PaperCheck,
+    Relation,
+    Table,
+    check,
+)
 from ewq_gguf.fastewq.rows import Row
-from ewq_gguf.significance import composite_score, paired_t
 
-Table = Sequence[Mapping[str, str]]
+#: Rows of tables 6 and 7, by model and variant.
+Variants = Mapping[tuple[str, str], Mapping[str, str]]
 
-_GIB_GB = 2**30 / 1e9
-#: Bits per weight that reproduce table 9: 4.25 is a 16-bit scale per 64 weights, or
-#: scale and offset per 128; 8-bit weights come without any.
-BITS = {"raw": 16.0, "8bit": 8.0, "4bit": 4.25}
 NOTES = (
     "Layer sizes (table 9, and `blocks` of tables 6 and 7) are GiB; totals of raw "
     "models are GB of 1e9 bytes. Both are headed GB.",
@@ -40,6 +46,10 @@ NOTES = (
     "in t and pooled population ones in Cohen's d.",
 )
 
+_GIB_GB = 2**30 / 1e9
+#: Bits per weight that reproduce table 9: 4.25 is a 16-bit scale per 64 weights, or
+#: scale and offset per 128; 8-bit weights come without any.
+_BITS = {"raw": 16.0, "8bit": 8.0, "4bit": 4.25}
 #: Accuracies the text gives: of a classifier that learned these layers, and of one
 #: on layers it did not learn, which must do better here, having learned most of them.
 _AGREEMENT: tuple[tuple[str, float, Relation], ...] = (
@@ -48,212 +58,65 @@ _AGREEMENT: tuple[tuple[str, float, Relation], ...] = (
 )
 
 
-def check_paper(tables: Mapping[int, Table], rows: Sequence[Row]) -> PaperCheck:
+def check_paper(
+    tables: Mapping[int, Table], shapes: Table, rows: Sequence[Row]
+) -> PaperCheck:
     """Recompute everything; nothing is left out because it disagrees.
 
     Args:
-        tables: 3, 5, 6, 7, 8, 9, 13 and 14, as shipped.
+        tables: tables 3, 5, 6, 7, 8, 9, 13 and 14, as shipped.
+        shapes: shapes of layers, from the models' public config.json files.
         rows: the shipped labelled layers.
     """
-    return PaperCheck(
-        checks=(
-            *_table2(rows),
-            *_dataset(rows),
-            *_table3(tables[3], tables[5]),
-            *_table5(tables[3], tables[5]),
-            *_tables67(tables),
-            *_table8(tables[8]),
-            *_table9(tables[9]),
-            *_table13(tables[13], tables[7]),
-            *_table14(tables[14], {**_by_variant(tables[6]), **_by_variant(tables[7])}),
-            *_claims(tables),
-        ),
-        notes=NOTES,
+    by_model = {row["model"]: row for row in shapes}
+    ewq, fast = (
+        {(row["model"], row["variant"]): row for row in tables[number]}
+        for number in (6, 7)
     )
-
-
-def _check(
-    subject: str,
-    what: str,
-    printed: float,
-    computed: float,
-    tolerance: float = 0.0,
-    relation: Relation = "=",
-) -> Check:
-    # Half a unit is exact in decimal but not in binary.
-    slack = tolerance + 1e-9
-    above, below = printed - computed > slack, computed - printed > slack
-    return Check(
-        subject=subject,
-        what=what,
-        printed=printed,
-        computed=computed,
-        tolerance=tolerance,
-        relation=relation,
-        agrees=not ((above and relation != ">=") or (below and relation != "<=")),
+    checks = (
+        *check_rows(rows, by_model),
+        *check_classifiers(tables),
+        *_tables67(tables, ewq, by_model),
+        *_table8(tables[8]),
+        *_table9(tables[9], by_model),
+        *check_scores(tables),
+        *_table14(tables[14], {**ewq, **fast}),
+        *_claims(tables, ewq, fast),
     )
+    return PaperCheck(checks=checks, notes=NOTES)
 
 
-def _table2(rows: Sequence[Row]) -> Iterator[Check]:
-    for row in rows:
-        if row.source == "table 2":
-            yield _check(
-                "table 2",
-                f"{row.model_name} num_parameters",
-                row.original_num_parameters or row.num_parameters,
-                layer_parameters(row.model_name),
-            )
-
-
-def _dataset(rows: Sequence[Row]) -> Iterator[Check]:
-    """Sections 4.1, 4.3 and 4.4."""
-    n_rows, raw, quantised, asked = 700, 407, 293, 210
-    yield _check("4.1", "rows: raw and quantised together", n_rows, raw + quantised)
-    yield _check("4.1", "quantised, %", 42, 100 * quantised / n_rows, 0.5)
-    yield _check("4.1", "raw, %", 58, 100 * raw / n_rows, 0.5)
-    printed = {row.model_name: row for row in rows if row.source == "table 2"}
-    n_layers = sum(row.num_blocks for row in printed.values())
-    yield _check("4.1", "rows: layers of table 2's models together", n_rows, n_layers)
-    correlation = _correlation(
-        [
-            (row.num_blocks, row.original_num_parameters or row.num_parameters)
-            for row in printed.values()
-            for _ in range(row.num_blocks)
-        ]
-    )
-    yield _check(
-        "4.1",
-        "correlation of num_parameters and num_blocks, over those layers",
-        0.93,
-        correlation,
-        0.005,
-    )
-    n_middle = sum(50 <= row.num_blocks <= 100 for row in printed.values())
-    yield _check(
-        "4.1",
-        "most models have 50 to 100 layers: share of table 2's, %",
-        50,
-        100 * n_middle / len(printed),
-        relation="<=",
-    )
-    yield _check("4.3", "importances together, %", 100, 66.4 + 19.0 + 14.6, 0.15)
-    yield _check(
-        "4.3", "accuracy of the whole forest, % (computed: table 3's)", 89.3, 80, 0.5
-    )
-    yield _check("4.4", "rows to evaluate, 30 %", asked, 0.3 * n_rows)
-    yield _check(
-        "4.4",
-        "quantised rows of the split, if it was stratified",
-        89,
-        asked * quantised / n_rows,
-        0.5,
-    )
-
-
-def _correlation(pairs: Sequence[tuple[float, float]]) -> float:
-    xs, ys = zip(*pairs, strict=True)
-    mean_x, mean_y = fmean(xs), fmean(ys)
-    covariance = fmean((x - mean_x) * (y - mean_y) for x, y in pairs)
-    return float(covariance / sqrt(pvariance(xs) * pvariance(ys)))
-
-
-def _table3(report: Table, confusion: Table) -> Iterator[Check]:
-    """Every figure of the report from table 5, its two columns swapped."""
-    matrices = {row["classifier"]: row for row in confusion}
-    for row in report:
-        matrix = matrices[row["classifier"]]
-        tn, fp, fn, tp = (int(matrix[key]) for key in ("tn", "fn", "fp", "tp"))
-        zero, one = _class_scores(tn, fn, fp), _class_scores(tp, fp, fn)
-        n = tn + fp + fn + tp
-        what = f"{row['classifier']} {row['class']}"
-        if row["class"] == "Accuracy":
-            yield _check("table 3", what, float(row["f1"]), (tn + tp) / n, 0.005)
-        else:
-            weights = {
-                "0": (1.0, 0.0),
-                "1": (0.0, 1.0),
-                "Macro avg": (0.5, 0.5),
-                "Weighted avg": ((tn + fp) / n, (tp + fn) / n),
-            }[row["class"]]
-            for key in ("precision", "recall", "f1"):
-                value = weights[0] * zero[key] + weights[1] * one[key]
-                yield _check("table 3", f"{what} {key}", float(row[key]), value, 0.005)
-        support = {"0": tn + fp, "1": tp + fn}.get(row["class"], n)
-        yield _check("table 3", f"{what} support", int(row["support"]), support)
-
-
-def _class_scores(right: int, wrongly_called: int, missed: int) -> dict[str, float]:
-    """Precision, recall and F1 of one label."""
-    return {
-        "precision": right / (right + wrongly_called),
-        "recall": right / (right + missed),
-        "f1": 2 * right / (2 * right + wrongly_called + missed),
-    }
-
-
-def _table5(report: Table, confusion: Table) -> Iterator[Check]:
-    """What the columns would mean by their printed names, and the text about them."""
-    precision = {
-        row["classifier"]: row["precision"] for row in report if row["class"] == "0"
-    }
-    for row in confusion:
-        yield _check(
-            "table 5",
-            f"{row['classifier']} precision of class 0, columns as named",
-            float(precision[row["classifier"]]),
-            int(row["tn"]) / (int(row["tn"]) + int(row["fn"])),
-            0.005,
-        )
-    by_name = {row["classifier"]: row for row in confusion}
-    forest, xgb = by_name["random forest"], by_name["XGB"]
-    yield _check(
-        "table 5",
-        "quantised layers that the forest finds fewer than XGB",
-        1,
-        int(xgb["tp"]) - int(forest["tp"]),
-    )
-    differing = sum(
-        by_name["SVM"][key] != by_name["logistic regression"][key]
-        for key in ("tn", "fn", "fp", "tp")
-    )
-    yield _check(
-        "4.4", "counts in which SVM and logistic regression differ", 0, differing
-    )
-
-
-def _tables67(tables: Mapping[int, Table]) -> Iterator[Check]:
+def _tables67(
+    tables: Mapping[int, Table], ewq: Variants, shapes: Shapes
+) -> Iterator[Check]:
     """Counts from table 8, sizes from table 9 and the counts."""
     sizes = {row["model"]: row for row in tables[9]}
     counts = _counts(tables[8], tables[9])
-    first = _by_variant(tables[6])
     for number in (6, 7):
         subject = f"table {number}"
         for row in tables[number]:
             model, variant = row["model"], row["variant"]
             name = f"{model.split('/')[1]} {variant}"
-            found = [int(row[key]) for key in ("n_raw", "n_8bit", "n_4bit")]
+            n_layers = [int(row[f"n_{key}"]) for key in _BITS]
             for key, printed, computed in zip(
-                ("raw", "8bit", "4bit"), found, counts[model, variant], strict=True
+                _BITS, n_layers, counts[model, variant], strict=True
             ):
-                yield _check(subject, f"{name} {key} layers", printed, computed)
-            layer_gib = [float(sizes[model][f"{key}_gb"]) for key in BITS]
-            n_layers = int(sizes[model]["n_blocks"])
-            gib = fsum(n * size for n, size in zip(found, layer_gib, strict=True))
-            rounding = 0.005 + 0.00005 * n_layers
-            yield _check(
-                subject, f"{name} blocks, GiB", float(row["blocks_gb"]), gib, rounding
+                yield check(subject, f"{name} {key} layers", printed, computed)
+            gib = fsum(
+                n * float(sizes[model][f"{key}_gb"])
+                for n, key in zip(n_layers, _BITS, strict=True)
             )
-            outside_gb = 2 * SHAPES[model].n_outside / 1e9
-            yield _check(
-                subject,
-                f"{name} total, GB",
-                float(row["total_gb"]),
-                gib * _GIB_GB + outside_gb,
-                0.005 + 0.00005 * n_layers * _GIB_GB,
-            )
-            if number == 7 and (model, variant) in first:
-                differing = sum(row[key] != first[model, variant][key] for key in row)
-                yield _check(subject, f"{name} differs from table 6 in", 0, differing)
+            # Printed sizes of layers have four decimals, totals two.
+            rounding = 0.00005 * int(sizes[model]["n_blocks"])
+            what, blocks = f"{name} blocks, GiB", float(row["blocks_gb"])
+            yield check(subject, what, blocks, gib, 0.005 + rounding)
+            gb = gib * _GIB_GB + 2 * int(shapes[model]["n_outside"]) / 1e9
+            what, total = f"{name} total, GB", float(row["total_gb"])
+            yield check(subject, what, total, gb, 0.005 + rounding * _GIB_GB)
+            if number == 7 and (model, variant) in ewq:
+                n_differing = sum(row[key] != ewq[model, variant][key] for key in row)
+                what = f"{name} differs from table 6 in"
+                yield check(subject, what, 0, n_differing)
 
 
 def _counts(
@@ -278,94 +141,45 @@ def _counts(
 
 
 def _table8(selections: Table) -> Iterator[Check]:
-    by_variant: dict[tuple[str, str], list[str]] = {
+    by_variant = {
         (row["model"], row["variant"]): row["selected_exec_index"].split()
         for row in selections
     }
     for row in selections:
         name = f"{row['model'].split('/')[1]} {row['variant']}"
         chosen = by_variant[row["model"], row["variant"]]
-        total = int(row["n_selected"])
-        yield _check("table 8", f"{name} total", total, len(set(chosen)))
+        what = f"{name} total"
+        yield check("table 8", what, int(row["n_selected"]), len(set(chosen)))
         four = set(row["four_bit_exec_index"].split())
-        yield _check(
-            "table 8",
-            f"{name} 4-bit layers that are not the first of the order",
-            0,
-            len(four - set(chosen[: len(four)])),
-        )
+        what = f"{name} 4-bit layers that are not the first of the order"
+        yield check("table 8", what, 0, len(four - set(chosen[: len(four)])))
         others = [v for v in ("ewq", "fast") if v != row["variant"]]
         printed = [] if row["diff"] == "-" else row["diff"].split(" / ")
         for value, other in zip(printed, others, strict=False):
-            theirs = by_variant[row["model"], other]
-            differing = max(
-                len(set(chosen) - set(theirs)), len(set(theirs) - set(chosen))
-            )
-            yield _check(
-                "table 8", f"{name} diff to {other}", abs(int(value)), differing
-            )
+            ours, theirs = set(chosen), set(by_variant[row["model"], other])
+            n_differing = max(len(ours - theirs), len(theirs - ours))
+            what = f"{name} diff to {other}"
+            yield check("table 8", what, abs(int(value)), n_differing)
 
 
-def _table9(sizes: Table) -> Iterator[Check]:
+def _table9(sizes: Table, shapes: Shapes) -> Iterator[Check]:
     for row in sizes:
-        n_weights = layer_parameters(row["model"])
-        for key, bits in BITS.items():
-            yield _check(
-                "table 9",
-                f"{row['model'].split('/')[1]} {key}, {bits:g} bits, GiB",
-                float(row[f"{key}_gb"]),
-                n_weights * bits / 8 / 2**30,
-                0.00005,
-            )
+        n_weights = layer_parameters(shapes, row["model"])
+        for key, bits in _BITS.items():
+            what = f"{row['model'].split('/')[1]} {key}, {bits:g} bits, GiB"
+            printed, gib = float(row[f"{key}_gb"]), n_weights * bits / 8 / 2**30
+            yield check("table 9", what, printed, gib, 0.00005)
 
 
-def _by_variant(table: Table) -> dict[tuple[str, str], Mapping[str, str]]:
-    return {(row["model"], row["variant"]): row for row in table}
-
-
-def _table13(comparisons: Table, results: Table) -> Iterator[Check]:
-    """Composite scores ln(perplexity) - accuracy of section 6.3.1, in pairs."""
-    scores: dict[str, list[float]] = defaultdict(list)
-    for row in results:
-        scores[row["variant"]].append(
-            composite_score(float(row["mmlu_perplexity"]), float(row["mmlu_accuracy"]))
-        )
-    for row in comparisons:
-        ours, theirs = (
-            [score for variant in row[side].split(" + ") for score in scores[variant]]
-            for side in ("fast", "fast_train")
-        )
-        test = paired_t(ours, theirs)
-        assert test is not None  # the shipped scores differ
-        differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-        found = {
-            "abs_diff": fmean(differences),
-            "t": test.t,
-            "p": test.p,
-            "d": test.cohens_d,
-        }
-        for key, computed in found.items():
-            yield _check(
-                "table 13",
-                f"{row['fast']}: {key}",
-                float(row[key]),
-                computed,
-                0.5 * 10.0 ** -len(row[key].partition(".")[2]),
-            )
-
-
-def _table14(
-    summary: Table, results: Mapping[tuple[str, str], Mapping[str, str]]
-) -> Iterator[Check]:
+def _table14(summary: Table, results: Variants) -> Iterator[Check]:
     """Relative differences from the raw model, in %, of tables 6 and 7."""
     for row in summary:
         key = (row["model"], row["variant"])
         here, raw = results[key], results[row["model"], "raw"]
         name = f"{row['model'].split('/')[1]} {row['variant']}"
         *size, total = row["size_total_gb"].split(" / ")
-        yield _check(
-            "table 14", f"{name} total, GB", float(total), float(here["total_gb"])
-        )
+        what = f"{name} total, GB"
+        yield check("table 14", what, float(total), float(here["total_gb"]))
         for what, printed, column, half in (
             ("accuracy", row["accuracy"], "mmlu_accuracy", 5e-5),
             ("perplexity", row["perplexity"], "mmlu_perplexity", 5e-5),
@@ -375,50 +189,41 @@ def _table14(
             if printed.endswith("%"):
                 # Both figures are rounded, and so is their printed quotient.
                 rounding = 0.005 + 100 * half / base * (1 + value / base)
-                yield _check(
-                    "table 14",
-                    f"{name} {what}, %",
-                    float(printed.rstrip("%")),
-                    100 * (value / base - 1),
-                    rounding,
-                )
+                figure, change = float(printed.rstrip("%")), 100 * (value / base - 1)
+                yield check("table 14", f"{name} {what}, %", figure, change, rounding)
             elif printed:
-                yield _check("table 14", f"{name} {what}", float(printed), value)
+                yield check("table 14", f"{name} {what}", float(printed), value)
 
 
-def _claims(tables: Mapping[int, Table]) -> Iterator[Check]:
-    """Sentences of sections 6.3 and 7 that tables 6 to 8 can be asked about."""
-    ewq, fast = _by_variant(tables[6]), _by_variant(tables[7])
+def _claims(
+    tables: Mapping[int, Table], ewq: Variants, fast: Variants
+) -> Iterator[Check]:
+    """Sentences of sections 6.3 and 7 about tables 6 to 8."""
     models = [row["model"] for row in tables[9]]
 
     def change(row: Mapping[str, str], column: str) -> float:
         return 100 * (float(row[column]) / float(ewq[row["model"], "raw"][column]) - 1)
 
     for variant, printed, relation in _AGREEMENT:
-        yield _check(
-            "6.3",
-            f"{variant} agrees with ewq, % of table 8's layers",
-            printed,
-            _agreement(tables, variant),
-            0.5,
-            relation,
-        )
+        what = f"{variant} agrees with ewq, % of table 8's layers"
+        agreement = _agreement(tables, variant)
+        yield check("6.3", what, printed, agreement, 0.5, relation)
     for model in models:
         row = fast[model, "fast 4bit/8bit mixed"]
         saved = -change(row, "total_gb")
         worse = change(row, "mmlu_perplexity")
         what = f"{model.split('/')[1]} {row['variant']}"
-        yield _check("6.3", f"{what}: 18 % or more saved", 18, saved, 0.5, "<=")
-        yield _check("6.3", f"{what}: 22 % or less saved", 22, saved, 0.5, ">=")
-        yield _check("6.3", f"{what}: perplexity within 0.5 %", 0.5, worse, 0.05, ">=")
+        yield check("6.3", f"{what}: 18 % or more saved", 18, saved, 0.5, "<=")
+        yield check("6.3", f"{what}: 22 % or less saved", 22, saved, 0.5, ">=")
+        yield check("6.3", f"{what}: perplexity within 0.5 %", 0.5, worse, 0.05, ">=")
     for model in models:
         for variant in ("8bit mixed", "4bit/8bit mixed"):
             row = ewq[model, variant]
             lost = -change(row, "mmlu_accuracy")
             saved = -change(row, "total_gb")
             what = f"{model.split('/')[1]} {variant}"
-            yield _check("7", f"{what}: accuracy within 0.5 %", 0.5, lost, 0.05, ">=")
-            yield _check("7", f"{what}: up to 18 % saved", 18, saved, 0.5, ">=")
+            yield check("7", f"{what}: accuracy within 0.5 %", 0.5, lost, 0.05, ">=")
+            yield check("7", f"{what}: up to 18 % saved", 18, saved, 0.5, ">=")
 
 
 def _agreement(tables: Mapping[int, Table], variant: str) -> float:
