@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,55 @@ def read(folder, name):
         return str(tensor.dtype), tensor.double().numpy()
 
 
+def tensors_of(folder: Path) -> dict[str, made.Raw]:
+    """A one-file checkpoint's tensors, as `write_raw` takes them."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    with path.open("rb") as file:
+        return {
+            tensor.name: (
+                tensor.dtype,
+                list(tensor.shape),
+                data[tensor.begin : tensor.end],
+            )
+            for tensor in read_header(file.fileno(), path).tensors
+        }
+
+
+def split(folder: Path, shard_of: Callable[[int, str], int]) -> None:
+    """Divide a one-file checkpoint into two shards with an index."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    weight_map: dict[str, str] = {}
+    for i in range(2):
+        part = {
+            name: tensors[name]
+            for place, name in enumerate(sorted(tensors))
+            if shard_of(place, name) == i
+        }
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        write_raw(folder / file, part)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def without_the_second_shard(folder: Path, *, is_known_to_index: bool) -> None:
+    """Divide a checkpoint by layers and lose the second layer's file."""
+    split(folder, lambda i, name: ".layers.1." in name)
+    lost = folder / "model-00002-of-00002.safetensors"
+    lost.unlink()
+    if not is_known_to_index:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"] = {
+            name: file
+            for name, file in index["weight_map"].items()
+            if file != lost.name
+        }
+        path.write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_checkpoint_is_read_as_its_exact_products(tmp_path, kind):
     pack, quantised, stem, dtype = KINDS[kind]
@@ -135,6 +186,119 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
     assert not list((tmp_path / "cache" / "unpacked").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("method", KINDS)
+def test_a_packed_checkpoint_without_one_tensor_is_refused_before_any_work(
+    tmp_path, method
+):
+    pack, quantised, stem, _ = KINDS[method]
+    folder = tmp_path / "model"
+    made.write_packed_llama(folder, pack, quantised, stem=stem)
+    whole = tensors_of(folder)
+    layer = "model.layers.1.mlp.up_proj"
+    parts = [name for name in whole if name.startswith(f"{layer}.")]
+
+    for lost in [*([name] for name in parts if not is_optional(name)), parts]:
+        rest = {name: raw for name, raw in whole.items() if name not in lost}
+        write_raw(folder / "model.safetensors", rest)
+        said: list[str] = []
+
+        with pytest.raises(InputError, match=r"half a checkpoint: 1 of 21") as caught:
+            open_checkpoint(str(folder), Opening(say=said.append))
+
+        assert f"is missing: {layer}.weight;" in str(caught.value)
+        assert caught.value.subject == str(folder)
+        assert not said
+        assert cached_files(tmp_path) == []
+
+
+def is_optional(name: str) -> bool:
+    """Whether there are weights of the same packing without this part."""
+    return name.endswith(("zero_point", "g_idx"))
+
+
+def cached_files(tmp_path: Path) -> list[Path]:
+    cache = tmp_path / "cache" / "unpacked"
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("is_known_to_index", [True, False])
+def test_a_packed_checkpoint_without_a_shard_is_refused_before_any_work(
+    tmp_path, is_known_to_index
+):
+    folder = tmp_path / "model"
+    made.write_packed_llama(folder, made.compressed, made.compressed_config())
+    without_the_second_shard(folder, is_known_to_index=is_known_to_index)
+
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(folder))
+
+    assert caught.value.subject == str(folder)
+    assert (
+        "model-00002-of-00002.safetensors with 23 tensors (model.layers.1."
+        if is_known_to_index
+        else "half a checkpoint: 9 of 21 tensors that LlamaForCausalLM with 2 layers "
+        "needs are missing: model.layers.1.* (9)"
+    ) in caught.value.problem
+    assert cached_files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "weights"),
+    [
+        ("int4-zeros", "weight_zero_point", {"symmetric": False}),
+        ("int4-ordered", "weight_g_idx", {"actorder": "group"}),
+        ("gptq", "g_idx", {}),
+    ],
+)
+def test_a_part_that_the_config_tells_is_needed(tmp_path, kind, part, weights):
+    pack, quantised, stem, _ = KINDS[kind]
+    folder = tmp_path / "model"
+    if weights:
+        scheme = {"num_bits": 4} | weights
+        quantised = quantised | {"config_groups": {"group_0": {"weights": scheme}}}
+    else:
+        quantised = quantised | {"desc_act": True}
+    made.write_packed_llama(folder, pack, quantised, stem=stem)
+    tensors = tensors_of(folder)
+    layer = "model.layers.1.mlp.up_proj"
+    del tensors[f"{layer}.{part}"]
+    write_raw(folder / "model.safetensors", tensors)
+
+    with pytest.raises(InputError, match=f"is missing: {layer}.weight;"):
+        open_checkpoint(str(folder))
+
+
+def test_a_part_without_its_weight_is_refused_where_layers_differ(tmp_path):
+    folder = tmp_path / "model"
+    made.write_packed_llama(folder, made.compressed, made.compressed_config())
+    made.set_config(folder, architectures=["MadeUpForCausalLM"])
+    tensors = tensors_of(folder)
+    del tensors["model.layers.1.mlp.up_proj.weight_packed"]
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    write_raw(folder / "model.safetensors", tensors)
+
+    with pytest.raises(InputError, match="half a checkpoint: 2 packed") as caught:
+        open_checkpoint(str(folder))
+
+    assert "of model.layers.0.mlp.up_proj.weight there is only" in str(caught.value)
+    assert cached_files(tmp_path) == []
+
+
+def test_other_tensors_beside_packed_weights_are_refused_before_any_work(tmp_path):
+    folder = tmp_path / "model"
+    made.write_packed_llama(folder, made.compressed, made.compressed_config())
+    tensors = tensors_of(folder)
+    norm = tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.up_proj.lora_A.weight"] = norm
+    write_raw(folder / "model.safetensors", tensors)
+
+    with pytest.raises(InputError, match="holds tensors of an adapter") as caught:
+        open_checkpoint(str(folder))
+
+    assert caught.value.subject == str(folder)
+    assert cached_files(tmp_path) == []
+
+
 def test_weights_on_a_server_are_not_unpacked(tmp_path):
     folder = tmp_path / "model"
     made.write_packed_llama(folder, made.compressed, made.compressed_config())
@@ -147,24 +311,7 @@ def test_weights_on_a_server_are_not_unpacked(tmp_path):
 def test_several_shards_may_share_a_weight(tmp_path):
     folder = tmp_path / "model"
     truth = made.write_packed_llama(folder, made.compressed, made.compressed_config())
-    with safe_open(folder / "model.safetensors", framework="np") as file:
-        names = list(file.keys())
-    whole = {}
-    path = folder / "model.safetensors"
-    with path.open("rb") as file:
-        for tensor in read_header(file.fileno(), path).tensors:
-            file.seek(tensor.begin)
-            data = file.read(tensor.end - tensor.begin)
-            whole[tensor.name] = (tensor.dtype, list(tensor.shape), data)
-    path.unlink()
-    weight_map: dict[str, str] = {}
-    for i in range(2):
-        part = {name: whole[name] for name in sorted(names)[i::2]}
-        file_name = f"model-0000{i + 1}-of-00002.safetensors"
-        write_raw(folder / file_name, part)
-        weight_map |= dict.fromkeys(part, file_name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    split(folder, lambda i, name: i % 2)
 
     opened = open_checkpoint(str(folder))
 

@@ -24,7 +24,7 @@ from ewq_gguf.checkpoint.fp8 import (
     quantisation_of,
 )
 from ewq_gguf.checkpoint.header import TensorHeader
-from ewq_gguf.checkpoint.packed import packing_of
+from ewq_gguf.checkpoint.packing import packing_of
 from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.checkpoint.shards import ShardFile as ShardFile
 from ewq_gguf.checkpoint.shards import open_shards

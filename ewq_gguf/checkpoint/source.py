@@ -16,7 +16,7 @@ from ewq_gguf.checkpoint.fp8 import quantisation_of
 from ewq_gguf.checkpoint.gguf_source import is_gguf, open_gguf, open_remote_gguf
 from ewq_gguf.checkpoint.hub import HUB_FILES, check_has_weights, opener, snapshot
 from ewq_gguf.checkpoint.hub_names import HubName, hub_name
-from ewq_gguf.checkpoint.packed import packing_of
+from ewq_gguf.checkpoint.packing import packing_of
 from ewq_gguf.checkpoint.remote import RemoteFile, fetch_small
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import ModelIdentity

@@ -8,7 +8,7 @@ integer and a scale.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -22,14 +22,13 @@ from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile, open_folder
 from ewq_gguf.checkpoint.fp8 import QUANT_FILE, quantisation_of, without_quantisation
 from ewq_gguf.checkpoint.header import DTYPE_BYTES, TensorHeader
-from ewq_gguf.checkpoint.packed import (
-    ENDINGS,
-    UNUSED,
-    Packing,
-    Unpacked,
-    packing_of,
-    unpack,
+from ewq_gguf.checkpoint.packed_tensors import (
+    PackedWeight,
+    check_sound,
+    packed_weights,
 )
+from ewq_gguf.checkpoint.packed_values import Unpacked, unpack
+from ewq_gguf.checkpoint.packing import packing_of
 from ewq_gguf.checkpoint.reader import RangeReader
 from ewq_gguf.entropy.codes import code_values
 from ewq_gguf.errors import InputError, printable
@@ -40,36 +39,32 @@ _CHUNK_BYTES = 8 << 20
 _N_WEIGHTS = 1 << 22
 _NUMBERS = {"I32": "<i4", "I64": "<i8", "I8": "i1", "U8": "u1", "F32": "<f4"}
 
-Place = tuple[ShardFile, TensorHeader]
-
 
 @dataclass(frozen=True)
-class _Packed:
-    """One packed weight.
+class _Weight:
+    """One packed weight and the open files that it is read from."""
 
-    Attributes:
-        name: that it is written under.
-        parts: its tensors by their endings, the integers first.
-        packing: of the checkpoint.
-        reader: of the files.
-    """
-
-    name: str
-    parts: Mapping[str, Place]
-    packing: Packing
+    packed: PackedWeight
     reader: RangeReader
+
+    @property
+    def name(self) -> str:
+        """Its name when it is unpacked."""
+        return self.packed.name
 
     def read(self) -> Unpacked:
         """Its integers and scales, all of them in memory."""
-        arrays = {end: _array(*place, self.reader) for end, place in self.parts.items()}
-        return unpack(self.packing, arrays, self.name)
+        arrays = {
+            end: _array(*place, self.reader) for end, place in self.packed.parts.items()
+        }
+        return unpack(self.packed.packing, arrays, self.name)
 
     @cached_property
     def shape_and_dtypes(self) -> tuple[tuple[int, ...], frozenset[str]]:
         """Its shape, and the dtypes that hold each of its weights."""
-        found = self.read()
-        return found.shape, frozenset(
-            dtype for dtype in ("BF16", "F16") if _holds(dtype, found)
+        content = self.read()
+        return content.shape, frozenset(
+            dtype for dtype in ("BF16", "F16") if _holds(dtype, content)
         )
 
 
@@ -77,11 +72,12 @@ def unpacked(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Check
     """The plain checkpoint that a packed one stands for; any other as it is.
 
     Args:
-        checkpoint: that was opened.
+        checkpoint: the checkpoint as it was opened.
         say: told when it is written; None for nobody.
 
     Raises:
-        InputError: the weights stay on a server, or parts of them do not fit.
+        InputError: tensors are missing or are no weights of the model, the weights stay
+            on a server, or parts of them do not fit together.
         ResourceError: the cache's disk has no room.
     """
     packing = packing_of(quantisation_of(checkpoint.folder, checkpoint.config))
@@ -94,6 +90,8 @@ def unpacked(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Check
             f"its weights are packed ({packing.method}) and not on this machine",
             "download the checkpoint, or leave --stream away",
         )
+    weights, replaced = packed_weights(checkpoint, packing)
+    check_sound(checkpoint, packing, weights, replaced)
     identity = checkpoint.identity
     key = store.sha256_text(f"{_VERSION} {checkpoint.signature}")[:32]
     folder = store.cache_dir("unpacked", key) / "model"
@@ -103,7 +101,7 @@ def unpacked(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Check
                 say(f"{identity.name}: unpacks {packing.method} weights, once")
             with store.work_dir(folder, stage="scan") as outer:
                 work = store.ensure_dir(outer / "model", "scan")
-                _write(checkpoint, packing, work)
+                _write(checkpoint, weights, replaced, work)
                 checkpoint.check_unchanged("scan")
                 store.publish_folder(work, folder)
     plain = open_folder(
@@ -119,11 +117,16 @@ def unpacked(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Check
     return replace(plain, notes=(*checkpoint.notes, *plain.notes, note))
 
 
-def _write(checkpoint: Checkpoint, packing: Packing, folder: Path) -> None:
+def _write(
+    checkpoint: Checkpoint,
+    packed: Sequence[PackedWeight],
+    replaced: Collection[str],
+    folder: Path,
+) -> None:
     with RangeReader() as reader:
         for shard in checkpoint.shards:
             reader.open(shard)
-        weights, used = _weights(checkpoint, packing, reader)
+        weights = [_Weight(weight, reader) for weight in packed]
         dtype = _common_dtype(weights)
         store.check_free(
             folder,
@@ -133,8 +136,8 @@ def _write(checkpoint: Checkpoint, packing: Packing, folder: Path) -> None:
         )
         files: dict[str, str] = {}
         for shard in checkpoint.shards:
-            here = [w for w in weights if next(iter(w.parts.values()))[0] is shard]
-            copied = [t for t in shard.header.tensors if t.name not in used]
+            here = [w for w in weights if w.packed.integers[0] is shard]
+            copied = [t for t in shard.header.tensors if t.name not in replaced]
             path = folder / shard.path.name
             if here or copied:
                 _write_shard(path, shard, here, copied, dtype, reader)
@@ -153,51 +156,7 @@ def _write(checkpoint: Checkpoint, packing: Packing, folder: Path) -> None:
             (folder / name).write_bytes(path.read_bytes())
 
 
-def _weights(
-    checkpoint: Checkpoint, packing: Packing, reader: RangeReader
-) -> tuple[list[_Packed], set[str]]:
-    """The packed weights in file order, and all names that are not copied."""
-    places = {tensor.name: (shard, tensor) for shard, tensor in checkpoint.tensors}
-    used = {name for name in places if name.endswith(UNUSED)}
-    found = []
-    for name, (_, tensor) in places.items():
-        for endings in ENDINGS[packing.method]:
-            parts = _parts(name, endings, places)
-            if parts is None or (endings[0] == ".weight" and tensor.dtype != "I8"):
-                continue
-            stem = name.removesuffix(endings[0])
-            written = stem if endings[0] == "_blocks" else f"{stem}.weight"
-            found.append(_Packed(written, parts, packing, reader))
-            used |= {part.name for _, part in parts.values()}
-            break
-    if not found:
-        raise InputError(
-            "scan",
-            checkpoint.folder,
-            f"config.json says {packing.method}, and no tensor is packed so",
-            "download config.json and the weights of one revision",
-        )
-    return found, used
-
-
-def _parts(
-    name: str, endings: Iterable[str], places: Mapping[str, Place]
-) -> dict[str, Place] | None:
-    """The tensors of one weight by their endings; None where one is missing."""
-    first, *_ = endings
-    if not name.endswith(first):
-        return None
-    stem, found = name.removesuffix(first), {}
-    for ending in endings:
-        end = ending.strip("()")
-        if stem + end in places:
-            found[end] = places[stem + end]
-        elif end == ending:
-            return None
-    return found
-
-
-def _common_dtype(weights: Iterable[_Packed]) -> str:
+def _common_dtype(weights: Iterable[_Weight]) -> str:
     """The smallest dtype that holds every weight of all tensors."""
     common = frozenset.intersection(*(w.shape_and_dtypes[1] for w in weights))
     return next((dtype for dtype in ("BF16", "F16") if dtype in common), "F32")
@@ -225,7 +184,7 @@ def _rounded(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
 def _write_shard(
     path: Path,
     shard: ShardFile,
-    weights: list[_Packed],
+    weights: list[_Weight],
     copied: list[TensorHeader],
     dtype: str,
     reader: RangeReader,
@@ -255,7 +214,7 @@ def _write_shard(
                 file.write(chunk.data)
 
 
-def _encoded(weight: _Packed, dtype: str) -> Iterator[bytes]:
+def _encoded(weight: _Weight, dtype: str) -> Iterator[bytes]:
     """The weight's bytes; in this dtype nothing is rounded."""
     for values in weight.read().pieces(_N_WEIGHTS):
         if dtype == "BF16":

@@ -1,9 +1,4 @@
-"""Checkpoints of small integers and scales: which they are, and what a weight is.
-
-compressed-tensors (integers and MXFP4), the MXFP4 of gpt-oss, GPTQ and AWQ all keep an
-integer per weight and a scale per group of weights: weight = (q - zero) x scale. Read
-so, nothing is rounded.
-"""
+"""The values of packed weights, exactly: weight = (q - zero) x scale."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ewq_gguf.checkpoint.packing import Packing
 from ewq_gguf.errors import InputError
 from ewq_gguf.ggml_types import MXFP4_VALUES
 
@@ -21,29 +17,10 @@ Array = NDArray[Any]
 Integers = NDArray[np.int16]
 Floats = NDArray[np.float64]
 
-#: Formats of compressed-tensors that hold integers or MXFP4 codes.
-_INTEGER_FORMATS = frozenset(
-    {"pack-quantized", "int-quantized", "naive-quantized", "mxfp4-pack-quantized"}
-)
 _REMEDY = "use the BF16 or F16 checkpoint it was made from"
 _WORD_BITS = 32
-#: Of a word's nibbles, AWQ's order of the columns they are of.
+#: The order in which AWQ keeps eight columns in the nibbles of a word.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How a checkpoint's weights are packed, from its config.
-
-    Attributes:
-        method: `compressed-tensors`, `mxfp4`, `gptq` or `awq`.
-        bits: per integer, those that there may be.
-        zero_is_less_one: whether GPTQ's zero points were written less 1.
-    """
-
-    method: str
-    bits: tuple[int, ...]
-    zero_is_less_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,68 +63,6 @@ class Unpacked:
         """Whether 32 columns beside each other always share a scale."""
         runs = self.groups[: self.groups.size // 32 * 32].reshape(-1, 32)
         return bool((runs == runs[:, :1]).all())
-
-
-def packing_of(quantised: object) -> Packing | None:
-    """The packing that a config tells; None where it is none that is read here.
-
-    Args:
-        quantised: `quantization_config` of config.json.
-    """
-    if not isinstance(quantised, Mapping):
-        return None
-    method = str(quantised.get("quant_method", "")).replace("_", "-")
-    if method == "compressed-tensors":
-        return _compressed_tensors(quantised)
-    if method == "mxfp4":
-        return Packing(method, (4,))
-    if method == "gptq":
-        bits = quantised.get("bits")
-        is_v1 = quantised.get("checkpoint_format", "gptq") == "gptq"
-        return Packing(method, (bits,), is_v1) if bits in (2, 4, 8) else None
-    if method == "awq":
-        is_gemm = str(quantised.get("version", "gemm")).lower() == "gemm"
-        bits = quantised.get("bits", quantised.get("w_bit"))
-        return Packing(method, (4,)) if is_gemm and bits == 4 else None
-    return None
-
-
-def _compressed_tensors(quantised: Mapping[str, Any]) -> Packing | None:
-    groups = quantised.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        return None
-    formats, bits = set(), set()
-    for group in groups.values():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping):
-            return None
-        formats.add(group.get("format") or quantised.get("format"))
-        bits.add(weights.get("num_bits"))
-    known = sorted(n for n in bits if type(n) is int and 1 < n <= 8)
-    if len(known) < len(bits) or not formats <= _INTEGER_FORMATS:
-        return None
-    return Packing("compressed-tensors", tuple(known))
-
-
-#: By method, the endings of what a weight `NAME` is kept in, the integers first; those
-#: in brackets may be missing.
-ENDINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "compressed-tensors": (
-        (".weight_packed", ".weight_scale", ".weight_shape", "(.weight_zero_point)",
-         "(.weight_g_idx)"),
-        (".weight", ".weight_scale", "(.weight_zero_point)"),
-        (".weight_packed", ".weight_scale"),
-    ),
-    "mxfp4": (("_blocks", "_scales"),),
-    "gptq": ((".qweight", ".scales", ".qzeros", "(.g_idx)"),),
-    "awq": ((".qweight", ".scales", ".qzeros"),),
-}  # fmt: skip
-
-#: Of activations and caches, which no GGUF has: left out.
-UNUSED = (
-    ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point",
-    ".k_scale", ".v_scale", ".q_scale", ".input_global_scale",
-)  # fmt: skip
 
 
 def unpack(packing: Packing, parts: Mapping[str, Array], name: str) -> Unpacked:
