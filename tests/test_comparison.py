@@ -25,8 +25,12 @@ from ewq_gguf.experiments.comparison_record import (
     Estimate,
     Kind,
 )
-from ewq_gguf.experiments.comparison_view import across_view, comparison_view
-from ewq_gguf.experiments.comparison_words import notes, verdicts
+from ewq_gguf.experiments.comparison_view import (
+    across_view,
+    comparison_view,
+    notes,
+    verdicts,
+)
 from ewq_gguf.experiments.versions import bracketing
 from ewq_gguf.records import (
     BenchedFile,

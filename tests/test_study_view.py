@@ -23,11 +23,11 @@ from ewq_gguf.experiments.study_record import (
     Sensitivity,
     Study,
 )
-from ewq_gguf.experiments.study_view import (
+from ewq_gguf.experiments.study_sentences import (
     controls_sentences,
     sensitivity_sentences,
-    study_view,
 )
+from ewq_gguf.experiments.study_view import study_view
 from ewq_gguf.records import BenchedFile, BenchParameters, BenchText, Engine
 from tests.scans import MODEL
 from tests.studies import study_file

@@ -1,1 +1,1 @@
-"""What is compared: plans, presets, controls, the paper."""
+"""Experiments: files of one model measured alike, paired and recorded."""

@@ -1,4 +1,4 @@
-"""Comparison: files of one model beside each other, and what may be said of them."""
+"""Comparison: files of one model beside each other, and their tests in pairs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Estimate(Part):
     """A number and its 95 % interval.
 
     Attributes:
-        value: over everything that was measured.
-        low: of the interval; None where one piece tells nothing of chance.
-        high: likewise.
+        value: mean over everything that was measured.
+        low: lower end; None where one piece tells nothing of chance.
+        high: upper end, likewise.
     """
 
     value: float
@@ -30,20 +30,20 @@ class ComparedFile(Part):
     """One row.
 
     Attributes:
-        name: of the version: `base`, a preset's, or a plan's.
-        kind: what made it.
-        plan_sha256: of the plan it was made from; None of the base.
+        name: name of the version: `base`, a preset's, or a plan's.
+        kind: base, preset or plan.
+        plan_sha256: SHA-256 of its plan; None for the base.
         bpw: bits per weight of the whole file.
         brackets: names of the plans between whose nearest presets in size it is: the
             largest that is no larger, or the smallest that is larger.
         result: all that was measured.
         ppl: perplexity; interval by the bootstrap over windows.
-        kld_mean_nats: from the base, likewise; exactly 0 of the base itself.
-        top1_agreement: with the base, likewise.
-        accuracy: of MMLU; Wilson's interval.
+        kld_mean_nats: divergence from the base, likewise; exactly 0 for the base.
+        top1_agreement: share of tokens with the base's most likely one, likewise.
+        accuracy: MMLU's; Wilson's interval.
         mmlu_perplexity: the paper's; interval of its logarithm, questions independent.
-        rouge_l: of answers beside references, F1.
-        fidelity: ROUGE-L of answers beside the base's.
+        rouge_l: F1 of answers beside references.
+        fidelity: F1 of ROUGE-L of answers beside the base's.
         composite_score: the paper's ln(MMLU perplexity) - accuracy, lower is better.
     """
 
@@ -68,7 +68,7 @@ class PairedTest(Part):
 
     Attributes:
         n: pairs.
-        mean: of the first minus the second.
+        mean: mean of first minus second.
         t: with n - 1 degrees of freedom.
         p: two-sided.
         cohens_d: mean over the pooled population standard deviation of both.
@@ -86,7 +86,7 @@ class ComparedPair(Part):
 
     Attributes:
         first: the plan's name.
-        second: the other row's.
+        second: the other row's name.
         accuracy: McNemar's test; None where no question was asked.
         composite_score: per question, by the bootstrap.
         mmlu_nats: mean -ln p of the right letter, likewise; exp of the difference is
@@ -112,8 +112,8 @@ class Comparison(Record):
     """Versions of one model, made and measured under the same conditions.
 
     Attributes:
-        model: of which all are.
-        imatrix_sha256: of the importance matrix of all files; None for none.
+        model: names and hashes of the model.
+        imatrix_sha256: SHA-256 of the importance matrix of all files; None for none.
         n_turns: rounds in which the files' speeds were measured one after another; 0
             where they were not.
         rows: the base first, then by falling size.
@@ -134,11 +134,11 @@ class PairAcrossModels(Part):
     """Two versions over several models.
 
     Attributes:
-        measure: what is compared; of all of them lower is better, but of accuracy.
+        measure: name of the number; lower is better, but of accuracy.
         first: a version's name.
         second: another's.
-        models: that have both.
-        test: over them; None for fewer than two, or equal differences.
+        models: names of those with both.
+        test: test over them; None for fewer than two, or equal differences.
     """
 
     measure: Literal["composite score", "accuracy", "ln perplexity", "KLD"]

@@ -1,4 +1,4 @@
-"""Plans that no rule would make: what they cost says what a rule is worth.
+"""Plans that no rule would make, to compare a rule's plan with.
 
 A control has as many layers of each type as the plan it is a control of, dealt to other
 layers. A probe quantises one part of the model and leaves the rest as it is.
@@ -29,8 +29,8 @@ from ewq_gguf.records import (
 
 #: Parts that are no single layer and no role.
 NOTHING, ALL_LAYERS = "nothing", "layers"
-#: Of the probe that bounds what the rounding of activations costs: it has that, and as
-#: little of the weights' rounding as any type.
+#: Type of the probe that bounds what the rounding of activations costs: it has that,
+#: and as little of the weights' rounding as any type.
 ROUNDING_TYPE = "Q8_0"
 
 
@@ -40,9 +40,9 @@ class Probe:
 
     Attributes:
         part: as of ProbePolicy.
-        tensors: of that part.
-        plan: that quantises them and nothing else.
-        role: of all of them, where the part is one.
+        tensors: the tensors of that part.
+        plan: a plan that quantises them and nothing else.
+        role: their role, where the part is one.
     """
 
     part: str
@@ -57,7 +57,7 @@ def retyped(plan: Plan, types: Mapping[str, str], policy: GivenPolicy) -> Plan:
     Args:
         plan: any; its budget and its machines are left behind.
         types: by tensor name; what is not named stays.
-        policy: that the new plan is told to be of.
+        policy: the policy that the new plan names.
     """
     tensors = tuple(
         plan_tensor(
@@ -77,7 +77,7 @@ def retyped(plan: Plan, types: Mapping[str, str], policy: GivenPolicy) -> Plan:
             "placement": None,
             "tensors": tensors,
             "layers": layers_of(tensors),
-            # The header names every tensor's type in the same room.
+            # The header names every tensor's type in as many bytes.
             "totals": totals_of(tensors, plan.totals.header_bytes),
         }
     )
@@ -88,7 +88,7 @@ def probes(plan: Plan, ggml_type: str) -> Iterator[Probe]:
 
     Args:
         plan: any of the model.
-        ggml_type: of each layer and each role.
+        ggml_type: type of each layer and each role.
     """
     quantizable = [tensor for tensor in plan.tensors if tensor.is_quantizable]
     layers: dict[int, list[PlanTensor]] = defaultdict(list)
@@ -125,7 +125,7 @@ def controls(
 
     Args:
         plan: whose layers were decided as wholes, by entropy.
-        variances: of the weights, by layer.
+        variances: variance of the weights, by layer.
         n_permutations: how many random ones; no two alike, none the plan itself.
 
     Raises:
@@ -230,19 +230,21 @@ def kld_mean(file: StudyFile) -> float:
 def correlations(
     statistics: Sequence[Mapping[str, float]], klds: Sequence[float]
 ) -> tuple[StatisticCorrelation, ...]:
-    """Of each statistic that every layer has with the layers' divergence.
+    """Correlation of each statistic that every layer has with the layers' divergence.
 
     Args:
-        statistics: of each layer, by name.
-        klds: of each layer; nats.
+        statistics: statistics of each layer, by name.
+        klds: divergence of each layer; nats.
     """
     names = [
-        name for name in statistics[0] if all(name in known for known in statistics)
+        name
+        for name in statistics[0]
+        if all(name in of_layer for of_layer in statistics)
     ]
     return tuple(
         StatisticCorrelation(
             statistic=name,
-            correlation=spearman([known[name] for known in statistics], klds),
+            correlation=spearman([of_layer[name] for of_layer in statistics], klds),
         )
         for name in sorted(names)
     )

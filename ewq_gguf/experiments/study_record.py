@@ -1,4 +1,4 @@
-"""Study: what many throwaway files of one model say about a way of planning."""
+"""Study: many temporary files of one model, measured to judge a way of planning."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class StudyFile(Part):
     """A file that was made, measured and removed; its plan makes it again.
 
     Attributes:
-        label: what it is in the study.
-        plan_sha256: of its plan.
+        label: its name in the study.
+        plan_sha256: SHA-256 of its plan.
         layer_types: the type asked for each layer's matrices, from the first layer on;
             None where they differ.
-        size_bytes: of the file.
+        size_bytes: the file's bytes.
         bpw: bits per weight of the whole file.
         quality: perplexity and divergence from the base.
     """
@@ -37,10 +37,10 @@ class LayerProbe(Part):
     """One layer quantised, everything else as the base has it.
 
     Attributes:
-        layer_idx: which.
-        statistics: of its linear matrices' weights, by their names in a scan, weighted
-            by the matrices' sizes; and `variance` and `depth`.
-        file: measured.
+        layer_idx: number of the layer.
+        statistics: statistics of its linear matrices' weights, by their names in a
+            scan, weighted by the matrices' sizes; and `variance` and `depth`.
+        file: the measured file.
     """
 
     layer_idx: int
@@ -53,9 +53,9 @@ class RoleProbe(Part):
 
     Attributes:
         role: such as `attn_q`.
-        n_tensors: that have it.
-        n_weights: of them.
-        file: measured.
+        n_tensors: number of tensors with that role.
+        n_weights: their weights.
+        file: the measured file.
     """
 
     role: str
@@ -77,19 +77,19 @@ class StatisticCorrelation(Part):
 
 
 class Sensitivity(Part):
-    """What quantising each part alone costs, and which statistics foretell it.
+    """The cost of quantising each part alone, and the statistics that foretell it.
 
     Attributes:
-        kind: of the study.
-        ggml_type: that the parts were given.
-        epsilon: of the softmax entropies.
-        n_bins: of the histogram entropies.
+        kind: name of the study.
+        ggml_type: type that the parts were given.
+        epsilon: constant in the logarithm of the softmax entropies.
+        n_bins: bins of the histogram entropies.
         floor: nothing quantised; a divergence of exactly 0.
         rounding: all layers at Q8_0: no more than this is the rounding of activations,
             which any quantised matrix brings with it, whatever its type.
         layers: one at a time.
         roles: one at a time, those outside the layers too.
-        correlations: of every statistic with the layers' mean divergence.
+        correlations: each statistic's correlation with the layers' mean divergence.
     """
 
     kind: Literal["sensitivity"] = "sensitivity"
@@ -108,8 +108,8 @@ class Control(Part):
 
     Attributes:
         order: as of ControlPolicy.
-        seed: of the random one.
-        file: measured.
+        seed: seed of a random one.
+        file: the measured file.
         difference: its mean divergence minus the plan's, over the same windows.
     """
 
@@ -123,10 +123,11 @@ class Controls(Part):
     """A plan beside others with as many layers of each type.
 
     Attributes:
-        kind: of the study.
-        plan: measured.
-        controls: measured.
-        rank: of the plan's mean divergence among it and the random ones; 1 is least.
+        kind: name of the study.
+        plan: the plan's file.
+        controls: the other files.
+        rank: place of the plan's mean divergence among it and the random ones; 1 is
+            least.
         p: share of ranks as good or better; the least it can be is one over the number
             of random ones and one.
     """
@@ -139,11 +140,11 @@ class Controls(Part):
 
 
 class FactorFile(Part):
-    """What a factor makes.
+    """The file that a factor gives.
 
     Attributes:
         factor: X of the threshold.
-        file: measured; factors that plan the same share one.
+        file: the measured file; factors that plan the same share one.
     """
 
     factor: float
@@ -154,8 +155,8 @@ class FactorSweep(Part):
     """One factor after another.
 
     Attributes:
-        kind: of the study.
-        files: in the order asked.
+        kind: name of the study.
+        files: in the order asked for.
     """
 
     kind: Literal["factor"] = "factor"
@@ -168,9 +169,9 @@ class FrontierFile(Part):
     Attributes:
         source: whose types it has: a `preset`'s, policy `ewq`, `fastewq` or `optimal`.
         budget: the name of the size that it was planned for; None without one.
-        limit_bytes: of that size.
+        limit_bytes: bytes of that size.
         has_imatrix: whether it was made with the importance matrix.
-        file: measured.
+        file: the measured file.
         rival: label of the best preset that its limit allows; of optimal files only.
         difference: its mean divergence minus the rival's, over the same windows.
     """
@@ -188,7 +189,7 @@ class Frontier(Part):
     """Size against divergence, of every way to plan.
 
     Attributes:
-        kind: of the study.
+        kind: name of the study.
         files: large to small.
         ratio: geometric mean of the optimal files' divergences over their rivals'; None
             where no optimal file has a rival.
@@ -205,15 +206,15 @@ Findings = Annotated[
 
 
 class Study(Record):
-    """What many throwaway files of one model say.
+    """Many temporary files of one model, measured alike.
 
     Attributes:
-        ewq_version: of the package that planned them.
-        model: of which checkpoint.
-        base: what they were compared with.
-        parameters: of every measurement.
-        engine: what computed.
-        findings: of one kind of study.
+        ewq_version: version of the package that planned them.
+        model: names and hashes of the checkpoint.
+        base: the file that they were compared with.
+        parameters: settings of every measurement.
+        engine: the engine that computed.
+        findings: results of the study that was done.
     """
 
     schema_name: Literal["ewq.study"] = "ewq.study"
