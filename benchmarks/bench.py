@@ -19,10 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from ewq_gguf.api import base_file
+from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import Request, bench_file
-from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.process import N_CPUS, run
@@ -38,7 +37,7 @@ def main(n_chunks: int) -> None:
     """Print both, line by line."""
     text = wikitext("benchmark")
     toolchain = find_toolchain()
-    base = base_file(open_checkpoint("demo"), toolchain)
+    base = base_file(Run("demo"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "Q4_K_M.gguf"

@@ -21,12 +21,9 @@ from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.statistics import kld_difference
 from ewq_gguf.bench.tasks.mmlu_data import Question
 from ewq_gguf.bench.tasks.mmlu_files import find_subjects
-from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.records import TextResult
 from ewq_gguf.records.scores import Letter
 from ewq_gguf.stages.candidate_files import measure_plans, types_sha256
-from ewq_gguf.stages.options import SILENT, Options
 
 PRESETS = ("Q5_K_M", "Q4_K_M", "IQ4_XS")
 N_CALIBRATION, N_JUDGED = 40, 40
@@ -49,17 +46,17 @@ def main() -> None:
         "WikiText": texts / "wikitext-2-raw" / "wiki.test.raw",
         "questions": test,
     }
-    checkpoint = api.open_model("demo")
+    run = api.open_model("demo")
     matrices: dict[str, Path | None] = {"none": None}
     for name, text in calibrations.items():
         matrices[name], importance = api.make_imatrix(
-            checkpoint, calibration=text, n_chunks=N_CALIBRATION
+            run, calibration=text, n_chunks=N_CALIBRATION
         )
         n_chunks = importance.record.n_chunks
         print(f"calibrated on {name}: {n_chunks} windows of 512 tokens", flush=True)
     for judge, text in judges.items():
         found = {
-            name: _measured(checkpoint, matrix, judge, text)
+            name: _measured(run.with_options(imatrix=matrix), judge, text)
             for name, matrix in matrices.items()
         }
         print(f"\njudged on {judge}, {N_JUDGED} windows; KLD in nats\n")
@@ -89,15 +86,11 @@ def _questions(folder: Path, split: str, to: Path) -> Path:
     return path
 
 
-def _measured(
-    checkpoint: Checkpoint, matrix: Path | None, judge: str, text: Path
-) -> dict[str, TextResult]:
-    toolchain = find_toolchain()
-    options = Options(imatrix=matrix)
-    plans = api.preset_plans(checkpoint, presets=PRESETS, options=options)
+def _measured(run: api.Run, judge: str, text: Path) -> dict[str, TextResult]:
+    plans = api.preset_plans(run, presets=PRESETS)
     request = Request(
         tasks=("kld",),
-        base=api.base_file(checkpoint, toolchain),
+        base=api.base_file(run),
         texts=((judge, text),),
         setup=CPU_SETUP,
         n_chunks=N_JUDGED,
@@ -105,9 +98,9 @@ def _measured(
     parts = measure_plans(
         list(plans.values()),
         request,
-        toolchain,
-        options=options,
-        progress=SILENT,
+        run.toolchain,
+        options=run.options,
+        progress=run.progress,
     )
     return {name: parts[types_sha256(plan)].quality for name, plan in plans.items()}
 

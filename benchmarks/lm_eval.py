@@ -30,13 +30,11 @@ import click
 import numpy as np
 
 from ewq_gguf import store
-from ewq_gguf.api import base_file
+from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.job import MmluRequest
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.bench.tasks.mmlu_files import LETTERS
 from ewq_gguf.checkpoint.demo import demo_checkpoint
-from ewq_gguf.checkpoint.source import open_checkpoint
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.process import run
 from ewq_gguf.records.scores import MmluScores
 
@@ -109,7 +107,7 @@ def asked_only(request: MmluRequest, subjects: tuple[str, ...], work: Path) -> R
 
 def bench(request: Request) -> MmluScores:
     """Ours."""
-    file = base_file(open_checkpoint("demo"), find_toolchain())
+    file = base_file(Run("demo"))
     scores = bench_file(file, request, lambda share, rss_bytes: None).mmlu
     assert scores is not None
     return scores

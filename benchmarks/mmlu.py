@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from ewq_gguf.api import base_file
+from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.engines.forward import prompt_tokens
 from ewq_gguf.bench.engines.llama import LlamaModel, LlamaScorer, Log
 from ewq_gguf.bench.engines.scorer import Batch
@@ -35,7 +35,6 @@ from ewq_gguf.bench.runner import CPU_SETUP
 from ewq_gguf.bench.tasks.mmlu import score_question
 from ewq_gguf.bench.tasks.mmlu_data import MmluTask, Prompt, letter_tokens, load_task
 from ewq_gguf.bench.tasks.questions import N_PARALLEL, ask
-from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.process import N_CPUS, run
 from ewq_gguf.records.scores import MmluOutcome
@@ -61,7 +60,7 @@ def main(subject: str, n_questions: int, ftype: str) -> None:
         Path(os.environ["EWQ_MMLU_DIR"]), subjects=[subject], limit=n_questions
     )
     toolchain = find_toolchain()
-    file = base_file(open_checkpoint("demo"), toolchain)
+    file = base_file(Run("demo"))
     with tempfile.TemporaryDirectory() as name:
         if ftype != "BF16":
             base, file = file, Path(name, f"{ftype}.gguf")

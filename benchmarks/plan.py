@@ -66,7 +66,7 @@ def compare_ways(folder: Path) -> None:
 
     ewq = least(lambda: scan_checkpoint(checkpoint, work=Work(2)))
     fitted = least(fast)
-    whole = least(lambda: api.plan(checkpoint, FastEwqPolicy()))
+    whole = least(lambda: api.plan(api.Run(checkpoint), FastEwqPolicy()))
     print(
         f"{SHAPE_1B.n_layers} layers, 2.08 GB: EWQ reads every weight in {ewq:.3f} s, "
         f"FastEWQ answers in {fitted:.3f} s, {ewq / fitted:.1f} times less; its whole "
@@ -92,7 +92,7 @@ def plan_405b(folder: Path) -> None:
         for name, ask in asks.items():
             took = least(partial(make_plan, scan, policy, budget=ask))
             print(f"by {granularity:6}  {name:11}  {took:6.3f} s")
-    took = least(lambda: api.plan(checkpoint, FastEwqPolicy()))
+    took = least(lambda: api.plan(api.Run(checkpoint), FastEwqPolicy()))
     print(f"fastewq    no budget    {took:6.3f} s")
 
 

@@ -18,13 +18,11 @@ from ewq_gguf.bench.writing import written_text
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.ggml_types import n_dims, written_type
 from ewq_gguf.llamacpp.imatrix import importance_values
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.optimal.error_table import error_table
 from ewq_gguf.optimal.probes import PROBE_TYPE, Prober, probe_slopes
 from ewq_gguf.optimal.sensitivity import is_doubtful, roles_of
 from ewq_gguf.records import OptimalPolicy
-from ewq_gguf.stages.calibrating import with_imatrix
-from ewq_gguf.stages.options import SILENT, Options
+from ewq_gguf.stages.options import SILENT
 from ewq_gguf.tensor_names import is_quantizable, role
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K")
@@ -33,12 +31,11 @@ N_OUTLIERS = 4
 
 def main() -> None:
     """Print both tables."""
-    checkpoint = api.open_model("demo")
-    options = with_imatrix(checkpoint, Options())
-    toolchain = find_toolchain()
+    run = api.with_imatrix(api.Run("demo"))
+    options, toolchain = run.options, run.toolchain
     assert toolchain.lib_dir is not None
     assert options.imatrix is not None
-    base = api.base_file(checkpoint, toolchain)
+    base = api.base_file(run)
     text = written_text(
         base,
         CPU_SETUP,

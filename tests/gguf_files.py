@@ -70,9 +70,9 @@ def make_tiny(folder: Path, cache: Path, toolchain: Toolchain, **shape) -> Tiny:
         return Tiny(
             folder,
             checkpoint,
-            api.scan(checkpoint),
+            api.scan(api.Run(checkpoint)),
             layout_of(checkpoint, toolchain),
-            api.base_file(checkpoint, toolchain),
+            api.base_file(api.Run(checkpoint)),
         )
 
 

@@ -31,8 +31,8 @@ from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ResourceError, UsageError
 from ewq_gguf.llamacpp.quantize import export_sh
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline.planning import check_plan
 from ewq_gguf.records import EwqPolicy, Measures, ModelIdentity, TensorScan
+from ewq_gguf.stages.finished_plan import check_plan
 from tests.adapters import (
     Floats,
     factors,
@@ -760,7 +760,7 @@ def test_a_model_without_adapters_has_the_record_that_it_had(llama):
 
 def test_the_scan_is_of_the_merged_weights_and_names_the_adapter(llama, tmp_path):
     adapter = write_adapter(tmp_path / "tune", GOOD)
-    before = api.scan(open_checkpoint(str(llama)))
+    before = api.scan(api.Run(str(llama)))
     options = Options(adapters=(str(adapter),))
     after = api.scan(api.open_model(str(llama), options=options))
     changed = [
@@ -778,7 +778,9 @@ def test_the_scan_is_of_the_merged_weights_and_names_the_adapter(llama, tmp_path
 def test_a_plan_is_for_the_merged_model_or_for_its_base(llama, tmp_path):
     base = open_checkpoint(str(llama))
     tuned = merged(llama, write_adapter(tmp_path / "tune", GOOD))
-    plans = [api.plan(api.scan(c), EwqPolicy()) for c in (base, tuned)]
+    plans = [
+        api.plan(api.Run(api.scan(api.Run(c))), EwqPolicy()) for c in (base, tuned)
+    ]
     check_plan(plans[1], tuned.identity, plans[1].weights_sha256)
     with refused(
         r"with 1 adapters merged \(tune\), here are 0; give the same adapters"
@@ -792,7 +794,7 @@ def test_no_script_and_no_dry_run_makes_the_base_of_a_merged_plan(
     llama, tmp_path, capsys
 ):
     tuned = merged(llama, write_adapter(tmp_path / "tune", GOOD))
-    plan = api.plan(api.scan(tuned), EwqPolicy())
+    plan = api.plan(api.Run(api.scan(api.Run(tuned))), EwqPolicy())
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
 

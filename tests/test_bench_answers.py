@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ewq_gguf.api import base_file
+from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.job import MemoryUse, PromptsRequest
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
-from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.process import run
 from ewq_gguf.records import AnswerPart, Result, load_record, read_journal
 
@@ -179,7 +177,7 @@ def test_a_prompt_longer_than_the_context_is_counted_and_not_cut(
 @pytest.mark.slow
 @pytest.mark.fault(69)
 def test_a_base_that_reads_prompts_as_other_tokens_is_refused(request_, files):
-    base = base_file(open_checkpoint("demo"), find_toolchain())
+    base = base_file(Run("demo"))
 
     with pytest.raises(InputError, match="has another tokenizer than Q4_0"):
         bench_file(files[0], replace(request_, base=base), silent)

@@ -15,11 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ewq_gguf.api import base_file
+from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.checkpoint.gguf_file import read_gguf
-from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import (
     ChildError,
@@ -29,7 +28,6 @@ from ewq_gguf.errors import (
     ToolError,
     VerificationError,
 )
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Result, load_record
 from tests.test_rpc import rpc_worker
@@ -159,7 +157,7 @@ def test_the_tiny_model_is_scored_as_llama_perplexity_does(
 def test_the_built_in_model_is_scored_as_llama_perplexity_does(
     request_of, toolchain, tmp_path, wikitext
 ):
-    base = base_file(open_checkpoint("demo"), toolchain)
+    base = base_file(Run("demo"))
     file = quantised(toolchain, base, tmp_path, "Q4_K_M")
     request = request_of("perplexity", "kld", n_chunks=4, n_ctx=512)
     request = replace(request, base=base, texts=(("wikitext", wikitext),))
@@ -372,7 +370,7 @@ def test_split_files_are_benched_whole_or_not_at_all(
 @pytest.mark.slow
 @pytest.mark.fault(69)
 def test_a_base_of_another_tokenizer_is_refused(request_of, tiny, toolchain):
-    base = base_file(open_checkpoint("demo"), toolchain)
+    base = base_file(Run("demo"))
     with pytest.raises(InputError, match="another tokenizer"):
         bench_file(tiny.base, request_of("kld", base=base), silent)
 
@@ -481,8 +479,7 @@ def mmlu(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_mmlu_is_asked_and_goes_on_where_it_was(mmlu, tmp_path, capsys):
-    toolchain = find_toolchain()
-    file = base_file(open_checkpoint("demo"), toolchain)
+    file = base_file(Run("demo"))
     args = ["bench", str(file), "-q", "--tasks", "mmlu", "--mmlu", str(mmlu)]
     args += ["--shots", "1", "--limit", "2", "--device", "cpu"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ewq_gguf.api import base_file, for_transformers, scan
+from ewq_gguf.api import Run, base_file, for_transformers, scan
 from ewq_gguf.api import plan as make_plan
 from ewq_gguf.bench.engines import precision
 from ewq_gguf.bench.engines.precision import (
@@ -85,8 +85,8 @@ def tiny(tmp_path_factory, session_cache, toolchain) -> Tiny:
     with using_cache(session_cache):
         checkpoint = open_checkpoint(str(folder))
         layout = layout_of(checkpoint, toolchain)
-        base = base_file(checkpoint, toolchain)
-        return Tiny(folder, checkpoint, scan(checkpoint), layout, base)
+        base = base_file(Run(checkpoint))
+        return Tiny(folder, checkpoint, scan(Run(checkpoint)), layout, base)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_full_context_is_refused(exact):
 
 def test_the_built_in_model_is_tokenised_as_llama_cpp_does(toolchain):
     llama = pytest.importorskip("ewq_gguf.bench.engines.llama")
-    base = base_file(open_checkpoint("demo"), toolchain)
+    base = base_file(Run("demo"))
     theirs = llama.LlamaModel(base, SETUP, llama.Log())
     ours = load(demo_checkpoint())
     text = (
@@ -502,9 +502,9 @@ def test_options_that_do_not_go_together(exact, options, code, message, capsys):
 
 def test_models_that_transformers_does_not_load(exact, tiny, request_of):
     with pytest.raises(UsageError, match="is a GGUF file"):
-        for_transformers(str(tiny.base), None)
+        for_transformers(Run(str(tiny.base)), None)
     with pytest.raises(UsageError, match="give its folder"):
-        for_transformers(str(exact / "model.safetensors"), None)
+        for_transformers(Run(str(exact / "model.safetensors")), None)
     with pytest.raises(InputError, match=r"no \*\.safetensors"):
         identify(exact.parent)
 
@@ -516,7 +516,7 @@ def test_a_plan_of_another_checkpoint_is_refused(exact, tiny, tmp_path):
     )
 
     with pytest.raises(InputError, match="the plan is for checkpoint"):
-        for_transformers(str(exact), path)
+        for_transformers(Run(str(exact)), path)
 
 
 # The built-in model
@@ -530,7 +530,7 @@ def test_the_built_in_model_is_the_same_in_both_engines(toolchain):
     if not folder or not path.is_file():
         pytest.skip("EWQ_TEXT_DIR names no folder with wikitext-2-raw/wiki.test.raw")
     checkpoint = open_checkpoint("demo")
-    base_path = base_file(checkpoint, toolchain)
+    base_path = base_file(Run(checkpoint))
     base = Named(base_path, llama.LlamaModel(base_path, SETUP, llama.Log()))
     names = [t.name for _, t in checkpoint.tensors if "_proj" in t.name]
     text = read_text(path)[:20_000]

@@ -168,11 +168,11 @@ def test_llama_cpp_knows_what_names_alone_do_not(family, tmp_path, toolchain):
     write_family(tmp_path, family)
     gone = "model.layers.0.self_attn.o_proj.weight"
     changed(tmp_path, lambda t: {k: v for k, v in t.items() if k != gone})
-    checkpoint = api.open_model(str(tmp_path))
+    run = api.open_model(str(tmp_path))
     with refused("would not load a GGUF of it: tensor 'blk.0.attn_output.weight' not"):
-        api.layout(checkpoint, toolchain)
+        _ = run.layout
     with refused("would not load a GGUF of it"):
-        api.scan(checkpoint)
+        api.scan(run)
 
 
 # Leftovers.
@@ -299,13 +299,12 @@ def test_buffers_are_left_out_and_told_whoever_maps_the_names(
         def note(self, text: str) -> None:
             said.append(text)
 
-    checkpoint = api.open_model(str(folder), progress=Told())
-    names = {tensor.name for tensor in buffers_of(checkpoint)}
+    run = api.open_model(str(folder), progress=Told())
+    names = {tensor.name for tensor in buffers_of(run.checkpoint)}
     assert len(names) == (2 if family == "GPT-2 with masks" else 10)
-    assert set(api.scan(checkpoint).dropped) == names
+    assert set(api.scan(run).dropped) == names
     assert any(f"leaves out {len(names)} tensors of" in text for text in said)
-    base = api.base_file(checkpoint, toolchain)
-    layout = api.layout(checkpoint, toolchain)
+    base, layout = api.base_file(run), run.layout
     assert [t.name for t in read_gguf(base).tensors] == [t.name for t in layout.tensors]
 
 

@@ -17,10 +17,9 @@ from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
 from ewq_gguf.llamacpp.quantize import export_sh
-from ewq_gguf.pipeline.planning import check_plan
 from ewq_gguf.process import run
 from ewq_gguf.records import AdapterIdentity, ModelIdentity, UniformPolicy
-from ewq_gguf.stages.choosing import say_heads
+from ewq_gguf.stages.companions import say_heads
 from tests.checkpoints import write_llama
 from tests.families import FAMILIES, write_family
 
@@ -69,10 +68,7 @@ def own_folder(tmp_path, monkeypatch):
 def converted(model: Path, out: Path, toolchain, **options) -> str:
     """What is said while a model is converted."""
     notes, chosen = Notes(), Options(load=False, **options)
-    checkpoint = api.open_model(str(model), options=chosen, progress=notes)
-    api.convert_model(
-        checkpoint, toolchain, out, "BF16", options=chosen, progress=notes
-    )
+    api.convert_model(api.Run(str(model), chosen, notes), out, "BF16")
     return notes.text
 
 
@@ -153,9 +149,8 @@ def test_a_plan_with_another_template_is_refused_by_its_option_though_forced(
     for path in files:
         path.write_text(f"{TEMPLATE}{path.name}")
     options = Options(chat_template=files[0])
-    checkpoint = api.open_model(str(model), options=options)
     plan = tmp_path / "plan.json"
-    plan.write_text(api.plan(checkpoint, POLICY, options=options).to_json())
+    plan.write_text(api.plan(api.Run(str(model), options), POLICY).to_json())
     hashes = [store.sha256_file(path)[:12] for path in files]
     argv = ["gguf", str(model), "--plan", str(plan), "--force", "-o", "o.gguf"]
 
@@ -186,16 +181,16 @@ def test_choices_that_differ_are_named_though_forced(
     )
 
     with pytest.raises(InputError, match=why):
-        check_plan(plan.model_copy(update={"model": one}), two, None, force=force)
+        api.check_plan(plan.model_copy(update={"model": one}), two, None, force=force)
 
 
 @pytest.mark.parametrize(
     "choice", [("--chat-template", "mine.jinja"), ("--pre", "qwen2"), ("--mtp", "drop")]
 )
 def test_a_scan_takes_no_choice(choice, tmp_path, capsys):
-    checkpoint = api.open_model(str(write_llama(tmp_path / "model")))
+    run = api.open_model(str(write_llama(tmp_path / "model")))
     scan = tmp_path / "scan.json"
-    scan.write_text(api.scan(checkpoint).to_json())
+    scan.write_text(api.scan(run).to_json())
 
     assert main(["plan", str(scan), *choice]) == 2
     assert f"give MODEL with {choice[0]}" in " ".join(capsys.readouterr().err.split())
@@ -207,27 +202,26 @@ def test_a_plan_with_choices_is_compared_and_measured_in_transformers(
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE)
     options = Options(chat_template=template, pre="qwen2")
-    checkpoint = api.open_model(str(unknown), options=options)
-    plan = api.plan(checkpoint, POLICY, options=options)
+    plan = api.plan(api.Run(str(unknown), options), POLICY)
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
 
-    applied = api.for_transformers(str(unknown), path).plan
+    applied = api.for_transformers(api.Run(str(unknown)), path).plan
     assert applied is not None
     assert applied.sha256 == plan.sha256
 
     opened = []
 
-    def versions(checkpoint, *_):
-        opened.append(checkpoint.identity)
+    def versions(run, *_):
+        opened.append(run.identity)
         raise InputError("test", "versions", "are not made", "stop here")
 
     monkeypatch.setattr("ewq_gguf.experiments.compare.choose_versions", versions)
     wanted = api.ComparisonSpec((api.PlanSpec(plan),), (), Request(tasks=("speed",)))
     with pytest.raises(InputError, match="--chat-template"):
-        api.compare(str(unknown), wanted)
+        api.compare(api.Run(str(unknown)), wanted)
     with pytest.raises(InputError, match="stop here"):
-        api.compare(str(unknown), wanted, options=Options(chat_template=template))
+        api.compare(api.Run(str(unknown), Options(chat_template=template)), wanted)
     assert opened == [plan.model]
 
 
@@ -242,7 +236,7 @@ def test_a_plan_of_merged_weights_is_not_for_a_checkpoint_in_transformers(tmp_pa
     path.write_text(plan.model_copy(update={"model": tuned}).to_json())
 
     with pytest.raises(InputError, match=r"adapters merged \(tune\)") as caught:
-        api.for_transformers(str(model), path)
+        api.for_transformers(api.Run(str(model)), path)
     assert "--adapter" not in str(caught.value)
 
 
@@ -309,7 +303,7 @@ def test_a_study_names_the_nearest_pre_tokenizer_and_takes_it(
     found = []
 
     def measured(question, *_):
-        found.append(question.checkpoint.identity.chosen)
+        found.append(question.run.identity.chosen)
         raise InputError("test", "study", "is not measured", "stop here")
 
     for name in ("study.study_sensitivity", "frontier.study_frontier"):
@@ -358,9 +352,9 @@ def glm(tmp_path_factory) -> Path:
 def laid_out(model: Path, toolchain, mtp: str) -> tuple[set[str], str]:
     """The names in the text model's file, and what is said of heads."""
     notes, options = Notes(), Options(mtp=mtp)
-    checkpoint = api.open_model(str(model), options=options, progress=notes)
-    layout = api.layout(checkpoint, toolchain)
-    say_heads(checkpoint, layout, options, notes)
+    run = api.Run(str(model), options, notes)
+    layout = run.layout
+    say_heads(run, layout)
     return {tensor.name for tensor in layout.tensors}, notes.text
 
 

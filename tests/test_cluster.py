@@ -298,9 +298,9 @@ def test_what_is_known_needs_no_cluster(tiny):
 
 def test_the_cluster_has_the_local_cache(tiny):
     checkpoint = open_checkpoint(str(tiny))
-    first = api.scan(checkpoint)
+    first = api.scan(api.Run(checkpoint))
     options = Options(scheduler="tcp://127.0.0.1:1")
-    assert api.scan(checkpoint, options=options) == first
+    assert api.scan(api.Run(checkpoint, options)) == first
 
 
 @pytest.mark.slow
@@ -345,7 +345,7 @@ def test_a_workers_error_is_the_local_one(cluster, tiny, tmp_path, capsys):
     assert "holds 1 NaN or infinite weights" in local
     assert finish(cluster.ewq(tiny, "-q")) == (3, local)
     options = Options(scheduler=cluster.address, allow_nonfinite=True)
-    found = api.scan(open_checkpoint(str(tiny)), options=options)
+    found = api.scan(api.Run(str(tiny), options))
     assert sum(tensor.n_nonfinite for tensor in found.tensors) == 1
 
 

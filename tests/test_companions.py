@@ -71,17 +71,15 @@ def gemma(tmp_path_factory, session_cache) -> tuple[Path, Made, list[str]]:
 def gemma_layout(gemma, session_cache, toolchain) -> CompanionLayout:
     """Of its mmproj."""
     with using_cache(session_cache):
-        checkpoint = api.open_model(str(gemma[0]))
+        checkpoint = api.open_model(str(gemma[0])).checkpoint
         return companion_layout(checkpoint, toolchain, "mmproj", "BF16")
 
 
-def left_out(model: Path, toolchain, laid_out=None, **options) -> list[str]:
+def left_out(model: Path, layout=None, **options) -> list[str]:
     """What is said of a checkpoint whose images go nowhere."""
     notes = Notes()
-    checkpoint = api.open_model(str(model))
-    laid_out = laid_out or api.layout(checkpoint, toolchain)
-    chosen = Options(**options)
-    assert plan_companions(checkpoint, laid_out, toolchain, chosen, notes) == []
+    run = api.Run(str(model), Options(**options), notes)
+    assert plan_companions(run, layout or run.layout) == []
     return notes.texts
 
 
@@ -190,12 +188,7 @@ def test_another_file_under_the_mmprojs_name_is_not_lost(
     other.write_bytes(b"somebody's")
 
     with pytest.raises(UsageError, match="exists and is not this checkpoint's mmproj"):
-        place_companion(
-            api.open_model(str(gemma[0])),
-            *(toolchain, gemma_layout, text),
-            Options(load=False),
-            Notes(),
-        )
+        place_companion(api.Run(str(gemma[0]), Options(load=False)), gemma_layout, text)
     assert other.read_bytes() == b"somebody's"
 
 
@@ -215,11 +208,7 @@ def test_another_file_under_the_mmprojs_name_is_found_before_any_work(
         with pytest.raises(UsageError, match=why):
             make_gguf(str(gemma[0]), out, POLICY)
     with pytest.raises(UsageError, match=why):
-        api.convert_model(
-            api.open_model(str(gemma[0])),
-            *(toolchain, tmp_path / "out.gguf", "BF16"),
-            options=Options(),
-        )
+        api.convert_model(api.Run(str(gemma[0])), tmp_path / "out.gguf", "BF16")
     assert leftovers(tmp_path) == []
 
 
@@ -238,14 +227,17 @@ def test_a_value_that_is_not_the_checkpoints_is_found(gemma, gemma_layout, tmp_p
 
     with pytest.raises(VerificationError, match=f"{name} .*off by"):
         verify_companion(
-            api.open_model(str(gemma[0])), gemma_layout, path, text_model=None
+            api.open_model(str(gemma[0])).checkpoint,
+            gemma_layout,
+            path,
+            text_model=None,
         )
 
 
 def test_quantised_values_are_compared_within_what_a_block_can_hold(
     gemma, toolchain, tmp_path
 ):
-    checkpoint, name = api.open_model(str(gemma[0])), "v.blk.1.ffn_up.weight"
+    checkpoint, name = api.open_model(str(gemma[0])).checkpoint, "v.blk.1.ffn_up.weight"
     layout = companion_layout(checkpoint, toolchain, "mmproj", "Q8_0")
     path = tmp_path / "q.gguf"
 
@@ -270,18 +262,17 @@ def test_a_header_that_is_another_checkpoints_is_found(gemma, gemma_layout, tmp_
 
     with pytest.raises(VerificationError, match="header is not the one"):
         verify_companion(
-            api.open_model(str(gemma[0])), gemma_layout, path, text_model=None
+            api.open_model(str(gemma[0])).checkpoint,
+            gemma_layout,
+            path,
+            text_model=None,
         )
 
 
 def test_weights_that_are_split_and_unrolled_are_compared_as_well(toolchain, tmp_path):
     """Qwen2.5-VL: one qkv makes three tensors, one 3-D convolution two."""
     model = vision.write_qwen25vl(tmp_path / "qwen")
-    checkpoint = api.open_model(str(model))
-
-    (beside,) = api.convert_model(
-        checkpoint, toolchain, tmp_path / "q.gguf", "BF16", options=Options()
-    )
+    (beside,) = api.convert_model(api.Run(str(model)), tmp_path / "q.gguf", "BF16")
 
     assert (beside.found.n_sources, beside.found.n_tensors) == (42, 55)
     assert beside.found.n_equal == 55
@@ -292,12 +283,9 @@ def test_a_model_that_names_its_text_models_architecture_apart_is_taken(
     toolchain, tmp_path
 ):
     model = vision.write_smolvlm(tmp_path / "smol")
-    checkpoint = api.open_model(str(model))
-    laid_out = api.layout(checkpoint, toolchain)
+    run = api.Run(str(model), Options(mmproj="f16"))
 
-    (layout,) = plan_companions(
-        checkpoint, laid_out, toolchain, Options(mmproj="f16"), Notes()
-    )
+    (layout,) = plan_companions(run, run.layout)
 
     assert layout.ggml_type == "F16"
     assert len(layout.hf_names) == 38
@@ -311,16 +299,16 @@ def test_images_are_left_out_where_the_processors_file_is_missing(
     gemma, toolchain, tmp_path
 ):
     model = vision.write_gemma3(tmp_path / "m", processor=False)
-    same_text = api.layout(api.open_model(str(gemma[0])), toolchain)
+    same_text = api.open_model(str(gemma[0])).layout
 
-    (said,) = left_out(model, toolchain, same_text)
+    (said,) = left_out(model, same_text)
 
     assert f"{N_GEMMA} tensors for images (76.42 kB" in said
     assert "needs preprocessor_config.json" in said
 
 
 def test_a_tower_that_the_converter_refuses_is_said(toolchain, tmp_path):
-    (said,) = left_out(vision.write_llava(tmp_path / "m"), toolchain)
+    (said,) = left_out(vision.write_llava(tmp_path / "m"))
 
     assert said.startswith("37 tensors for images (72.26 kB in the checkpoint)")
     assert "Unsupported model type: clip_vision_model" in said
@@ -330,9 +318,9 @@ def test_a_tower_under_names_that_the_converter_does_not_know_is_said(
     gemma, toolchain, tmp_path
 ):
     model = vision.write_gemma3(tmp_path / "m", prefix="model.")
-    same_text = api.layout(api.open_model(str(gemma[0])), toolchain)
+    same_text = api.open_model(str(gemma[0])).layout
 
-    (said,) = left_out(model, toolchain, same_text)
+    (said,) = left_out(model, same_text)
 
     assert said.startswith(f"{N_GEMMA} tensors for images")
     assert "knows none of its tensors by name" in said
@@ -344,7 +332,7 @@ def test_an_architecture_without_an_mmproj_is_said_and_refused_where_asked_for(
     model = vision.write_unknown(tmp_path / "m")
     why = "no mmproj for KeyeForConditionalGeneration"
 
-    (said,) = left_out(model, toolchain)
+    (said,) = left_out(model)
     assert said.startswith("37 tensors for images (72.26 kB in the checkpoint)")
     assert why in said
 
@@ -358,15 +346,14 @@ def test_an_mmproj_of_a_model_that_only_reads_is_refused(toolchain, tmp_path):
     model = write_llama(tmp_path / "text")
 
     with pytest.raises(UsageError, match="no weights for images or sounds"):
-        left_out(model, toolchain, mmproj="f16")
+        left_out(model, mmproj="f16")
 
 
 def test_an_mmproj_of_a_gguf_is_refused_by_its_own_reason(gemma, toolchain):
-    checkpoint = api.open_model(str(gemma[0]))
-    source = api.base_file(checkpoint, toolchain)
+    source = api.base_file(api.Run(str(gemma[0])))
 
     with pytest.raises(UsageError, match="is a GGUF file, which is not converted"):
-        left_out(source, toolchain, mmproj="f16")
+        left_out(source, mmproj="f16")
 
 
 def test_buffers_of_a_tower_are_no_tensors_for_images(gemma, toolchain, tmp_path):
@@ -376,15 +363,15 @@ def test_buffers_of_a_tower_are_no_tensors_for_images(gemma, toolchain, tmp_path
     model = shutil.copytree(gemma[0], tmp_path / "tiny-vlm")
     path, name = model / "model.safetensors", "vision_tower.vision_model.embeddings"
     save_file({**load_file(path), f"{name}.position_ids": arange(4)[None]}, path)
-    same_text = api.layout(api.open_model(str(gemma[0])), toolchain)
+    same_text = api.open_model(str(gemma[0])).layout
 
-    said = left_out(model, toolchain, same_text, mmproj="none")
+    said = left_out(model, same_text, mmproj="none")
 
     assert said[0].startswith(f"{N_GEMMA} tensors for images")
 
 
 def test_no_mmproj_is_said(gemma, toolchain):
-    (said,) = left_out(gemma[0], toolchain, mmproj="none")
+    (said,) = left_out(gemma[0], mmproj="none")
 
     assert said == (
         f"{N_GEMMA} tensors for images (76.42 kB in the checkpoint) are left out "

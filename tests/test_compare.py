@@ -110,7 +110,7 @@ def test_plans_stand_beside_the_presets_that_bracket_them(compared, tiny):
     assert rows["Q4_0"].brackets == ()
     assert set(rows["Q8_0"].brackets) == with_plans  # as large as one, below the other
     assert rows["base"].brackets == ("wasteful",)  # Q8_0 is all that its twin needs
-    presets = api.preset_plans(tiny.checkpoint)
+    presets = api.preset_plans(api.Run(tiny.checkpoint))
     for name in with_plans:
         size = rows[name].result.size_bytes
         between = [
@@ -352,9 +352,9 @@ def test_a_preset_as_a_plan_has_the_very_tensors_of_llama_quantize(
     preset, deep, toolchain, tmp_path, capsys
 ):
     out, own = tmp_path / "planned.gguf", tmp_path / "own.gguf"
-    plan = api.plan(deep.checkpoint, PresetPolicy(preset=preset))
+    plan = api.plan(api.Run(deep.checkpoint), PresetPolicy(preset=preset))
     options = api.Options(load=False, n_threads=1)
-    api.planned_file(plan, deep.base, out, toolchain, options=options)
+    api.planned_file(api.Run(deep.checkpoint, options), plan, deep.base, out)
     argv = [toolchain.tool("llama-quantize"), deep.base, own, preset]
     run(argv, stage="test", log_path=tmp_path / "log")
 

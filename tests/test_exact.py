@@ -133,7 +133,7 @@ def exact_names(plan):
 
 def test_the_scan_finds_the_smallest_type_of_each_kind(base):
     path, _, _ = base
-    scanned = api.scan(open_checkpoint(str(path)), options=QUICK)
+    scanned = api.scan(api.Run(str(path), QUICK))
 
     found = {t.role: t.lattice[0] for t in scanned.tensors if t.lattice}
 
@@ -185,10 +185,10 @@ def test_a_budget_is_for_the_rest_where_the_exact_types_fit_it(base, tmp_path):
     path, _, _ = base
     checkpoint = open_checkpoint(str(path))
     roomy = api.plan(
-        checkpoint, EwqPolicy(), budget=SizeTarget("60%", share=0.6), options=QUICK
+        api.Run(checkpoint, QUICK), EwqPolicy(), budget=SizeTarget("60%", share=0.6)
     )
     tight = api.plan(
-        checkpoint, EwqPolicy(), budget=SizeTarget("2 bpw", bpw=2.0), options=QUICK
+        api.Run(checkpoint, QUICK), EwqPolicy(), budget=SizeTarget("2 bpw", bpw=2.0)
     )
 
     assert len(exact_names(roomy)) == 6
@@ -217,9 +217,7 @@ def test_the_same_plan_gives_the_same_bytes_and_the_script_says_what_it_cannot(
 
 def test_a_tensor_that_is_not_what_the_plan_says_is_told(base, tmp_path):
     path, _, _ = base
-    plan = api.plan(
-        open_checkpoint(str(path)), UniformPolicy(ggml_type="Q4_0"), options=QUICK
-    )
+    plan = api.plan(api.Run(str(path), QUICK), UniformPolicy(ggml_type="Q4_0"))
     made_file = make_gguf(str(path), tmp_path / "out.gguf", plan, options=QUICK)
     name = "blk.0.ffn_down.weight"  # normal weights
     tensors = tuple(
@@ -235,9 +233,7 @@ def test_a_tensor_that_is_not_what_the_plan_says_is_told(base, tmp_path):
 
 def test_a_plan_that_calls_any_type_exact_is_refused(base):
     path, _, _ = base
-    plan = api.plan(
-        open_checkpoint(str(path)), UniformPolicy(ggml_type="Q6_K"), options=QUICK
-    )
+    plan = api.plan(api.Run(str(path), QUICK), UniformPolicy(ggml_type="Q6_K"))
     tensors = tuple(t.model_copy(update={"is_exact": True}) for t in plan.tensors)
 
     with pytest.raises(InputError, match="is_exact"):
@@ -247,9 +243,7 @@ def test_a_plan_that_calls_any_type_exact_is_refused(base):
 def test_a_plan_without_exact_tensors_has_no_word_of_them(base):
     path, _, _ = base
     options = Options(n_threads=1, keep_lattice=False)
-    plan = api.plan(
-        open_checkpoint(str(path)), UniformPolicy(ggml_type="Q4_0"), options=options
-    )
+    plan = api.plan(api.Run(str(path), options), UniformPolicy(ggml_type="Q4_0"))
 
     assert "is_exact" not in plan.to_json()
 

@@ -173,8 +173,7 @@ def test_the_base_and_the_scan_have_code_times_scale(tmp_path, variant):
 
 def assert_true_weights(folder: Path, true: dict[str, NDArray[np.float64]]) -> None:
     """Scan and base file have these weights."""
-    checkpoint = api.open_model(str(folder))
-    scanned = {t.hf_names[0]: t for t in api.scan(checkpoint).tensors}
+    scanned = {t.hf_names[0]: t for t in api.scan(api.Run(str(folder))).tensors}
     out = folder.parent / "base.gguf"
     assert main(["convert", str(folder), "-o", str(out), "-q"]) == 0
     written = {t.name: t for t in read_gguf(out).tensors}
@@ -276,8 +275,7 @@ def test_an_fp8_checkpoint_goes_the_whole_way_local_and_streamed(tmp_path, monke
     (q,) = (t for t in made.plan.tensors if t.name == "blk.0.attn_q.weight")
     assert q.base_type == "BF16"
     with serve(tmp_path, Faults()) as url:
-        checkpoint = api.open_model(f"{url}/tiny-fp8")
-        streamed = api.plan(checkpoint, policy)
+        streamed = api.plan(api.Run(f"{url}/tiny-fp8"), policy)
     assert streamed == made.plan
 
 

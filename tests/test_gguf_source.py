@@ -95,7 +95,7 @@ def made_from(path: Path, out: Path, policy=None):
 def test_the_scan_is_that_of_the_checkpoint(dtype, tmp_path, session_cache, toolchain):
     made = make_tiny(tmp_path / "model", session_cache, toolchain, dtype=dtype)
 
-    found = api.scan(open_checkpoint(str(made.base)))
+    found = api.scan(api.Run(str(made.base)))
 
     wanted = {tensor.name: tensor for tensor in made.scan.tensors}
     assert [t.name for t in found.tensors] == list(wanted)
@@ -164,7 +164,7 @@ def test_the_file_made_of_it_has_the_predicted_bytes(
     assert made.plan_path
     assert made.plan_path.is_file()
     assert not list(tmp_path.glob(".*"))
-    by_checkpoint = api.plan(tiny.checkpoint, made.plan.policy)
+    by_checkpoint = api.plan(api.Run(tiny.checkpoint), made.plan.policy)
     assert made.plan.totals == by_checkpoint.totals
     assert made.preset_bytes == {
         **tiny.layout.preset_bytes, "BF16": source.stat().st_size
@@ -248,14 +248,14 @@ def test_a_gguf_on_a_server_is_scanned_and_planned_there(tiny, source, tmp_path)
     faults = Faults()
     with serve(tmp_path, faults) as url:
         found = open_checkpoint(f"{url}/tiny-BF16.gguf")
-        scanned = api.scan(found)
-        planned = api.plan(found, EwqPolicy())
+        scanned = api.scan(api.Run(found))
+        planned = api.plan(api.Run(found), EwqPolicy())
         with pytest.raises(InputError, match="not on this machine"):
             make_gguf(f"{url}/tiny-BF16.gguf", tmp_path / "out.gguf", options=QUICK)
 
     local = open_checkpoint(str(source))
-    assert scanned.to_json() == api.scan(local).to_json()
-    assert planned == api.plan(local, EwqPolicy())
+    assert scanned.to_json() == api.scan(api.Run(local)).to_json()
+    assert planned == api.plan(api.Run(local), EwqPolicy())
     assert found.shards[0].header == local.shards[0].header
 
 
@@ -326,7 +326,7 @@ def test_another_alignment_can_be_scanned_but_not_planned(tmp_path, toolchain):
     path = write_source(tmp_path / "a.gguf", align=64)
     checkpoint = open_checkpoint(str(path))
 
-    assert api.scan(checkpoint).layers
+    assert api.scan(api.Run(checkpoint)).layers
     with pytest.raises(InputError, match="aligned to 64 bytes"):
         layout_of(checkpoint, toolchain)
 
@@ -335,21 +335,21 @@ def test_64_bit_weights_can_be_scanned_but_not_planned(tmp_path, toolchain):
     path = write_source(tmp_path / "a.gguf", dtype=np.float64)
     checkpoint = open_checkpoint(str(path))
 
-    assert {t.dtype for t in api.scan(checkpoint).tensors} == {"F32", "F64"}
+    assert {t.dtype for t in api.scan(api.Run(checkpoint)).tensors} == {"F32", "F64"}
     with pytest.raises(InputError, match="is F64: llama-quantize cannot read it"):
         layout_of(checkpoint, toolchain)
 
 
 def test_a_gguf_that_changed_is_not_quantised(tiny, source, toolchain):
     checkpoint = open_checkpoint(str(source))
-    api.scan(checkpoint, Measures(epsilon=0.02))
-    assert api.base_file(checkpoint, toolchain) == source
+    api.scan(api.Run(checkpoint), Measures(epsilon=0.02))
+    assert api.base_file(api.Run(checkpoint)) == source
     with source.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")
 
     with pytest.raises(InputError, match="changed since they were opened"):
-        api.base_file(checkpoint, toolchain)
+        api.base_file(api.Run(checkpoint))
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -379,6 +379,6 @@ def test_a_local_gguf_is_not_streamed(source):
 def test_a_folder_and_its_gguf_share_a_name(tmp_path, session_cache, toolchain):
     write_llama(tmp_path / "both")
     checkpoint = open_checkpoint(str(tmp_path / "both"))
-    base = api.base_file(checkpoint, toolchain)
+    base = api.base_file(api.Run(checkpoint))
 
     assert open_checkpoint(str(base)).identity.name == "both"

@@ -205,8 +205,8 @@ def test_a_preset_with_a_matrix_is_llama_quantizes_own(
     deep, toolchain, made, plain, tmp_path
 ):
     preset, own = PresetPolicy(preset="IQ4_XS"), tmp_path / "own.gguf"
-    without = api.plan(deep.checkpoint, preset)
-    weighed = api.plan(deep.checkpoint, preset, options=Options(imatrix=plain))
+    without = api.plan(api.Run(deep.checkpoint), preset)
+    weighed = api.plan(api.Run(deep.checkpoint, Options(imatrix=plain)), preset)
 
     argv = [toolchain.tool("llama-quantize"), "--imatrix", plain, deep.base, own]
     run([*argv, preset.preset], stage="test", log_path=tmp_path / "log")
@@ -380,7 +380,7 @@ def test_a_preset_that_needs_a_matrix_is_what_llama_quantize_makes(
     deep, plain, made, toolchain, tmp_path, preset
 ):
     options = Options(imatrix=plain)
-    plan = api.plan(deep.checkpoint, PresetPolicy(preset=preset), options=options)
+    plan = api.plan(api.Run(deep.checkpoint, options), PresetPolicy(preset=preset))
     own = tmp_path / "own.gguf"
     tool = toolchain.tool("llama-quantize")
     argv = [tool, "--imatrix", plain, deep.base, own, preset]
@@ -405,9 +405,8 @@ def test_a_preset_without_the_matrix_or_entry_that_it_needs_is_refused(
     path = write_imatrix(tmp_path / "i.gguf", lacking)
     with pytest.raises(InputError, match="blk.1.* cannot be IQ2_XS: i.gguf has no"):
         api.plan(
-            deep.checkpoint,
+            api.Run(deep.checkpoint, Options(imatrix=path)),
             PresetPolicy(preset="IQ2_XS"),
-            options=Options(imatrix=path),
         )
 
 
@@ -607,7 +606,7 @@ def test_the_matrix_is_read_before_any_weight(deep, tmp_path, monkeypatch):
     path.write_bytes(b"no matrix")
 
     with pytest.raises(InputError, match="i.gguf: at byte 4: starts with"):
-        api.plan(deep.checkpoint, EwqPolicy(), options=Options(imatrix=path))
+        api.plan(api.Run(deep.checkpoint, Options(imatrix=path)), EwqPolicy())
 
 
 # Hostile files.

@@ -187,7 +187,7 @@ def test_no_path_of_the_machine_is_in_the_file(case, session_cache):
 def test_the_layout_is_the_real_base_and_predicts_its_bytes(case, toolchain):
     checkpoint = open_checkpoint(str(case.folder))
     layout = cached_layout(checkpoint.identity.fingerprint, toolchain.key)
-    base_path = api.base_file(checkpoint, toolchain)
+    base_path = api.base_file(api.Run(checkpoint))
     base = read_gguf(base_path)
 
     assert isinstance(layout, Layout)
@@ -200,7 +200,7 @@ def test_the_layout_is_the_real_base_and_predicts_its_bytes(case, toolchain):
 
 @pytest.mark.parametrize("preset", ["Q8_0", "Q4_K_M", "Q2_K"])
 def test_a_presets_predicted_size_is_the_real_one(case, toolchain, tmp_path, preset):
-    base = api.base_file(open_checkpoint(str(case.folder)), toolchain)
+    base = api.base_file(api.Run(str(case.folder)))
     out = tmp_path / "preset.gguf"
 
     run(
@@ -213,9 +213,9 @@ def test_a_presets_predicted_size_is_the_real_one(case, toolchain, tmp_path, pre
 
 
 def test_a_plan_of_the_scan_alone_is_as_exact(case):
-    scan = api.scan(open_checkpoint(str(case.folder)))
+    scan = api.scan(api.Run(str(case.folder)))
 
-    assert api.plan(scan, case.made.plan.policy) == case.made.plan
+    assert api.plan(api.Run(scan), case.made.plan.policy) == case.made.plan
 
 
 # What is there is used again, or refused.
@@ -293,7 +293,7 @@ def test_a_damaged_base_in_the_cache_is_made_anew(tiny, empty, toolchain):
     sound = tiny.base.read_bytes()
     tiny.base.write_bytes(sound[:-5000])
     try:
-        api.base_file(tiny.checkpoint, toolchain)
+        api.base_file(api.Run(tiny.checkpoint))
         assert tiny.base.read_bytes() == sound
     finally:
         tiny.base.write_bytes(sound)
@@ -305,7 +305,7 @@ def test_a_damaged_scan_in_the_cache_is_made_anew(tiny, own_cache):
     for path in scans:
         path.write_bytes(b"{}")
 
-    assert api.scan(tiny.checkpoint) == tiny.scan
+    assert api.scan(api.Run(tiny.checkpoint)) == tiny.scan
     for path, data in sound.items():
         path.write_bytes(data)
 
@@ -410,7 +410,7 @@ def test_without_a_tokenizer_a_plan_is_an_estimate_and_no_file_is_made(tmp_path,
         (folder / file).unlink()
     notes = Notes()
 
-    plan = api.plan(open_checkpoint(str(folder)), EwqPolicy(), progress=notes)
+    plan = api.plan(api.Run(str(folder), progress=notes), EwqPolicy())
 
     assert plan.totals.is_estimate
     assert plan.totals.header_bytes is None

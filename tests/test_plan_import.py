@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from ewq_gguf.api import import_plan
+from ewq_gguf.api import Run, import_plan
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
@@ -294,7 +294,7 @@ def preset(wide, toolchain, tmp_path_factory) -> Path:
 def test_a_presets_types_are_imported_and_made_again(
     wide, preset, own_cache, toolchain, tmp_path
 ):
-    plan = import_plan(preset, wide.checkpoint)
+    plan = import_plan(Run(wide.checkpoint), preset)
     theirs = {t.name: t.ggml_type for t in read_gguf(preset).tensors}
     assert {"Q4_K", "Q6_K", "F32"} <= set(theirs.values())
     assert {t.name: t.ggml_type for t in plan.tensors} == theirs
@@ -312,7 +312,9 @@ def test_a_presets_types_are_imported_and_made_again(
 
 @pytest.mark.llamacpp
 def test_a_scan_and_its_model_give_the_same_plan(wide, preset, own_cache):
-    assert import_plan(preset, wide.scan) == import_plan(preset, wide.checkpoint)
+    assert import_plan(Run(wide.scan), preset) == import_plan(
+        Run(wide.checkpoint), preset
+    )
 
 
 @pytest.mark.llamacpp

@@ -72,9 +72,8 @@ def test_a_classifiers_plan_can_be_given_and_needs_no_scan(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(planning, "scan", None)  # would be called for weights
-    checkpoint = api.open_model("demo")
     budget = parse_budget("60%")
-    plan = api.plan(checkpoint, FastEwqPolicy(), budget=budget)
+    plan = api.plan(api.Run("demo"), FastEwqPolicy(), budget=budget)
 
     made = make_gguf("demo", Path("out.gguf"), plan, options=Options(load=False))
 

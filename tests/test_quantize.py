@@ -698,9 +698,9 @@ def test_the_exported_script_gives_the_same_bytes(toolchain, llama_cpp, tmp_path
     folder = write_llama(tmp_path / "it's a $(touch pwned)", n_layers=1)
     checkpoint = open_checkpoint(str(folder))
     policy = EwqPolicy(ladder=("Q4_K", "Q5_0"), output_type="Q6_K")
-    plan = api.plan(api.scan(checkpoint), policy)
+    plan = api.plan(api.Run(api.scan(api.Run(checkpoint))), policy)
     assert plan.totals.is_estimate
-    base = api.base_file(checkpoint, toolchain)
+    base = api.base_file(api.Run(checkpoint))
     quantize(plan, base, tmp_path / "ours.gguf", toolchain, n_threads=2, load=False)
     (tmp_path / "make.sh").write_text(export_sh(plan))
     python = Path(sys.executable).parent

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ewq_gguf.api import base_file
+from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.engines.scorer import Batch
 from ewq_gguf.bench.tasks.answers import Texts, answer, chat_tokens, texts_for
@@ -25,7 +25,6 @@ from ewq_gguf.bench.tasks.mmlu_data import (
 )
 from ewq_gguf.bench.tasks.mmlu_files import LETTERS
 from ewq_gguf.bench.tasks.questions import ask
-from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records import BenchSetup
 from ewq_gguf.records.scores import Answer, MmluOutcome, TooLong
@@ -411,7 +410,7 @@ def test_mmlu_on_the_built_in_model_is_as_one_by_one(toolchain, monkeypatch):
     folder = os.environ.get("EWQ_MMLU_DIR")
     if not folder:
         pytest.skip("EWQ_MMLU_DIR names no folder with MMLU's files")
-    model = loaded(base_file(open_checkpoint("demo"), toolchain))
+    model = loaded(base_file(Run("demo")))
     letters = letter_tokens(lambda text: model.tokenize(text).tolist())
     task = load_task(Path(folder), subjects=["marketing"], limit=50)
     n_evaluated = []

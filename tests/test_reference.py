@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ewq_gguf.api import base_file
+from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.engines.scorer import Batch
 from ewq_gguf.bench.reference_file import KEY, read_reference
 from ewq_gguf.bench.reference_run import make_reference
@@ -104,7 +104,7 @@ def family_base(label: str, folder: Path, toolchain) -> Path:
     Its logits are a hundred times larger, so that a cap of 30 is felt.
     """
     checkpoint = open_checkpoint(str(write_family(folder / "tiny", label)))
-    base = Path(shutil.copy(base_file(checkpoint, toolchain), folder / "loud.gguf"))
+    base = Path(shutil.copy(base_file(Run(checkpoint)), folder / "loud.gguf"))
     norm = next(t for t in read_gguf(base).tensors if t.name == "output_norm.weight")
     values = np.fromfile(base, np.float32, norm.shape[0], offset=norm.offset)
     with base.open("r+b") as file:

@@ -14,7 +14,6 @@ import pytest
 
 from ewq_gguf import api
 from ewq_gguf.checkpoint.gguf_file import read_gguf
-from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.process import run
 from ewq_gguf.records.placement import Machine
@@ -42,7 +41,7 @@ _PPL = re.compile(r"Final estimate: PPL = ([\d.]+)")
 def base(session_cache, toolchain) -> Path:
     """The built-in model: 30 layers, tied embeddings."""
     with using_cache(session_cache):
-        return api.base_file(open_checkpoint("demo"), toolchain)
+        return api.base_file(api.Run("demo"))
 
 
 @pytest.fixture(scope="module")

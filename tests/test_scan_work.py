@@ -113,16 +113,16 @@ def test_a_scan_that_was_stopped_measures_no_tensor_twice(tiny, cache):
 
 
 def test_a_kept_scan_is_taken_until_a_file_changes(tiny, cache, monkeypatch):
-    first = api.scan(open_checkpoint(str(tiny)))
+    first = api.scan(api.Run(str(tiny)))
     assert list((cache / "scans").glob("*.journal")) == []
     with monkeypatch.context() as patch:
         patch.setattr("ewq_gguf.checkpoint.scan.scan_checkpoint", None)
-        assert api.scan(open_checkpoint(str(tiny))) == first
+        assert api.scan(api.Run(str(tiny))) == first
     shard = next(tiny.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-2:] = b"\x00\x3f"
     shard.write_bytes(data)
-    assert api.scan(open_checkpoint(str(tiny))).weights_sha256 != (first.weights_sha256)
+    assert api.scan(api.Run(str(tiny))).weights_sha256 != (first.weights_sha256)
 
 
 @pytest.mark.fault(21)
@@ -295,8 +295,8 @@ def test_options_reach_the_scan(tiny, cache):
     data[-2:] = b"\xc0\x7f"
     shard.write_bytes(data)
     with pytest.raises(EwqError, match="NaN"):
-        api.scan(open_checkpoint(str(tiny)), options=Options(n_threads=2))
-    found = api.scan(open_checkpoint(str(tiny)), options=Options(allow_nonfinite=True))
+        api.scan(api.Run(str(tiny), Options(n_threads=2)))
+    found = api.scan(api.Run(str(tiny), Options(allow_nonfinite=True)))
     assert sum(tensor.n_nonfinite for tensor in found.tensors) == 1
 
 
@@ -306,4 +306,4 @@ def test_options_reach_the_scan(tiny, cache):
 def test_a_part_of_a_scan_is_not_planned(tiny):
     part = scan_checkpoint(open_checkpoint(str(tiny)), work=Work(part=(1, 2)))
     with pytest.raises(InputError, match="is part 1/2 only; join the parts first"):
-        api.plan(part, EwqPolicy())
+        api.plan(api.Run(part), EwqPolicy())

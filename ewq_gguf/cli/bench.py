@@ -10,8 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ewq_gguf import store
-from ewq_gguf.api import for_transformers
+from ewq_gguf import api, store
 from ewq_gguf.bench.engines.saving import save_quantised
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import check_measurable, identify, identify_base
@@ -138,7 +137,7 @@ def _resolved(
     if folder and not plan:
         raise UsageError(STAGE, "--save", "needs a plan", "name it with --plan")
     options = options_of({**values, "force": force})
-    model = for_transformers(str(files[0]), plan, options=options, progress=progress)
+    model = api.for_transformers(api.Run(str(files[0]), options, progress), plan)
     out = out or Path("results") / f"{model.name}.json"
     if not folder:
         return (model.folder,), out, replace(request, plan=model.plan)

@@ -99,9 +99,8 @@ def make(
         keep_files=keep_files,
     )
     progress = BarProgress(quiet=values["quiet"])
-    found, path = api.compare(
-        model, wanted, out, options=options_of(values), progress=progress
-    )
+    run = api.Run(model, options_of(values), progress)
+    found, path = api.compare(run, wanted, out)
     progress.note(f"wrote {path}")
     show_record(found, comparison_view, as_json=as_json)
 

@@ -28,9 +28,7 @@ from ewq_gguf.llamacpp.convert import (
     convert_argv,
 )
 from ewq_gguf.llamacpp.converter import content_flags
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.report.companion_view import companion_line
-from ewq_gguf.stages.overflow import check_base
 
 
 @click.command()
@@ -60,8 +58,8 @@ def convert(
     """
     progress = BarProgress(quiet=values["quiet"])
     options = options_of(values)
-    toolchain = find_toolchain(options.llama_cpp)
-    checkpoint = api.open_model(model, options=options, progress=progress)
+    run = api.Run(model, options, progress)
+    toolchain, checkpoint = run.toolchain, run.checkpoint
     check_is_no_gguf(checkpoint)
     ggml_type = base_type(checkpoint) if outtype == "auto" else outtype.upper()
     name = checkpoint.identity.name
@@ -72,18 +70,15 @@ def convert(
         for option in chosen_options(options, ("chat_template", "pre")):
             click.echo(f"# the converter has no option for {option}")
         click.echo(shlex.join(["python3", *argv]))
-        for content in api.companion_contents(checkpoint, options):
+        for content in api.companion_contents(run):
             click.echo(f"# and again with --{content} for what goes beside it")
         return
     store.check_writable(out, "convert")
     if not checkpoint.is_mapped_by_name:  # whether it is whole, before the long work
-        api.layout(checkpoint, toolchain, progress)
-    check_base(checkpoint, toolchain, ggml_type)
+        _ = run.layout
+    api.check_base(run, ggml_type)
     if out.exists() and not values["force"]:
         raise store.already_exists(out, "convert")
-    beside = api.convert_model(
-        checkpoint, toolchain, out, ggml_type, options=options, progress=progress
-    )
-    for each in beside:
+    for each in api.convert_model(run, out, ggml_type):
         progress.note(companion_line(each.path, each.found))
     click.echo(out)

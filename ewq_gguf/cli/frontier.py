@@ -18,7 +18,6 @@ from ewq_gguf.experiments.study import STAGE, StudySpec
 from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.size_target import SizeTarget, parse_budget
-from ewq_gguf.stages.calibrating import with_imatrix
 
 _PRESETS = "Q6_K,Q5_K_M,Q5_K_S,Q4_K_M,Q4_K_S,Q3_K_M,IQ4_XS"
 
@@ -75,13 +74,7 @@ def _preset_sizes(spec: StudySpec, names: list[str]) -> dict[str, SizeTarget]:
     names = [name.upper() for name in names]
     api.check_presets(names, has_imatrix=True)
     # With the matrix a file says so, and is some hundred bytes larger.
-    options = with_imatrix(spec.checkpoint, spec.options, spec.progress)
-    plans = api.preset_plans(
-        spec.checkpoint,
-        presets=names,
-        needed=names,
-        options=options,
-        progress=spec.progress,
-    )
+    run = api.with_imatrix(spec.run)
+    plans = api.preset_plans(run, presets=names, needed=names)
     sizes = {name: plans[name].totals.file_size_bytes for name in names}
     return {name: SizeTarget(f"{size}B", n_bytes=size) for name, size in sizes.items()}

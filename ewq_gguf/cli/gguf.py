@@ -44,7 +44,6 @@ from ewq_gguf.llamacpp.quantize import exact_comment, quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.records import OptimalPolicy, Plan, RulePolicy, load_record
 from ewq_gguf.report.made_view import made_view
-from ewq_gguf.stages.calibrating import with_imatrix
 
 #: What `ewq convert` and `ewq plan` are told too, beside the policy.
 _CONVERTING = (*CHOICES, "mmproj")
@@ -126,25 +125,19 @@ def _dry_run(
     progress: BarProgress,
 ) -> str:
     """The commands that do the same, for a shell; the plan is made to show its size."""
+    run = api.Run(model, options, progress)
     if isinstance(policy, Plan):
         plan, path = policy, str(plan_path)
-        options = api.as_planned(options, plan, progress)
-        checkpoint = api.open_model(model, options=options, progress=progress)
-        api.check_weights(plan, checkpoint, options=options, progress=progress)
-        lines = _making_base(model, plan, options)
+        run = api.as_planned(run, plan)
+        api.check_weights(run, plan)
+        lines = _making_base(model, plan, run.options)
     else:
         given = options
-        checkpoint = api.open_model(model, options=options, progress=progress)
         if isinstance(policy, OptimalPolicy):
-            options = with_imatrix(checkpoint, options, progress)
-        context = click.get_current_context()
+            run = api.with_imatrix(run)
+        params = click.get_current_context().params
         plan = api.plan(
-            checkpoint,
-            policy,
-            raw_type=raw_type_of(context.params),
-            budget=ask_of(context.params),
-            options=options,
-            progress=progress,
+            run, policy, raw_type=raw_type_of(params), budget=ask_of(params)
         )
         path = str(api.plan_file(plan))
         typed = _typed((*POLICY_OPTIONS, *CHOICES, "imatrix", *_PLANNING))
@@ -152,7 +145,7 @@ def _dry_run(
             *_making_base(model, plan, given),
             f"ewq plan {_quoted(model, given)}{typed} -o {shlex.quote(path)}",
         ]
-    return "\n".join([*lines, *_making_file(model, out, plan, path, options)])
+    return "\n".join([*lines, *_making_file(model, out, plan, path, run.options)])
 
 
 def _quoted(model: str, options: api.Options) -> str:

@@ -72,15 +72,9 @@ def imatrix(
         store.check_distinct(out, [text], STAGE)
     if out.exists() and not options.force:
         raise store.already_exists(out, STAGE)
-    checkpoint = api.open_model(model, options=options, progress=progress)
+    run = api.open_model(model, options=options, progress=progress)
     path, importance = api.make_imatrix(
-        checkpoint,
-        out,
-        calibration=text,
-        n_chunks=chunks,
-        seed=seed,
-        options=options,
-        progress=progress,
+        run, out, calibration=text, n_chunks=chunks, seed=seed
     )
     record = importance.record
     click.echo(record.model_dump_json(indent=1) if as_json else path)

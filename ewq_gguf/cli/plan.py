@@ -11,7 +11,6 @@ import click
 from rich.console import Console
 
 from ewq_gguf import api, store
-from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.cli.common import (
     CHOICES,
     PATH,
@@ -94,16 +93,9 @@ def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
     progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "plan")
-    options = options_of(values)
     reads_weights = not isinstance(policy, FastEwqPolicy)
-    result = api.plan(
-        _source(source, options, progress, reads_weights=reads_weights),
-        policy,
-        raw_type=raw_type_of(values),
-        budget=ask,
-        options=options,
-        progress=progress,
-    )
+    run = _run(source, options_of(values), progress, reads_weights=reads_weights)
+    result = api.plan(run, policy, raw_type=raw_type_of(values), budget=ask)
     _written(result, out, force=values["force"], as_json=as_json)
 
 
@@ -130,14 +122,8 @@ def import_(
     progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "plan")
-    options = options_of(values)
-    result = api.import_plan(
-        file,
-        _source(source, options, progress, reads_weights=False),
-        raw_type=raw_type_of(values),
-        options=options,
-        progress=progress,
-    )
+    run = _run(source, options_of(values), progress, reads_weights=False)
+    result = api.import_plan(run, file, raw_type=raw_type_of(values))
     _written(result, out, force=values["force"], as_json=as_json)
 
 
@@ -172,13 +158,8 @@ def sweep(source: str, factors: str, as_json: bool, **values: Any) -> None:
         ewq_policy_of({**values, "factor": factor}) for factor in factors_of(factors)
     ]
     progress = BarProgress(quiet=values["quiet"])
-    options = options_of(values)
-    measured, layout = api.measured(
-        _source(source, options, progress),
-        policies[0],
-        options=options,
-        progress=progress,
-    )
+    run = _run(source, options_of(values), progress)
+    measured, layout = api.measured(run, policies[0])
     plans = [
         make_plan(measured, policy, layout, raw_type=raw_type_of(values))
         for policy in policies
@@ -200,14 +181,14 @@ def show(plan_path: Path, as_json: bool) -> None:
     show_record(record, plan_view, as_json=as_json)
 
 
-def _source(
+def _run(
     source: str,
     options: api.Options,
     progress: BarProgress,
     *,
     reads_weights: bool = True,
-) -> Checkpoint | Scan:
-    """A scan's file, or a model.
+) -> api.Run:
+    """The run of a model, or of a scan's file.
 
     Raises:
         UsageError: a scan is given with options that only a model takes.
@@ -221,7 +202,7 @@ def _source(
         if given := explicit(CHOICES):
             problem = "is a scan, which keeps the choices that it was made with"
             raise UsageError("plan", path, problem, f"give MODEL with {given[0]}")
-        return load_record(Scan, path, "plan")
+        return api.Run(load_record(Scan, path, "plan"), options, progress)
     return api.open_model(
         source, reads_weights=reads_weights, options=options, progress=progress
     )

@@ -96,16 +96,11 @@ def make(
         store.check_writable(out, "scan")
     if values["scheduler"]:
         check_scheduler(values["scheduler"])
-    checkpoint = api.open_model(model, options=options_of(values), progress=progress)
-    result = api.scan(
-        checkpoint,
-        Measures(epsilon=values["epsilon"], n_bins=values["bins"]),
-        part=part,
-        options=options_of(values),
-        progress=progress,
-    )
+    run = api.open_model(model, options=options_of(values), progress=progress)
+    measures = Measures(epsilon=values["epsilon"], n_bins=values["bins"])
+    result = api.scan(run, measures, part=part)
     tag = f".{part[0]}-of-{part[1]}" if part else ""
-    out = out or Path("plans") / f"{checkpoint.identity.name}{tag}.scan.json"
+    out = out or Path("plans") / f"{run.identity.name}{tag}.scan.json"
     store.write_text(out, result.to_json(), stage="scan", force=values["force"])
     click.echo(result.to_json() if as_json else out, nl=not as_json)
 

@@ -188,10 +188,11 @@ def run(
         n_ctx=values["ctx"],
         n_chunks=values["chunks"],
     )
-    checkpoint = api.open_model(model, options=options, progress=progress)
-    out = out or Path("results") / f"{checkpoint.identity.name}.{name}.json"
-    store.check_distinct(out, [shard.path for shard in checkpoint.shards], STAGE)
-    spec = StudySpec(checkpoint, request, options, progress)
+    opened = api.open_model(model, options=options, progress=progress)
+    out = out or Path("results") / f"{opened.identity.name}.{name}.json"
+    shards = opened.checkpoint.shards
+    store.check_distinct(out, [shard.path for shard in shards], STAGE)
+    spec = StudySpec(opened, request)
     if out.exists() and not values["force"]:
         _check_known(out, name, spec)
     with store.locked(out, stage=STAGE):
@@ -214,6 +215,6 @@ def _check_known(out: Path, name: str, spec: StudySpec) -> None:
         raise store.already_exists(out, STAGE) from None
     asked = spec.request.parameters()
     measured = known.parameters.model_copy(update={"tasks": asked.tasks})
-    model = spec.checkpoint.identity.fingerprint
+    model = spec.run.identity.fingerprint
     if (known.findings.kind, known.model.fingerprint, measured) != (name, model, asked):
         raise store.already_exists(out, STAGE)

@@ -17,15 +17,15 @@ from ewq_gguf.experiments.comparison import estimates, pairs_of
 from ewq_gguf.experiments.comparison_record import ComparedFile, Comparison, Estimate
 from ewq_gguf.experiments.versions import PlanSpec, Version, choose_versions
 from ewq_gguf.llamacpp.convert import check_is_local
-from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
+from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.pipeline.making import planned_file
 from ewq_gguf.records import OptimalPolicy, Plan, Result, Speed, Task, load_record
-from ewq_gguf.stages.bases import base_file
 from ewq_gguf.stages.calibrating import with_imatrix
-from ewq_gguf.stages.choosing import chosen_as
-from ewq_gguf.stages.options import SILENT, Options, Progress
-from ewq_gguf.stages.scanning import open_model
+from ewq_gguf.stages.converting import base_file
+from ewq_gguf.stages.finished_plan import chosen_as
+from ewq_gguf.stages.options import Options, Progress
+from ewq_gguf.stages.run import Run
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,7 @@ class BuiltFile:
 
 
 def compare(
-    model: str,
-    wanted: ComparisonSpec,
-    folder: Path | None = None,
-    *,
-    options: Options | None = None,
-    progress: Progress = SILENT,
+    run: Run, wanted: ComparisonSpec, folder: Path | None = None
 ) -> tuple[Comparison, Path]:
     """Make what is missing, measure everything under the same conditions, compare.
 
@@ -77,11 +72,9 @@ def compare(
     the next of each; another set of files is timed anew, all of it.
 
     Args:
-        model: a folder, a .safetensors or .gguf file, a Hub id, or `demo`.
+        run: the model and the options; the importance matrix is that of all files.
         wanted: what is compared.
-        folder: for files, plans and results; None for `compare/NAME` here.
-        options: for the whole run; its matrix is that of all files.
-        progress: who is told.
+        folder: folder of files, plans and results; None for `compare/NAME` here.
 
     Returns:
         The comparison, and its file.
@@ -89,32 +82,29 @@ def compare(
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    options = options or Options()
     wanted.request.parameters()
     check_bindings(STAGE)
-    toolchain = find_toolchain(options.llama_cpp)
+    _ = run.toolchain  # a missing one is said before a model is downloaded
     for plan in (wish.source for wish in wanted.plans):
         if isinstance(plan, Plan):
-            options = chosen_as(options, plan)
-    checkpoint = open_model(model, options=options, progress=progress)
-    check_is_local(checkpoint)
+            run = chosen_as(run, plan)
+    check_is_local(run.checkpoint)
     if any(isinstance(one.source, OptimalPolicy) for one in wanted.plans):
-        options = with_imatrix(checkpoint, options, progress)
-    folder = folder or Path("compare") / checkpoint.identity.name
+        run = with_imatrix(run)
+    options, progress = run.options, run.progress
+    folder = folder or Path("compare") / run.identity.name
     out = folder / "comparison.json"
     store.check_writable(out, STAGE)
     with store.locked(out, stage=STAGE):
-        _check_model(out, checkpoint, options)
-        versions = choose_versions(
-            checkpoint, wanted.plans, wanted.presets, options, progress
-        )
+        _check_model(out, run.checkpoint, options)
+        versions = choose_versions(run, wanted.plans, wanted.presets)
         if len(versions) == 1:
             raise UsageError(
                 STAGE, "compare", "there is no plan and no preset", "name one"
             )
         files = store.ensure_dir(folder / "files", STAGE)
         _check_room(files, versions)
-        base = base_file(checkpoint, toolchain, progress=progress)
+        base = base_file(run)
         check_measurable(base, wanted.request.n_ctx)
         _check_room(files, versions)
         request = _referred(wanted.request, base, progress)
@@ -131,18 +121,11 @@ def compare(
                     stage="plan",
                     force=options.force,
                 )
-                planned_file(
-                    version.plan,
-                    base,
-                    one.path,
-                    toolchain,
-                    options=options,
-                    progress=progress,
-                )
+                planned_file(run, version.plan, base, one.path)
             _measure(one, options, progress)
             made.append(one)
         results = _timed(made, folder, options, progress)
-        comparison = _comparison(checkpoint, made, results, options)
+        comparison = _comparison(run.checkpoint, made, results, options)
         store.write_text(out, comparison.to_json(), stage=STAGE, force=True)
         if not wanted.keep_files:
             for one in made:

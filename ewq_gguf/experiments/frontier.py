@@ -33,25 +33,22 @@ def study_frontier(
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    checkpoint, progress = spec.checkpoint, spec.progress
-    options = with_imatrix(checkpoint, spec.options, progress)
-    spec = replace(spec, options=options)
-    plans = all_preset_plans(checkpoint, options=options, progress=progress)
+    run = with_imatrix(spec.run)
+    spec = replace(spec, run=run)
+    plans = all_preset_plans(run)
     sources: dict[str, tuple[RulePolicy, str | None]] = {}
     rules: tuple[RulePolicy, ...] = (policy, EwqPolicy(), FastEwqPolicy())
     for name, ask in budgets.items():
         for rule in rules:
             label = f"{rule.name} {name}"
-            progress.note(f"planning {label}")
+            run.progress.note(f"planning {label}")
             try:
-                plans[label] = plan(
-                    checkpoint, rule, budget=ask, options=options, progress=progress
-                )
+                plans[label] = plan(run, rule, budget=ask)
             except (InputError, ToolError) as error:
                 if rule is policy:
                     raise
                 # Its ladder does not reach the size, or its library is missing.
-                progress.note(f"no file of {label}: {error}")
+                run.progress.note(f"no file of {label}: {error}")
                 continue
             sources[label] = rule, name
     return run_study(spec, plans, lambda files: frontier_of(plans, files, sources))

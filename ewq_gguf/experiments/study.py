@@ -1,7 +1,7 @@
 """Studies: many throwaway files of one model, measured under the same conditions.
 
 A study that was killed goes on where it was, and files that two of them share are
-measured once (see `pipeline.throwaway`).
+measured once (see `stages.candidate_files`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from ewq_gguf._version import __version__
 from ewq_gguf.bench.files import check_measurable, identify
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.statistics import kld_difference
-from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.entropy.layers import layer_statistics
 from ewq_gguf.experiments.controls import (
     ALL_LAYERS,
@@ -39,8 +38,7 @@ from ewq_gguf.experiments.study_record import (
     StudyFile,
 )
 from ewq_gguf.llamacpp.convert import check_is_local
-from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline.planning import plan, policy_measures
+from ewq_gguf.pipeline.planning import plan
 from ewq_gguf.records import (
     ControlPolicy,
     EwqPolicy,
@@ -50,10 +48,10 @@ from ewq_gguf.records import (
     TextResult,
     UniformPolicy,
 )
-from ewq_gguf.stages.bases import base_file
 from ewq_gguf.stages.candidate_files import measure_plans, types_sha256
-from ewq_gguf.stages.options import SILENT, Options, Progress
-from ewq_gguf.stages.scanning import layout, scan
+from ewq_gguf.stages.converting import base_file
+from ewq_gguf.stages.run import Run
+from ewq_gguf.stages.scanning import policy_measures, scan
 
 #: Of its errors.
 STAGE = "study"
@@ -64,16 +62,12 @@ class StudySpec:
     """What every study needs to know.
 
     Attributes:
-        checkpoint: the model.
+        run: the model and the options.
         request: how files are measured; its tasks and its base are set here.
-        options: for the whole run.
-        progress: who is told.
     """
 
-    checkpoint: Checkpoint
+    run: Run
     request: Request
-    options: Options = Options()
-    progress: Progress = SILENT
 
 
 def study_sensitivity(
@@ -199,27 +193,15 @@ def _plan(spec: StudySpec, policy: RulePolicy, raw_type: str = "auto") -> Plan:
 
     A checkpoint that cannot be converted is refused before its weights are read.
     """
-    toolchain = find_toolchain(spec.options.llama_cpp)
-    layout(spec.checkpoint, toolchain, spec.progress)
-    return plan(
-        spec.checkpoint,
-        policy,
-        raw_type=raw_type,
-        options=replace(spec.options, keep_lattice=False),
-        progress=spec.progress,
-    )
+    _ = spec.run.layout
+    run = spec.run.with_options(keep_lattice=False)
+    return plan(run, policy, raw_type=raw_type)
 
 
 def _layer_statistics(
     spec: StudySpec, measures: Measures
 ) -> dict[int, dict[str, float]]:
-    scanned = scan(
-        spec.checkpoint,
-        measures,
-        options=spec.options,
-        progress=spec.progress,
-    )
-    return layer_statistics(scanned.tensors)
+    return layer_statistics(scan(spec.run, measures).tensors)
 
 
 def _control_label(control: Plan) -> str:
@@ -254,18 +236,17 @@ def run_study(
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    checkpoint = spec.checkpoint
-    check_is_local(checkpoint)
-    toolchain = find_toolchain(spec.options.llama_cpp)
-    base = base_file(checkpoint, toolchain, progress=spec.progress)
+    run = spec.run
+    check_is_local(run.checkpoint)
+    base = base_file(run)
     check_measurable(base, spec.request.n_ctx)
     request = replace(spec.request, tasks=("perplexity", "kld"), base=base)
     known = measure_plans(
         list(plans.values()),
         request,
-        toolchain,
-        options=spec.options,
-        progress=spec.progress,
+        run.toolchain,
+        options=run.options,
+        progress=run.progress,
     )
     files = {
         label: _file(label, made, known[types_sha256(made)].quality)
@@ -273,7 +254,7 @@ def run_study(
     }
     return Study(
         ewq_version=__version__,
-        model=checkpoint.identity,
+        model=run.identity,
         base=identify(base),
         parameters=request.parameters(),
         engine=next(iter(known.values())).engine,

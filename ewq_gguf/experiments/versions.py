@@ -7,21 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.comparison_record import Kind
 from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.layout import PRESETS
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.pipeline.making import layout_bytes
-from ewq_gguf.pipeline.planning import check_weights, given_importance, plan
+from ewq_gguf.pipeline.planning import check_importance, plan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.naming import plan_label
 from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records import Plan, RulePolicy
-from ewq_gguf.stages.options import Options, Progress
+from ewq_gguf.stages.finished_plan import check_weights
 from ewq_gguf.stages.presets import check_presets, preset_plans
-from ewq_gguf.stages.scanning import layout
+from ewq_gguf.stages.run import Run
 
 BASE = "base"
 #: Names become those of files.
@@ -92,11 +90,7 @@ def bracketing(size_bytes: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def choose_versions(
-    checkpoint: Checkpoint,
-    plans: Sequence[PlanSpec],
-    presets: Sequence[str],
-    options: Options,
-    progress: Progress,
+    run: Run, plans: Sequence[PlanSpec], presets: Sequence[str]
 ) -> tuple[Version, ...]:
     """The base first, then all others by falling size.
 
@@ -107,18 +101,12 @@ def choose_versions(
         UsageError: two versions have one name, or there is no such preset.
         InputError: a plan is another model's, or of another importance matrix.
     """
-    check_presets(presets, has_imatrix=options.imatrix is not None)
-    given_importance(checkpoint, options, progress)
-    made = [
-        _planned(checkpoint, wanted, options=options, progress=progress)
-        for wanted in plans
-    ]
+    check_presets(presets, has_imatrix=run.options.imatrix is not None)
+    check_importance(run)
+    made = [_planned(run, wanted) for wanted in plans]
     every = tuple(dict.fromkeys((*PRESETS, *presets)))
-    standard = preset_plans(
-        checkpoint, presets=every, needed=every, options=options, progress=progress
-    )
-    laid_out = layout(checkpoint, find_toolchain(options.llama_cpp), progress)
-    base_bytes = layout_bytes(laid_out)
+    standard = preset_plans(run, presets=every, needed=every)
+    base_bytes = layout_bytes(run.layout)
     n_weights = next(iter(standard.values())).totals.n_weights
     sizes = {name: p.totals.file_size_bytes for name, p in standard.items()}
     beside: dict[str, list[str]] = {BASE: [], **{name: [] for name in presets}}
@@ -145,26 +133,14 @@ def choose_versions(
     return (base, *sorted(others, key=lambda version: -version.size_bytes))
 
 
-def _planned(
-    checkpoint: Checkpoint,
-    wanted: PlanSpec,
-    *,
-    options: Options,
-    progress: Progress,
-) -> Version:
+def _planned(run: Run, wanted: PlanSpec) -> Version:
     if isinstance(wanted.source, Plan):
         made = wanted.source
         check_sound(made)
-        check_imatrix(made, options.imatrix)
-        check_weights(made, checkpoint, options=options, progress=progress)
+        check_imatrix(made, run.options.imatrix)
+        check_weights(run, made)
     else:
-        made = plan(
-            checkpoint,
-            wanted.source,
-            budget=wanted.budget,
-            options=options,
-            progress=progress,
-        )
+        made = plan(run, wanted.source, budget=wanted.budget)
     return _version(wanted.name or plan_label(made), "plan", made)
 
 

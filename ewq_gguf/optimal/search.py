@@ -17,12 +17,11 @@ from ewq_gguf import store
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.writing import written_text
-from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ToolError, UsageError
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
-from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
+from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.optimal.activation_rounding import measured_rounding
 from ewq_gguf.optimal.candidates import Contest, written_types
 from ewq_gguf.optimal.cost_model import Costs, measured_costs
@@ -48,10 +47,10 @@ from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.size_target import SizeLimit, SizeTarget
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import Budget, OptimalPolicy, Plan, Search, load_cached
-from ewq_gguf.stages.bases import base_file
 from ewq_gguf.stages.candidate_files import types_sha256
-from ewq_gguf.stages.options import SILENT, Options, Progress
+from ewq_gguf.stages.converting import base_file
 from ewq_gguf.stages.presets import all_preset_plans
+from ewq_gguf.stages.run import Run
 from ewq_gguf.tensor_names import nearest_name, role
 
 #: Documents that the model writes to be measured on: few windows, and many.
@@ -69,42 +68,36 @@ _PROBE_SHARE, _ROUNDING_SHARE = 0.5, 0.2
 
 
 def search(
-    checkpoint: Checkpoint,
+    run: Run,
     subject: ModelTensors,
     policy: OptimalPolicy,
     ask: SizeTarget,
     rivals: Mapping[str, Plan],
-    *,
-    options: Options | None = None,
-    progress: Progress = SILENT,
 ) -> Plan:
     """The best file that can be found within a budget, as a plan that tells how.
 
     Args:
-        checkpoint: of the model.
+        run: the model and the options, with the same importance matrix.
         subject: what is planned, with the importance matrix.
         policy: with every parameter.
         ask: what the file may take.
         rivals: plans that it has to beat, by name; every preset, with the matrix and
             without, is one too. None that is larger, or has types that the policy
             excludes, can win.
-        options: for the whole run; with the same matrix.
-        progress: who is told.
 
     Raises:
         InputError: the budget cannot be met.
         EwqError: of the stage that failed, with what to do.
     """
-    options = options or Options()
-    toolchain = _built_toolchain(options)
-    base = base_file(checkpoint, toolchain, progress=progress)
+    toolchain = _built_toolchain(run)
+    base = base_file(run)
     menu = menus(subject, policy)
     limit = _limit(subject, ask, menu)
     if not policy.min_tps:  # what has to be fast may have to be far smaller
         menu = menus_within(subject, policy, limit.n_bytes)
     setup = CPU_SETUP.model_copy(
         update={
-            "n_threads": options.n_threads,
+            "n_threads": run.options.n_threads,
             "device": device_for(base, toolchain),
         }
     )
@@ -113,7 +106,7 @@ def search(
         text = written_text(
             base,
             setup,
-            lambda: progress.measure(f"text by {checkpoint.identity.name}"),
+            lambda: run.progress.measure(f"text by {run.identity.name}"),
             n_documents=n_documents,
             seed=_SEEDS + seed,
         )
@@ -125,9 +118,7 @@ def search(
             n_ctx=read_gguf(base).window(Request.n_ctx),
         )
 
-    presets = all_preset_plans(
-        checkpoint, raw_type=subject.raw_type, options=options, progress=progress
-    )
+    presets = all_preset_plans(run, raw_type=subject.raw_type)
     all_rivals = {**presets, **rivals}
     # What was searched for once is known: the same command makes the same file.
     depends_on = (
@@ -150,36 +141,36 @@ def search(
             check_room(base)
             few = request(2 * policy.seed, _N_FEW_DOCUMENTS)
             many = request(2 * policy.seed + 1, _N_MANY_DOCUMENTS)
-            measuring = Measuring(few, many, toolchain, options, progress)
+            measuring = Measuring(few, many, toolchain, run.options, run.progress)
             known = _searched(subject, policy, limit, menu, all_rivals, measuring)
             store.write_text(path, known.to_json(), stage="plan", force=True)
     return known
 
 
 def check_search(
-    subject: ModelTensors, policy: OptimalPolicy, ask: SizeTarget, options: Options
+    run: Run, subject: ModelTensors, policy: OptimalPolicy, ask: SizeTarget
 ) -> None:
     """Refuse early what cannot be searched for: before texts are written.
 
     Args:
+        run: the model and the options.
         subject: what is planned; its matrix may be missing still.
         policy: with every parameter.
         ask: what the file may take.
-        options: for the whole run.
 
     Raises:
         InputError: the budget cannot be met.
         ToolError: the llama.cpp has no libraries.
         UsageError: a bound names a role that the model does not have.
     """
-    _built_toolchain(options)
+    _built_toolchain(run)
     menu = menus(subject, policy, has_entries=True)
     _check_roles(policy, menu)
     _limit(subject, ask, menu)
 
 
-def _built_toolchain(options: Options) -> Toolchain:
-    toolchain = find_toolchain(options.llama_cpp)
+def _built_toolchain(run: Run) -> Toolchain:
+    toolchain = run.toolchain
     if toolchain.lib_dir is None:
         raise ToolError(
             "plan",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ewq_gguf.bench.engines.precision import SAVED_NAME, AppliedPlan, precisions_of
@@ -12,13 +12,14 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.convert import check_is_local
-from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.pipeline.planning import check_plan, policy_measures
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, load_record
-from ewq_gguf.stages.choosing import with_planned_tensors
-from ewq_gguf.stages.options import SILENT, Options, Progress
-from ewq_gguf.stages.scanning import layout, open_model, scan
+from ewq_gguf.stages.finished_plan import (
+    check_plan,
+    planned_weights,
+    with_planned_tensors,
+)
+from ewq_gguf.stages.run import Run
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class ForTransformers:
     """A model that transformers loads.
 
     Attributes:
-        name: of its result.
-        folder: of the checkpoint, or one that `--save` wrote.
-        plan: that bitsandbytes follows; None without one.
+        name: the name of its result.
+        folder: the checkpoint's folder, or one that `--save` wrote.
+        plan: the plan that bitsandbytes follows; None without one.
     """
 
     name: str
@@ -36,67 +37,65 @@ class ForTransformers:
     plan: AppliedPlan | None
 
 
-def for_transformers(
-    model: str,
-    plan_path: Path | None,
-    *,
-    options: Options | None = None,
-    progress: Progress = SILENT,
-) -> ForTransformers:
+def for_transformers(run: Run, plan_path: Path | None) -> ForTransformers:
     """Find a checkpoint and look what a plan says about each of its tensors.
 
     Args:
-        model: a folder, a Hub id or `demo`; or a folder that `--save` wrote.
-        plan_path: of the plan; None for the checkpoint as it is.
-        options: for the whole run.
-        progress: who is told.
+        run: a folder, a Hub id or `demo`, or a folder that `--save` wrote; and the
+            options.
+        plan_path: the plan's file; None for the checkpoint as it is.
 
     Raises:
         UsageError: the model is no folder, or was quantised before.
         InputError: it is FP8, or the plan is not of it or not sound.
     """
-    options = options or Options()
+    model = str(run.model)
     if (Path(model) / SAVED_NAME).is_file():
         folder = Path(model)
         if plan_path is not None:
             problem = "is quantised already, by another run's --save"
             raise UsageError(STAGE, folder, problem, "leave --plan away")
         return ForTransformers(model_name(folder), folder, None)
-    checkpoint = open_model(model, options=options, progress=progress)
-    _check_loadable(model, checkpoint)
-    name = checkpoint.identity.name
+    _check_loadable(model, run.checkpoint)
     if plan_path is None:
-        return ForTransformers(name, checkpoint.folder, None)
-    record = load_record(Plan, plan_path, STAGE)
-    check_sound(record)
-    if record.model.adapters and not options.force:
-        names = ", ".join(adapter.name for adapter in record.model.adapters)
+        return ForTransformers(run.identity.name, run.checkpoint.folder, None)
+    plan = load_record(Plan, plan_path, STAGE)
+    _check_plan(run, plan, plan_path)
+    run = replace(run, model=with_planned_tensors(run.checkpoint, plan))
+    layout = None if run.checkpoint.is_mapped_by_name else run.layout
+    tensors, _ = map_tensors(run.checkpoint, layout)
+    applied = AppliedPlan(
+        name=f"{plan_path.stem}.bnb",
+        sha256=plan.sha256,
+        precisions=precisions_of(plan, tensors),
+    )
+    return ForTransformers(applied.name, run.checkpoint.folder, applied)
+
+
+def _check_plan(run: Run, plan: Plan, plan_path: Path) -> None:
+    """Refuse a plan that is not sound, or not of this model.
+
+    Raises:
+        InputError: it is for merged adapters, or for other files or weights.
+    """
+    check_sound(plan)
+    if plan.model.adapters and not run.options.force:
+        names = ", ".join(adapter.name for adapter in plan.model.adapters)
         raise InputError(
             STAGE,
             plan_path,
-            f"is for weights with adapters merged ({names}), which {model} has not",
+            f"is for weights with adapters merged ({names}), which {run.model} has not",
             "save the merged model as a folder and plan that, or measure the plan's "
             "GGUF without --backend bnb",
         )
-    checkpoint = with_planned_tensors(checkpoint, record)
-    weights = None
-    if record.weights_sha256 is not None:
-        measures = policy_measures(record.policy)
-        scanned = scan(checkpoint, measures, options=options, progress=progress)
-        weights = scanned.weights_sha256
+    run = replace(run, model=with_planned_tensors(run.checkpoint, plan))
     # Transformers has the model's own template and tokenizer whatever the plan's are.
-    as_found = record.model_copy(update={"model": record.model.as_found})
-    check_plan(as_found, checkpoint.identity.as_found, weights, force=options.force)
-    laid_out = None
-    if not checkpoint.is_mapped_by_name:
-        laid_out = layout(checkpoint, find_toolchain(options.llama_cpp), progress)
-    tensors, _ = map_tensors(checkpoint, laid_out)
-    applied = AppliedPlan(
-        name=f"{plan_path.stem}.bnb",
-        sha256=record.sha256,
-        precisions=precisions_of(record, tensors),
+    check_plan(
+        plan.model_copy(update={"model": plan.model.as_found}),
+        run.identity.as_found,
+        planned_weights(run, plan),
+        force=run.options.force,
     )
-    return ForTransformers(applied.name, checkpoint.folder, applied)
 
 
 def _check_loadable(model: str, checkpoint: Checkpoint) -> None:

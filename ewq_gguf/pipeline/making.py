@@ -7,26 +7,13 @@ from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import read_gguf
-from ewq_gguf.errors import (
-    InputError,
-    UsageError,
-    VerificationError,
-)
+from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.ggml_types import tensor_bytes
-from ewq_gguf.llamacpp.convert import (
-    base_type,
-    check_is_local,
-)
+from ewq_gguf.llamacpp.convert import base_type, check_is_local
 from ewq_gguf.llamacpp.quantize import quantize
-from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.llamacpp.verify import can_load, verify_file
-from ewq_gguf.pipeline.planning import (
-    check_weights,
-    plan,
-    plan_file,
-)
+from ewq_gguf.pipeline.planning import check_wish, plan, plan_file
 from ewq_gguf.plan.naming import nearest_preset
-from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
 from ewq_gguf.records import (
@@ -39,14 +26,13 @@ from ewq_gguf.records import (
     Verification,
     load_cached,
 )
-from ewq_gguf.stages.bases import base_file
 from ewq_gguf.stages.calibrating import with_imatrix
-from ewq_gguf.stages.choosing import as_planned
 from ewq_gguf.stages.companions import plan_companions
-from ewq_gguf.stages.options import SILENT, Options, Progress
+from ewq_gguf.stages.converting import base_file
+from ewq_gguf.stages.finished_plan import as_planned, check_weights
+from ewq_gguf.stages.options import Options
 from ewq_gguf.stages.placing import CompanionFile, check_names, place_companions
-from ewq_gguf.stages.presets import check_presets
-from ewq_gguf.stages.scanning import layout, open_model
+from ewq_gguf.stages.run import Run
 
 
 @dataclass(frozen=True)
@@ -54,10 +40,10 @@ class Made:
     """What `make_gguf` made.
 
     Attributes:
-        path: of the GGUF.
-        plan: it was made from.
+        path: the GGUF.
+        plan: the plan it was made from.
         plan_path: where the plan was written; None where it was given.
-        verification: of the file.
+        verification: what was checked in the file.
         preset_bytes: sizes of the standard presets, by name, and of the base type.
         is_reused: whether the file was there already, valid and of the same plan.
         companions: the files beside it, such as an mmproj.
@@ -73,136 +59,105 @@ class Made:
 
 
 def make_gguf(
-    model: str,
+    run: Run,
     out: Path | None = None,
     policy: RulePolicy | Plan | None = None,
     *,
     raw_type: str = "auto",
     budget: SizeTarget | None = None,
-    options: Options | None = None,
-    progress: Progress = SILENT,
 ) -> Made:
     """Everything: scan, plan, convert, quantise, verify; reusing what is there.
 
     Args:
-        model: a folder, a .safetensors or .gguf file, a Hub id, or `demo`.
-        out: of the GGUF; None for `NAME-EWQ-<nearest preset>.gguf` here.
+        run: the model and the options.
+        out: path of the GGUF; None for `NAME-EWQ-<nearest preset>.gguf` here.
         policy: how to plan, or a finished plan; None for the paper's.
         raw_type: what `raw` means: `F16`, `BF16` or `auto`.
         budget: what the file may take.
-        options: for the whole run.
-        progress: who is told.
 
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    options = options or Options()
     policy = policy or EwqPolicy()
     if out is not None:
         store.check_writable(out, "gguf")
     if isinstance(policy, Plan):
-        options = as_planned(options, policy, progress)
+        run = as_planned(run, policy)
     else:
-        _check_policy(policy, budget, options)
-    toolchain = find_toolchain(options.llama_cpp)
-    checkpoint = open_model(model, options=options, progress=progress)
-    check_is_local(checkpoint)
-    inputs = [shard.path for shard in checkpoint.shards]
+        check_wish(policy, budget, has_imatrix=run.options.imatrix is not None)
+    _ = run.toolchain  # a missing one is said before a model is downloaded
+    check_is_local(run.checkpoint)
+    inputs = [shard.path for shard in run.checkpoint.shards]
     if out is not None:
         store.check_distinct(out, inputs, "gguf")
-    laid_out = layout(checkpoint, toolchain, progress)
-    beside = plan_companions(checkpoint, laid_out, toolchain, options, progress)
-    check_names(checkpoint, beside, (out or Path()).parent, options)
-    plan_path = None
+    beside = plan_companions(run, run.layout)
+    check_names(run, beside, (out or Path()).parent)
     if isinstance(policy, Plan):
-        made_plan = policy
-        check_weights(policy, checkpoint, options=options, progress=progress)
+        made_plan, plan_path = policy, None
+        check_weights(run, policy)
     else:
-        made_plan = plan(
-            checkpoint,
-            policy,
-            raw_type=raw_type,
-            budget=budget,
-            options=options,
-            progress=progress,
-        )
-        if isinstance(policy, OptimalPolicy):
-            options = with_imatrix(checkpoint, options, progress)
+        made_plan = plan(run, policy, raw_type=raw_type, budget=budget)
         plan_path = plan_file(made_plan)
-    presets = {**laid_out.preset_bytes, base_type(checkpoint): layout_bytes(laid_out)}
-    preset = (
-        made_plan.policy.preset
-        if isinstance(made_plan.policy, PresetPolicy)
-        else nearest_preset(made_plan.totals.file_size_bytes, presets)
-    )
-    out = out or Path(f"{made_plan.model.name}-EWQ-{preset}.gguf")
+        if isinstance(policy, OptimalPolicy):
+            run = with_imatrix(run)
+    presets = _preset_bytes(run)
+    out = out or _file_name(made_plan, presets)
     store.check_distinct(out, inputs, "gguf")
-    with store.locked(out, stage="gguf"):
-        reused = _existing(made_plan, out, options)
-        if plan_path is not None:
-            store.write_text(
-                plan_path, made_plan.to_json(), stage="plan", force=options.force
-            )
-        verification = reused or _make(
-            made_plan,
-            base_file(checkpoint, toolchain, progress=progress),
-            out,
-            toolchain,
-            options,
-            progress,
-        )
-    companions = place_companions(checkpoint, toolchain, beside, out, options, progress)
+    verification, is_reused = _make(run, made_plan, out, plan_path)
     return Made(
         path=out,
         plan=made_plan,
         plan_path=plan_path,
         verification=verification,
         preset_bytes=presets,
-        is_reused=reused is not None,
-        companions=companions,
+        is_reused=is_reused,
+        companions=place_companions(run, beside, out),
     )
 
 
-def _check_policy(
-    policy: RulePolicy, budget: SizeTarget | None, options: Options
-) -> None:
-    """Refuse what a policy cannot do without, before any work.
-
-    Raises:
-        UsageError: it lacks a size, a matrix, or is a preset that nobody knows.
-    """
-    has_imatrix = options.imatrix is not None
-    check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
-    if isinstance(policy, PresetPolicy):
-        check_presets([policy.preset], has_imatrix=has_imatrix)
+def _preset_bytes(run: Run) -> dict[str, int]:
+    """Sizes of the standard presets' files, by name, and of the base's."""
+    base_bytes = layout_bytes(run.layout)
+    return {**run.layout.preset_bytes, base_type(run.checkpoint): base_bytes}
 
 
-def planned_file(
-    plan: Plan,
-    base: Path,
-    out: Path,
-    toolchain: Toolchain,
-    *,
-    options: Options | None = None,
-    progress: Progress = SILENT,
-) -> Verification:
+def _file_name(plan: Plan, preset_bytes: dict[str, int]) -> Path:
+    """A file's name where the user gives none, with the preset nearest in size."""
+    if isinstance(plan.policy, PresetPolicy):
+        preset = plan.policy.preset
+    else:
+        preset = nearest_preset(plan.totals.file_size_bytes, preset_bytes)
+    return Path(f"{plan.model.name}-EWQ-{preset}.gguf")
+
+
+def _make(
+    run: Run, plan: Plan, out: Path, plan_path: Path | None
+) -> tuple[Verification, bool]:
+    """The verified file of a plan, and whether it was there; the plan is written."""
+    with store.locked(out, stage="gguf"):
+        verification = _existing(plan, out, run.options)
+        if plan_path is not None:
+            force = run.options.force
+            store.write_text(plan_path, plan.to_json(), stage="plan", force=force)
+        if verification is not None:
+            return verification, True
+        return _quantized(run, plan, base_file(run), out), False
+
+
+def planned_file(run: Run, plan: Plan, base: Path, out: Path) -> Verification:
     """The verified file of a plan, made from its base where it is not there yet.
 
     Args:
-        plan: of the base's model.
+        run: the options, with the plan's importance matrix.
+        plan: a plan of the base's model.
         base: the base GGUF.
-        out: of the file.
-        toolchain: that quantises.
-        options: for the whole run; its matrix is the plan's.
-        progress: who is told.
+        out: path of the file.
 
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    options = options or Options()
     with store.locked(out, stage="gguf"):
-        reused = _existing(plan, out, options)
-        return reused or _make(plan, base, out, toolchain, options, progress)
+        return _existing(plan, out, run.options) or _quantized(run, plan, base, out)
 
 
 def layout_bytes(layout: Layout) -> int:
@@ -239,24 +194,18 @@ def _existing(plan: Plan, out: Path, options: Options) -> Verification | None:
     )
 
 
-def _make(
-    plan: Plan,
-    base: Path,
-    out: Path,
-    toolchain: Toolchain,
-    options: Options,
-    progress: Progress,
-) -> Verification:
-    with progress.stage("quantize") as share:
+def _quantized(run: Run, plan: Plan, base: Path, out: Path) -> Verification:
+    """Make the file, verify it, and remember what was verified."""
+    with run.progress.stage("quantize") as share:
         verification = quantize(
             plan,
             base,
             out,
-            toolchain,
-            n_threads=options.n_threads,
-            load=options.load,
+            run.toolchain,
+            n_threads=run.options.n_threads,
+            load=run.options.load,
             # The best file of a search may be one without.
-            imatrix=options.imatrix if plan.imatrix else None,
+            imatrix=run.options.imatrix if plan.imatrix else None,
             on_progress=share,
         )
     return _keep(plan, verification)

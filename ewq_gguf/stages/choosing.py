@@ -7,7 +7,7 @@ checkpoint itself is never touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +15,14 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.bench.tasks.template_child import syntax_error
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.heads import head_tensors
 from ewq_gguf.checkpoint.heads import n_promised as promised_heads
 from ewq_gguf.errors import EwqError, InputError, UsageError
 from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
 from ewq_gguf.llamacpp.heads import can_leave_heads_out
-from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.llamacpp.pretokenizer import check_name, fits
-from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
+from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.verify import can_load
-from ewq_gguf.plan.check import check_sound
-from ewq_gguf.records import Layout, Plan
-from ewq_gguf.report.text import size_text
 from ewq_gguf.stages.options import Options, Progress
 
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -36,9 +31,18 @@ _N_NEAREST = 3
 
 
 def with_choices(
-    checkpoint: Checkpoint, options: Options, progress: Progress
+    checkpoint: Checkpoint,
+    options: Options,
+    progress: Progress,
+    toolchain: Callable[[], Toolchain],
 ) -> Checkpoint:
     """The checkpoint with what the user chose for its conversion, which is said.
+
+    Args:
+        checkpoint: the model as it was found.
+        options: settings of the run, the choices among them.
+        progress: receiver of notes.
+        toolchain: finds llama.cpp, where a choice needs to be asked of it.
 
     Raises:
         UsageError: it is a GGUF file, or llama.cpp knows no such pre-tokenizer.
@@ -50,11 +54,11 @@ def with_choices(
         chosen["chat_template"] = _check_template(options.chat_template)
         files[_TEMPLATE_NAME] = options.chat_template
     if options.pre is not None:
-        check_name(options.pre, find_toolchain(options.llama_cpp))
+        check_name(options.pre, toolchain())
         chosen["pre"] = options.pre
     if checkpoint.identity.is_gguf and options.mtp != "keep":
         chosen["mtp"] = options.mtp
-    elif _leaves_heads_out(checkpoint, options, progress):
+    elif _leaves_heads_out(checkpoint, options, progress, toolchain):
         chosen["mtp"] = "drop"
     if not chosen:
         return checkpoint
@@ -72,48 +76,6 @@ def with_choices(
         progress.note(f"pre-tokenizer: {options.pre}, as chosen")
     identity = checkpoint.identity.model_copy(update={"chosen": chosen})
     return replace(checkpoint, identity=identity, small_files=files, opened="")
-
-
-def as_planned(options: Options, plan: Plan, progress: Progress) -> Options:
-    """The options for making a plan's file; only files have to be given again.
-
-    Raises:
-        InputError: the plan contradicts itself, or its chat template or importance
-            matrix is not given.
-    """
-    check_sound(plan)
-    if note := check_imatrix(plan, options.imatrix):
-        progress.note(note)
-    return chosen_as(options, plan)
-
-
-def chosen_as(options: Options, plan: Plan) -> Options:
-    """The options with what the converter was told for a plan.
-
-    Raises:
-        InputError: the plan's chat template is not given.
-    """
-    chosen = plan.model.chosen
-    if "chat_template" in chosen and options.chat_template is None:
-        raise InputError(
-            "plan",
-            plan.model.name,
-            "the plan was made with a chat template of SHA-256 "
-            f"{chosen['chat_template'][:12]}",
-            "give it with --chat-template",
-        )
-    return replace(
-        options,
-        pre=options.pre or chosen.get("pre"),
-        mtp="drop" if options.mtp == "keep" and "mtp" in chosen else options.mtp,
-    )
-
-
-def with_planned_tensors(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
-    """The checkpoint with a plan's choices, but for a template, which has no tensor."""
-    chosen = {k: v for k, v in plan.model.chosen.items() if k != "chat_template"}
-    identity = checkpoint.identity.model_copy(update={"chosen": chosen})
-    return replace(checkpoint, identity=identity, opened="")
 
 
 @contextmanager
@@ -156,7 +118,10 @@ def say_fit(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) ->
 
 
 def _leaves_heads_out(
-    checkpoint: Checkpoint, options: Options, progress: Progress
+    checkpoint: Checkpoint,
+    options: Options,
+    progress: Progress,
+    toolchain: Callable[[], Toolchain],
 ) -> bool:
     """Whether the converter is told to leave heads for further tokens out.
 
@@ -172,7 +137,7 @@ def _leaves_heads_out(
         progress.note(f"--mtp {options.mtp}: the model has no heads to leave out")
     if (heads and options.mtp == "keep") or not (heads or n_promised):
         return False
-    can = can_leave_heads_out(checkpoint, find_toolchain(options.llama_cpp))
+    can = can_leave_heads_out(checkpoint, toolchain())
     if not heads:
         if can:
             progress.note(
@@ -189,55 +154,6 @@ def _leaves_heads_out(
             "leave the option away",
         )
     return can
-
-
-def say_heads(
-    checkpoint: Checkpoint, laid_out: Layout, options: Options, progress: Progress
-) -> None:
-    """Say what becomes of heads for further tokens, where there are any.
-
-    Raises:
-        UsageError: they should be left out, and the converter keeps them.
-    """
-    heads = [] if checkpoint.identity.is_gguf else head_tensors(checkpoint)
-    if not heads:
-        return
-    n_bytes = sum(tensor.end - tensor.begin for tensor in heads)
-    what = (
-        f"{len(heads)} tensors of heads for further tokens (MTP; {size_text(n_bytes)} "
-        "in the checkpoint)"
-    )
-    used = {s.hf_name for tensor in laid_out.tensors for s in tensor.sources}
-    n_kept = sum(1 for tensor in heads if tensor.name in used)
-    if n_kept and options.mtp != "keep":
-        raise UsageError(
-            "convert",
-            f"--mtp {options.mtp}",
-            f"llama.cpp's converter keeps the {what}",
-            "leave the option away",
-        )
-    if n_kept:
-        progress.note(f"{what} are kept (--mtp keep); --mtp drop leaves them out")
-    elif options.mtp == "separate":
-        progress.note(f"{what} become a file of their own (--mtp separate)")
-    else:
-        why = "--mtp drop" if options.mtp == "drop" else "the converter takes none"
-        progress.note(f"{what} are left out ({why})")
-
-
-def say_missing_template(
-    checkpoint: Checkpoint, path: Path, progress: Progress
-) -> None:
-    """Say that a file which answers has no chat template, and how to put one in."""
-    kv = read_gguf(path).kv
-    if "tokenizer.chat_template" in kv or checkpoint.identity.is_gguf:
-        return
-    if f"{kv.get('general.architecture')}.pooling_type" in kv:
-        return  # it makes embeddings
-    progress.note(
-        f"{path} has no chat template, as the model has none: chats take a default "
-        "one; give one with --chat-template FILE"
-    )
 
 
 def _check_template(path: Path) -> str:

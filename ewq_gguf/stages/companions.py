@@ -22,28 +22,27 @@ from ewq_gguf.llamacpp.companion import (
 )
 from ewq_gguf.llamacpp.convert import base_type, converter_architectures
 from ewq_gguf.llamacpp.converter import Content
-from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.records import Layout
 from ewq_gguf.report.companion_view import described
-from ewq_gguf.stages.choosing import say_heads
+from ewq_gguf.report.text import size_text
 from ewq_gguf.stages.options import Options, Progress
+from ewq_gguf.stages.run import Run
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
-def plan_companions(
-    checkpoint: Checkpoint,
-    laid_out: Layout,
-    toolchain: Toolchain,
-    options: Options,
-    progress: Progress,
-) -> list[CompanionLayout]:
+def plan_companions(run: Run, layout: Layout) -> list[CompanionLayout]:
     """The files that will go beside the text model; what is left out is said.
+
+    Args:
+        run: the model and the options.
+        layout: the layout of the text model.
 
     Raises:
         UsageError: one was asked for, and there is nothing to make it of.
         InputError, ChildError: one was asked for, and the converter refuses it.
     """
+    checkpoint, options = run.checkpoint, run.options
     if checkpoint.identity.is_gguf:
         if _is_asked(options):
             raise UsageError(
@@ -53,33 +52,60 @@ def plan_companions(
                 "give the checkpoint that it was made from",
             )
         return []
-    say_heads(checkpoint, laid_out, options, progress)
-    layouts = []
-    if _sets_heads_apart(checkpoint, options):
+    say_heads(run, layout)
+    companions = []
+    if _sets_heads_apart(run):
         ggml_type = base_type(checkpoint)
-        layouts.append(companion_layout(checkpoint, toolchain, "mtp", ggml_type))
-    left = unused_tensors(checkpoint, laid_out)
+        companions.append(companion_layout(checkpoint, run.toolchain, "mtp", ggml_type))
+    left = unused_tensors(checkpoint, layout)
     if media := [tensor for tensor in left if is_media(tensor)]:
-        layouts += _mmproj(checkpoint, media, toolchain, options, progress)
+        companions += _mmproj(run, media)
     else:
         _check_nothing_asked(options)
-    return layouts
+    return companions
 
 
-def _mmproj(
-    checkpoint: Checkpoint,
-    media: list[TensorHeader],
-    toolchain: Toolchain,
-    options: Options,
-    progress: Progress,
-) -> list[CompanionLayout]:
+def say_heads(run: Run, layout: Layout) -> None:
+    """Say what becomes of heads for further tokens, where there are any.
+
+    Raises:
+        UsageError: they should be left out, and the converter keeps them.
+    """
+    checkpoint, options, progress = run.checkpoint, run.options, run.progress
+    heads = [] if checkpoint.identity.is_gguf else head_tensors(checkpoint)
+    if not heads:
+        return
+    n_bytes = sum(tensor.end - tensor.begin for tensor in heads)
+    what = (
+        f"{len(heads)} tensors of heads for further tokens (MTP; {size_text(n_bytes)} "
+        "in the checkpoint)"
+    )
+    used = {s.hf_name for tensor in layout.tensors for s in tensor.sources}
+    n_kept = sum(1 for tensor in heads if tensor.name in used)
+    if n_kept and options.mtp != "keep":
+        raise UsageError(
+            "convert",
+            f"--mtp {options.mtp}",
+            f"llama.cpp's converter keeps the {what}",
+            "leave the option away",
+        )
+    if n_kept:
+        progress.note(f"{what} are kept (--mtp keep); --mtp drop leaves them out")
+    elif options.mtp == "separate":
+        progress.note(f"{what} become a file of their own (--mtp separate)")
+    else:
+        why = "--mtp drop" if options.mtp == "drop" else "the converter takes none"
+        progress.note(f"{what} are left out ({why})")
+
+
+def _mmproj(run: Run, media: list[TensorHeader]) -> list[CompanionLayout]:
     """The mmproj, or none; which, and why, is said."""
-    what = described(media)
+    options, progress, what = run.options, run.progress, described(media)
     if options.mmproj == "none":
         progress.note(f"{what} are left out (--mmproj none)")
         return []
     try:
-        layout = _mmproj_layout(checkpoint, toolchain, options)
+        layout = _mmproj_layout(run)
     except (InputError, ChildError) as error:
         if options.mmproj != "auto":
             raise
@@ -92,38 +118,39 @@ def _mmproj(
     return [layout]
 
 
-def needs_companions(checkpoint: Checkpoint, options: Options) -> bool:
+def needs_companions(run: Run) -> bool:
     """Whether something may go beside the text model, from names alone."""
+    checkpoint = run.checkpoint
     return (
-        _is_asked(options)
+        _is_asked(run.options)
         or any(is_media(tensor) for _, tensor in checkpoint.tensors)
         or bool(head_tensors(checkpoint))
     )
 
 
-def companion_contents(checkpoint: Checkpoint, options: Options) -> list[Content]:
+def companion_contents(run: Run) -> list[Content]:
     """What the converter is to write beside the text model, from names alone."""
-    has_media = any(is_media(tensor) for _, tensor in checkpoint.tensors)
+    has_media = any(is_media(tensor) for _, tensor in run.checkpoint.tensors)
     contents: list[Content] = []
-    if has_media and options.mmproj != "none":
+    if has_media and run.options.mmproj != "none":
         contents.append("mmproj")
-    if _sets_heads_apart(checkpoint, options):
+    if _sets_heads_apart(run):
         contents.append("mtp")
     return contents
 
 
-def _sets_heads_apart(checkpoint: Checkpoint, options: Options) -> bool:
+def _sets_heads_apart(run: Run) -> bool:
     """Whether heads for further tokens become a file of their own."""
     return (
-        options.mtp == "separate"
-        and "mtp" in checkpoint.identity.chosen
-        and bool(head_tensors(checkpoint))
+        run.options.mtp == "separate"
+        and "mtp" in run.identity.chosen
+        and bool(head_tensors(run.checkpoint))
     )
 
 
-def unused_tensors(checkpoint: Checkpoint, laid_out: Layout) -> list[TensorHeader]:
+def unused_tensors(checkpoint: Checkpoint, layout: Layout) -> list[TensorHeader]:
     """The checkpoint's weights that the text model's file has no use for."""
-    used = {s.hf_name for tensor in laid_out.tensors for s in tensor.sources}
+    used = {s.hf_name for tensor in layout.tensors for s in tensor.sources}
     return [
         tensor
         for _, tensor in checkpoint.tensors
@@ -151,27 +178,24 @@ def _check_nothing_asked(options: Options) -> None:
         )
 
 
-def _mmproj_layout(
-    checkpoint: Checkpoint, toolchain: Toolchain, options: Options
-) -> CompanionLayout:
+def _mmproj_layout(run: Run) -> CompanionLayout:
     """The mmproj as the converter would write it.
 
     Raises:
         InputError: the converter has none for this architecture, or a file is missing.
         ChildError: the converter refuses the checkpoint otherwise.
     """
+    checkpoint, toolchain, mmproj = run.checkpoint, run.toolchain, run.options.mmproj
     architecture = _mmproj_architecture(checkpoint)
-    known = converter_architectures(toolchain, "mmproj")
-    if known and architecture not in known:
+    supported = converter_architectures(toolchain, "mmproj")
+    if supported and architecture not in supported:
         raise InputError(
             "convert",
             checkpoint.folder,
             f"llama.cpp's converter has no mmproj for {architecture}",
             "use a llama.cpp that has one, with --llama-cpp",
         )
-    ggml_type = options.mmproj.upper()
-    if options.mmproj == "auto":
-        ggml_type = base_type(checkpoint)
+    ggml_type = base_type(checkpoint) if mmproj == "auto" else mmproj.upper()
     try:
         return companion_layout(checkpoint, toolchain, "mmproj", ggml_type)
     except (InputError, ChildError) as error:

@@ -7,60 +7,42 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, VerificationError
-from ewq_gguf.llamacpp.layout import cached_layout
-from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, find_toolchain
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.imported import Imported, gguf_types, poc_types
 from ewq_gguf.plan.model_tensors import ModelTensors
-from ewq_gguf.records import ImportedPolicy, Plan, Scan, read_json
-from ewq_gguf.stages.options import SILENT, Options, Progress
-from ewq_gguf.stages.scanning import layout
+from ewq_gguf.records import ImportedPolicy, Plan, read_json
+from ewq_gguf.stages.run import Run
 
 _MAGIC = b"GGUF"
 
 
-def import_plan(
-    file: Path,
-    source: Checkpoint | Scan,
-    *,
-    raw_type: str = "auto",
-    options: Options | None = None,
-    progress: Progress = SILENT,
-) -> Plan:
+def import_plan(run: Run, file: Path, *, raw_type: str = "auto") -> Plan:
     """The plan that asks for the types of a file.
 
     Args:
+        run: the model, or a scan of it, and the options.
         file: a `quant_plan_*.json` of the proof of concept, or a GGUF of the model.
-        source: the model.
         raw_type: what `raw` means: `F16`, `BF16`, or `auto` for the source's own.
-        options: for the whole run.
-        progress: who is told what of the file was not followed.
 
     Raises:
         InputError: the file is neither, or not of this model.
     """
-    subject = _subject(source, raw_type, options or Options(), progress)
+    subject = _subject(run, raw_type)
     policy, imported = _read(file, subject)
     for note in imported.notes:
-        progress.note(f"{file.name}: {note}")
+        run.progress.note(f"{file.name}: {note}")
     return assemble(subject, policy, imported.types)
 
 
-def _subject(
-    source: Checkpoint | Scan, raw_type: str, options: Options, progress: Progress
-) -> ModelTensors:
-    if isinstance(source, Scan):
-        known = cached_layout(source.model.fingerprint, LLAMA_CPP_COMMIT)
-        subject = ModelTensors.of_scan(source, known, raw_type)
+def _subject(run: Run, raw_type: str) -> ModelTensors:
+    if run.given_scan is not None:
+        subject = ModelTensors.of_scan(run.given_scan, run.known_layout, raw_type)
         # The types depend on no weight, whoever has measured them.
         return replace(subject, weights_sha256=None)
-    laid_out = layout(source, find_toolchain(options.llama_cpp), progress)
-    return ModelTensors.of_tensors(
-        source.identity, laid_out.tensors, laid_out, raw_type
-    )
+    layout = run.layout
+    return ModelTensors.of_tensors(run.identity, layout.tensors, layout, raw_type)
 
 
 def _read(file: Path, subject: ModelTensors) -> tuple[ImportedPolicy, Imported]:

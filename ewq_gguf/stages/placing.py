@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.llamacpp.companion import (
     CompanionLayout,
@@ -17,10 +18,8 @@ from ewq_gguf.llamacpp.companion import (
     make_companion,
     verify_companion,
 )
-from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.records import Companion, load_cached
-from ewq_gguf.stages.choosing import say_missing_template
-from ewq_gguf.stages.options import Options, Progress
+from ewq_gguf.stages.run import Run
 
 
 @dataclass(frozen=True)
@@ -39,31 +38,31 @@ class CompanionFile:
 
 
 def place_companions(
-    checkpoint: Checkpoint,
-    toolchain: Toolchain,
-    layouts: Iterable[CompanionLayout],
-    text_model: Path,
-    options: Options,
-    progress: Progress,
+    run: Run, layouts: Iterable[CompanionLayout], text_model: Path
 ) -> tuple[CompanionFile, ...]:
     """What goes beside a finished text model; what it lacks is said.
 
     Raises:
         EwqError: of the stage that failed.
     """
-    say_missing_template(checkpoint, text_model, progress)
-    return tuple(
-        place_companion(checkpoint, toolchain, layout, text_model, options, progress)
-        for layout in layouts
+    _say_missing_template(run, text_model)
+    return tuple(place_companion(run, layout, text_model) for layout in layouts)
+
+
+def _say_missing_template(run: Run, path: Path) -> None:
+    """Say that a file which answers has no chat template, and how to put one in."""
+    kv = read_gguf(path).kv
+    if "tokenizer.chat_template" in kv or run.identity.is_gguf:
+        return
+    if f"{kv.get('general.architecture')}.pooling_type" in kv:
+        return  # it makes embeddings
+    run.progress.note(
+        f"{path} has no chat template, as the model has none: chats take a default "
+        "one; give one with --chat-template FILE"
     )
 
 
-def check_names(
-    checkpoint: Checkpoint,
-    layouts: Iterable[CompanionLayout],
-    folder: Path,
-    options: Options,
-) -> None:
+def check_names(run: Run, layouts: Iterable[CompanionLayout], folder: Path) -> None:
     """Refuse other files under the companions' names, before any work.
 
     Only headers are read; values are compared when the text model is there.
@@ -72,19 +71,14 @@ def check_names(
         UsageError: another file has the name of one.
     """
     for layout in layouts:
-        out = _companion_path(checkpoint, layout, folder)
-        if out.exists() and not options.force:
+        out = _companion_path(run, layout, folder)
+        if out.exists() and not run.options.force:
             with _not_lost(out, layout):
                 check_header(layout, out)
 
 
 def place_companion(
-    checkpoint: Checkpoint,
-    toolchain: Toolchain,
-    layout: CompanionLayout,
-    text_model: Path,
-    options: Options,
-    progress: Progress,
+    run: Run, layout: CompanionLayout, text_model: Path
 ) -> CompanionFile:
     """A verified companion beside a text model, made where it is not there yet.
 
@@ -92,17 +86,17 @@ def place_companion(
         UsageError: another file has its name.
         EwqError: of the stage that failed.
     """
-    out = _companion_path(checkpoint, layout, text_model.parent)
-    looker = text_model if options.load else None
-    record = _record_path(checkpoint, layout, toolchain, text_model)
+    out = _companion_path(run, layout, text_model.parent)
+    looker = text_model if run.options.load else None
+    record = _record_path(run, layout, text_model)
     with store.locked(out, stage="convert"):
-        if out.exists() and not options.force:
-            found = _existing(checkpoint, layout, out, looker, record)
+        if out.exists() and not run.options.force:
+            found = _existing(run.checkpoint, layout, out, looker, record)
             return CompanionFile(out, _keep(record, found), True)
-        with progress.stage(f"convert {layout.content}") as share:
+        with run.progress.stage(f"convert {layout.content}") as share:
             found = make_companion(
-                checkpoint,
-                toolchain,
+                run.checkpoint,
+                run.toolchain,
                 layout,
                 out,
                 text_model=looker,
@@ -111,24 +105,16 @@ def place_companion(
     return CompanionFile(out, _keep(record, found), False)
 
 
-def _companion_path(
-    checkpoint: Checkpoint, layout: CompanionLayout, folder: Path
-) -> Path:
+def _companion_path(run: Run, layout: CompanionLayout, folder: Path) -> Path:
     """Such as `mmproj-NAME-F16.gguf`: llama.cpp's tools look for such names."""
-    name = f"{layout.content}-{checkpoint.identity.name}-{layout.ggml_type}.gguf"
-    return folder / name
+    return folder / f"{layout.content}-{run.identity.name}-{layout.ggml_type}.gguf"
 
 
-def _record_path(
-    checkpoint: Checkpoint,
-    layout: CompanionLayout,
-    toolchain: Toolchain,
-    text_model: Path,
-) -> Path:
+def _record_path(run: Run, layout: CompanionLayout, text_model: Path) -> Path:
     """Where it is kept what was verified of a companion and a text model."""
     stat = text_model.stat()
     key = store.sha256_text(
-        f"{checkpoint.signature} {toolchain.key} {layout.header!r} "
+        f"{run.checkpoint.signature} {run.toolchain.key} {layout.header!r} "
         f"{text_model.absolute()} {stat.st_size} {stat.st_mtime_ns}"
     )
     return store.cache_dir("verifications") / f"{layout.content}-{key[:32]}.json"

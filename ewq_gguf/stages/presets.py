@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import (
     ALL_PRESETS,
     IMATRIX_PRESETS,
@@ -19,13 +17,11 @@ from ewq_gguf.llamacpp.layout import (
     PRESETS,
     preset_types,
 )
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.lattice import Lattices
 from ewq_gguf.plan.model_tensors import ModelTensors
-from ewq_gguf.records import Plan, PresetPolicy, Scan
-from ewq_gguf.stages.options import SILENT, Options, Progress
-from ewq_gguf.stages.scanning import layout
+from ewq_gguf.records import Plan, PresetPolicy
+from ewq_gguf.stages.run import Run
 
 
 def check_presets(names: Sequence[str], *, has_imatrix: bool) -> None:
@@ -53,57 +49,45 @@ def check_presets(names: Sequence[str], *, has_imatrix: bool) -> None:
 
 
 def preset_plan(
-    source: Checkpoint | Scan,
+    run: Run,
     policy: PresetPolicy,
     *,
     raw_type: str = "auto",
     lattices: Lattices | None = None,
-    options: Options | None = None,
-    progress: Progress = SILENT,
 ) -> Plan:
     """A standard preset as a plan.
 
     Args:
-        source: the model.
+        run: the model and the options.
         policy: the preset.
         raw_type: what `raw` means.
-        lattices: of what is quantised already, and keeps its values.
-        options: for the whole run.
-        progress: who is told.
+        lattices: types that hold tensors exactly, which keep their values.
 
     Raises:
         InputError: the model is not there, only a scan of it, or the matrix lacks an
             entry that the preset needs.
     """
-    if isinstance(source, Scan):
+    if run.given_scan is not None:
         raise InputError(
             "plan",
-            source.model.name,
+            run.identity.name,
             "a preset's types are asked of llama-quantize with the model's header",
             "give the model in place of the scan",
         )
-    asked = (policy.preset,)
+    names = (policy.preset,)
     plans = preset_plans(
-        source,
-        raw_type=raw_type,
-        presets=asked,
-        needed=asked,
-        lattices=lattices,
-        options=options,
-        progress=progress,
+        run, raw_type=raw_type, presets=names, needed=names, lattices=lattices
     )
     return plans[policy.preset]
 
 
 def preset_plans(
-    checkpoint: Checkpoint,
+    run: Run,
     *,
     raw_type: str = "auto",
     presets: Sequence[str] = PRESETS,
     needed: Collection[str] = PRESETS,
     lattices: Lattices | None = None,
-    options: Options | None = None,
-    progress: Progress = SILENT,
 ) -> dict[str, Plan]:
     """Presets as plans, by name, the standard ones large to small; no weight is read.
 
@@ -113,16 +97,10 @@ def preset_plans(
     Raises:
         EwqError: the model cannot be laid out, or the importance matrix is another's.
     """
-    options = options or Options()
-    toolchain = find_toolchain(options.llama_cpp)
-    laid_out = layout(checkpoint, toolchain, progress)
-    subject = ModelTensors.of_tensors(
-        checkpoint.identity, laid_out.tensors, laid_out, raw_type
-    )
-    subject = replace(subject, lattices=lattices or {})
-    if options.imatrix:
-        subject = replace(subject, importance=read_imatrix(options.imatrix))
-    types = preset_types(checkpoint, toolchain, options.imatrix, presets, needed=needed)
+    layout, imatrix = run.layout, run.options.imatrix
+    subject = ModelTensors.of_tensors(run.identity, layout.tensors, layout, raw_type)
+    subject = replace(subject, lattices=lattices or {}, importance=run.importance)
+    types = preset_types(run.checkpoint, run.toolchain, imatrix, presets, needed=needed)
     plans = {}
     for name in presets:
         if name not in types:
@@ -135,13 +113,7 @@ def preset_plans(
     return plans
 
 
-def all_preset_plans(
-    checkpoint: Checkpoint,
-    *,
-    raw_type: str = "auto",
-    options: Options,
-    progress: Progress = SILENT,
-) -> dict[str, Plan]:
+def all_preset_plans(run: Run, *, raw_type: str = "auto") -> dict[str, Plan]:
     """Every preset there is, by name: with the importance matrix, and without.
 
     Raises:
@@ -149,17 +121,15 @@ def all_preset_plans(
     """
     plans: dict[str, Plan] = {}
     for suffix, imatrix, more in (
-        (" imatrix", options.imatrix, IMATRIX_PRESETS),
+        (" imatrix", run.options.imatrix, IMATRIX_PRESETS),
         ("", None, ()),
     ):
         if suffix and imatrix is None:
             continue
-        found = preset_plans(
-            checkpoint,
+        made = preset_plans(
+            run.with_options(imatrix=imatrix),
             raw_type=raw_type,
             presets=(*PRESETS, *MORE_PRESETS, *more),
-            options=replace(options, imatrix=imatrix),
-            progress=progress,
         )
-        plans |= {f"{name}{suffix}": plan for name, plan in found.items()}
+        plans |= {f"{name}{suffix}": plan for name, plan in made.items()}
     return plans

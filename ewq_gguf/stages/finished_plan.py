@@ -1,0 +1,136 @@
+"""A finished plan and the model that is there: choices, files and weights agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.errors import InputError
+from ewq_gguf.llamacpp.imatrix import check_imatrix
+from ewq_gguf.plan.check import check_sound
+from ewq_gguf.records import ModelIdentity, Plan
+from ewq_gguf.stages.run import Run
+from ewq_gguf.stages.scanning import policy_measures, scan
+
+
+def as_planned(run: Run, plan: Plan) -> Run:
+    """The run that makes a plan's file; only files have to be given again.
+
+    Raises:
+        InputError: the plan contradicts itself, or its chat template or importance
+            matrix is not given.
+    """
+    check_sound(plan)
+    if note := check_imatrix(plan, run.options.imatrix):
+        run.progress.note(note)
+    return chosen_as(run, plan)
+
+
+def chosen_as(run: Run, plan: Plan) -> Run:
+    """The run with what the converter was told for a plan.
+
+    Raises:
+        InputError: the plan's chat template is not given.
+    """
+    chosen, options = plan.model.chosen, run.options
+    if "chat_template" in chosen and options.chat_template is None:
+        raise InputError(
+            "plan",
+            plan.model.name,
+            "the plan was made with a chat template of SHA-256 "
+            f"{chosen['chat_template'][:12]}",
+            "give it with --chat-template",
+        )
+    return run.with_options(
+        pre=options.pre or chosen.get("pre"),
+        mtp="drop" if options.mtp == "keep" and "mtp" in chosen else options.mtp,
+    )
+
+
+def with_planned_tensors(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """The checkpoint with a plan's choices, but for a template, which has no tensor."""
+    chosen = {k: v for k, v in plan.model.chosen.items() if k != "chat_template"}
+    identity = checkpoint.identity.model_copy(update={"chosen": chosen})
+    return replace(checkpoint, identity=identity, opened="")
+
+
+def check_weights(run: Run, plan: Plan) -> None:
+    """Refuse a plan of another model; where it names weights, they are scanned.
+
+    Raises:
+        InputError: files, headers or weights differ.
+    """
+    weights = planned_weights(run, plan)
+    check_plan(plan, run.checkpoint.identity, weights, force=run.options.force)
+
+
+def planned_weights(run: Run, plan: Plan) -> str | None:
+    """The SHA-256 of the weights that are there; None where the plan names none."""
+    if plan.weights_sha256 is None:
+        return None
+    return scan(run, policy_measures(plan.policy)).weights_sha256
+
+
+def check_plan(
+    plan: Plan, model: ModelIdentity, weights_sha256: str | None, *, force: bool = False
+) -> None:
+    """Refuse a plan that was made for another checkpoint, or for other weights of it.
+
+    Args:
+        plan: to be followed.
+        model: that is there.
+        weights_sha256: of its scan; None where the plan does not name any.
+        force: take it nevertheless; not with other choices, of which no file of the
+            plan's size can be made.
+
+    Raises:
+        InputError: adapters, choices, files, headers or weights differ.
+    """
+    merged, here = ([a.weights_sha256 for a in m.adapters] for m in (plan.model, model))
+    if merged != here and not force:
+        names = [adapter.name for adapter in plan.model.adapters]
+        raise InputError(
+            "plan",
+            plan.model.name,
+            f"the plan is for weights with {len(merged)} adapters merged "
+            f"({', '.join(names) or 'none'}), here are {len(here)}",
+            "give the same adapters with --adapter, in the same order, or plan again",
+        )
+    if plan.model.as_found.fingerprint == model.as_found.fingerprint or force:
+        _check_chosen(plan, model)
+    planned = (plan.model.fingerprint, plan.weights_sha256)
+    found = (model.fingerprint, weights_sha256)
+    for what, a, b in zip(("checkpoint", "weights"), planned, found, strict=True):
+        if a != b and not force:
+            raise InputError(
+                "plan",
+                plan.model.name,
+                f"the plan is for {what} {str(a)[:12]}, here are {str(b)[:12]}",
+                "plan again, or use --force if you know that they match",
+            )
+
+
+def _check_chosen(plan: Plan, model: ModelIdentity) -> None:
+    """Refuse a plan that was made with another choice, which is named.
+
+    Raises:
+        InputError: a chat template, a pre-tokenizer or what becomes of heads differs.
+    """
+    planned, found = plan.model.chosen, model.chosen
+    for name in sorted({*planned, *found}):
+        if planned.get(name) == found.get(name):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        same = "give the same" if name in planned else f"leave {option} away"
+        raise InputError(
+            "plan",
+            plan.model.name,
+            f"the plan was made {_with_choice(option, planned.get(name))}, here is a "
+            f"checkpoint {_with_choice(option, found.get(name))}",
+            f"{same}, or plan again",
+        )
+
+
+def _with_choice(option: str, value: str | None) -> str:
+    """Such as `with --pre qwen2`; a file by the begin of its SHA-256."""
+    return f"without {option}" if value is None else f"with {option} {value[:12]}"
