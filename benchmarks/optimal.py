@@ -20,7 +20,7 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.quant_error import SLOW_TYPES, quant_errors
 from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.optimal.allocation import select
+from ewq_gguf.optimal.knapsack import solve_knapsack
 from ewq_gguf.process import N_CPUS
 from ewq_gguf.records.plan import TYPES
 
@@ -48,12 +48,13 @@ def solve() -> None:
     costs = random.lognormal(0, 2, 2000)[:, None] * 4.0**-bits
     limit = int(n_bytes[:, 4].sum())
     started = time.perf_counter()
-    found = select(costs, n_bytes, limit)
+    found = solve_knapsack(costs, [n_bytes], [limit])
     taken = time.perf_counter() - started
     assert found is not None
+    used = int(np.take_along_axis(n_bytes, found.options[:, None], 1).sum())
     print(
-        f"2000 tensors x 15 types: {taken:.2f} s, {limit - found.n_bytes} of {limit:,} "
-        f"bytes left, {found.cost / found.bound - 1:.1e} above the bound"
+        f"2000 tensors x 15 types: {taken:.2f} s, {limit - used} of {limit:,} "
+        f"bytes left, {found.cost / found.lower_bound - 1:.1e} above the bound"
     )
 
 

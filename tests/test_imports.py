@@ -46,16 +46,16 @@ PURE = {"entropy", "plan", "rpc"}
 PURE_MODULES = {
     f"ewq_gguf.{name}"
     for name in (
-        "optimal.allocation", "optimal.latency", "optimal.predictor",
-        "optimal.problem", "optimal.sensitivity",
+        "optimal.allocation", "optimal.candidate_types", "optimal.knapsack",
+        "optimal.latency", "optimal.predictor", "optimal.sensitivity",
         "fastewq.classifier", "fastewq.evaluation",
         "experiments.controls", "experiments.paper", "experiments.paper_classifiers",
     )
 }  # fmt: skip
 PURE_LIBRARIES = {
     "__future__", "collections", "dataclasses", "enum", "fractions", "functools",
-    "ipaddress", "itertools", "math", "re", "shlex", "statistics", "typing", "zlib",
-    "numpy", "numba",
+    "heapq", "ipaddress", "itertools", "math", "re", "shlex", "statistics", "typing",
+    "zlib", "numpy", "numba",
 }  # fmt: skip
 #: What one module may have besides, inside its functions only.
 OWN_LIBRARIES = {

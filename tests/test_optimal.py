@@ -13,21 +13,25 @@ from hypothesis import strategies as st
 from ewq_gguf.checkpoint.gguf_file import GgufTensor
 from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.llamacpp.quant_error import of_matrices
+from ewq_gguf.optimal.allocation import solve_allocation
+from ewq_gguf.optimal.candidate_types import (
+    candidate_types,
+    candidate_types_within,
+    fixed_bytes,
+    floor_unmeasured,
+    keeps_bounds,
+    min_file_bytes,
+    quantizable,
+)
 from ewq_gguf.optimal.cost_model import measured_costs
-from ewq_gguf.optimal.latency import Latency, fit_latency, needed_weights
+from ewq_gguf.optimal.latency import (
+    Latency,
+    LatencyTarget,
+    fit_latency,
+    needed_weights,
+)
 from ewq_gguf.optimal.predictor import Prediction, Predictor
 from ewq_gguf.optimal.probes import probe_slopes
-from ewq_gguf.optimal.problem import (
-    Pace,
-    cheapest,
-    keeps_bounds,
-    least_bytes,
-    menus,
-    menus_within,
-    other_bytes,
-    quantizable,
-    with_unseen,
-)
 from ewq_gguf.optimal.sensitivity import (
     halves,
     is_doubtful,
@@ -228,7 +232,9 @@ def test_draws_are_of_what_is_not_known_yet_and_never_reward_an_error():
 def test_a_selection_keeps_the_limit_and_fills_it(seed, share):
     random = np.random.default_rng(seed)
     subject = subject_of(layout())
-    menu = menus(subject, OptimalPolicy(types=("Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q3_K")))
+    menu = candidate_types(
+        subject, OptimalPolicy(types=("Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q3_K"))
+    )
     costs = {
         name: dict(
             zip(types, [0.0, *np.sort(random.random(len(types) - 1))], strict=True)
@@ -243,12 +249,12 @@ def test_a_selection_keeps_the_limit_and_fills_it(seed, share):
         )
         for i in (0, -1)
     ]
-    limit = other_bytes(subject) + int(sizes[1] + share * (sizes[0] - sizes[1]))
+    limit = fixed_bytes(subject) + int(sizes[1] + share * (sizes[0] - sizes[1]))
 
-    types = cheapest(subject, costs, limit)
+    types = solve_allocation(subject, costs, limit)
 
     assert types is not None
-    used = other_bytes(subject) + sum(
+    used = fixed_bytes(subject) + sum(
         padded(tensor_bytes(types[t.name], t.shape)) for t in quantizable(subject)
     )
     assert used <= limit
@@ -263,12 +269,12 @@ def test_a_selection_keeps_the_limit_and_fills_it(seed, share):
 
 def test_less_than_the_smallest_types_is_no_selection():
     subject = subject_of(layout())
-    costs = {name: {"Q8_0": 0.0} for name in menus(subject, OptimalPolicy())}
+    costs = {name: {"Q8_0": 0.0} for name in candidate_types(subject, OptimalPolicy())}
 
-    assert cheapest(subject, costs, other_bytes(subject) + 1000) is None
+    assert solve_allocation(subject, costs, fixed_bytes(subject) + 1000) is None
 
 
-def test_menus_keep_to_blocks_bounds_and_what_needs_a_matrix():
+def test_candidate_types_keep_to_blocks_bounds_and_what_needs_a_matrix():
     subject = subject_of(layout(n_columns=96))
     policy = OptimalPolicy(
         types=("Q8_0", "Q4_K", "Q5_0", "Q4_0", "IQ2_XXS"),
@@ -276,22 +282,27 @@ def test_menus_keep_to_blocks_bounds_and_what_needs_a_matrix():
         ceilings={"token_embd": "Q5_0"},
     )
 
-    found = menus(subject, policy)
+    found = candidate_types(subject, policy)
 
     assert found["blk.0.attn_q.weight"] == ("BF16", "Q8_0", "Q5_0")
     assert found["blk.0.ffn_down.weight"] == ("BF16", "Q8_0", "Q5_0", "Q4_0")
     assert found["token_embd.weight"] == ("Q5_0", "Q4_0")
     assert not any("norm" in name for name in found)
     raw = OptimalPolicy(types=("raw", "Q8_0"), floors={"output": "raw"})
-    assert menus(subject, raw)["output.weight"] == ("BF16",)
-    assert menus(subject, raw)["token_embd.weight"] == ("BF16", "Q8_0")
+    assert candidate_types(subject, raw)["output.weight"] == ("BF16",)
+    assert candidate_types(subject, raw)["token_embd.weight"] == ("BF16", "Q8_0")
     # A bound of the user's holds, however few bits a file of this size calls for.
     low = OptimalPolicy(ceilings={"*": "Q4_0"})
-    assert menus(subject, low, least_bits=8.0)["output.weight"] == ("Q4_0",)
-    wide = menus(subject_of(layout()), OptimalPolicy(types=("Q4_K", "IQ2_XXS")))
+    assert candidate_types(subject, low, min_bits=8.0)["output.weight"] == ("Q4_0",)
+    wide = candidate_types(
+        subject_of(layout()), OptimalPolicy(types=("Q4_K", "IQ2_XXS"))
+    )
     # Without a matrix there is no IQ2_XXS.
     assert wide["blk.0.attn_q.weight"] == ("BF16", "Q4_K")
-    assert menus(subject, policy, least_bits=8.0)["output.weight"] == ("BF16", "Q8_0")
+    assert candidate_types(subject, policy, min_bits=8.0)["output.weight"] == (
+        "BF16",
+        "Q8_0",
+    )
 
 
 def test_of_types_in_any_order_the_largest_allowed_one_is_first():
@@ -301,10 +312,12 @@ def test_of_types_in_any_order_the_largest_allowed_one_is_first():
     )
     low = OptimalPolicy(types=("Q2_K", "Q3_K"), ceilings={"ffn_down": "Q3_K"})
 
-    assert menus(subject, policy)["blk.0.attn_q.weight"] == (
+    assert candidate_types(subject, policy)["blk.0.attn_q.weight"] == (
         "BF16", "Q8_0", "Q4_K", "IQ4_XS", "Q2_K",
     )  # fmt: skip
-    assert menus(subject, low, least_bits=4.0)["blk.0.ffn_down.weight"] == ("Q3_K",)
+    assert candidate_types(subject, low, min_bits=4.0)["blk.0.ffn_down.weight"] == (
+        "Q3_K",
+    )
 
 
 def test_a_file_of_others_keeps_the_users_bounds_or_is_none():
@@ -323,7 +336,7 @@ def test_a_file_of_others_keeps_the_users_bounds_or_is_none():
     assert keeps_bounds(
         OptimalPolicy(types=("Q8_0",)), {"output.weight": "BF16"}, "BF16"
     )
-    # What odd shapes fall back to is on no menu; all types in any order exclude none.
+    # What odd shapes fall back to is no candidate; all types in any order exclude none.
     odd = {"output.weight": "F16"}
     assert keeps_bounds(OptimalPolicy(), odd, "BF16")
     assert keeps_bounds(OptimalPolicy(types=TYPES[::-1]), odd, "BF16")
@@ -333,44 +346,46 @@ def test_a_file_of_others_keeps_the_users_bounds_or_is_none():
 def test_types_far_too_small_for_a_size_are_left_out_unless_they_are_needed():
     subject = subject_of(layout())
     room = sum(prod(t.shape) for t in quantizable(subject))  # eight bits per weight
-    large = menus_within(subject, OptimalPolicy(), other_bytes(subject) + room)
+    large = candidate_types_within(
+        subject, OptimalPolicy(), fixed_bytes(subject) + room
+    )
     needy = OptimalPolicy(
         floors=dict.fromkeys(("token_embd", "output", "ffn_down"), "raw")
     )
-    all_types = menus(subject, needy)
-    least = least_bytes(subject, all_types)
+    all_types = candidate_types(subject, needy)
+    least = min_file_bytes(subject, all_types)
 
     # Nothing below 0.45 of them.
     assert {"Q4_K", "Q8_0"} <= set(large["blk.0.attn_q.weight"])
     assert "Q3_K" not in large["blk.0.attn_q.weight"]
     assert "Q3_K" in all_types["blk.0.attn_q.weight"]
     # What is unquantised by the user's will takes most of it: the rest has to be small.
-    assert menus_within(subject, needy, least) == all_types
+    assert candidate_types_within(subject, needy, least) == all_types
     costs = {name: dict.fromkeys(types, 0.0) for name, types in all_types.items()}
-    assert cheapest(subject, costs, least)
-    assert cheapest(subject, costs, least - 1) is None
+    assert solve_allocation(subject, costs, least)
+    assert solve_allocation(subject, costs, least - 1) is None
 
 
 def test_tensors_that_nothing_was_seen_of_keep_the_mean_bits():
     subject = subject_of(layout())
-    menu = menus(subject, OptimalPolicy())
+    menu = candidate_types(subject, OptimalPolicy())
     unseen = "blk.3.ffn_down.weight"
     costs = {
         name: dict.fromkeys(types, 0.0 if name == unseen else 1.0)
         for name, types in menu.items()
     }
     n_weights = sum(prod(t.shape) for t in quantizable(subject))
-    limit = other_bytes(subject) + n_weights * 25 // 32  # 6.25 bits
+    limit = fixed_bytes(subject) + n_weights * 25 // 32  # 6.25 bits
 
-    found = with_unseen(subject, menu, costs, limit)
+    found = floor_unmeasured(subject, menu, costs, limit)
 
     assert found[unseen][-1] == "Q6_K"
     assert {n: k for n, k in found.items() if n != unseen} == {
         n: k for n, k in menu.items() if n != unseen
     }
     # Where all are as small as they can be, so are these.
-    least = least_bytes(subject, menu)
-    assert with_unseen(subject, menu, costs, least) == menu
+    least = min_file_bytes(subject, menu)
+    assert floor_unmeasured(subject, menu, costs, least) == menu
 
 
 def test_what_is_never_computed_with_does_not_hide_the_noise():
@@ -390,7 +405,7 @@ def test_other_bytes_are_those_that_no_choice_changes():
     subject = subject_of(layout())
     norms = [t for t in subject.tensors if "norm" in t.name]
 
-    assert other_bytes(subject) == sum(4 * prod(t.shape) for t in norms)
+    assert fixed_bytes(subject) == sum(4 * prod(t.shape) for t in norms)
 
 
 def test_times_per_weight_are_found_from_files_of_many_types():
@@ -446,11 +461,11 @@ def test_a_token_needs_the_head_some_experts_and_no_embedding_but_a_tied_one():
 
 
 @given(st.integers(0, 10**6), st.floats(0.0, 1.0))
-def test_a_pace_is_kept_and_costs_nothing_where_it_is_kept_anyway(seed, share):
+def test_a_latency_target_is_met_and_costs_nothing_where_it_is_met_anyway(seed, share):
     random = np.random.default_rng(seed)
     subject = subject_of(layout())
     types = ("Q8_0", "Q6_K", "Q5_0", "Q4_K", "IQ3_S")
-    menu = menus(subject, OptimalPolicy(types=types))
+    menu = candidate_types(subject, OptimalPolicy(types=types))
     costs = {
         name: dict(
             zip(menu[name], np.sort(random.random(len(menu[name]))), strict=True)
@@ -459,26 +474,28 @@ def test_a_pace_is_kept_and_costs_nothing_where_it_is_kept_anyway(seed, share):
     }
     # A type of few bits may be the slowest.
     drawn = random.uniform(0.5e-10, 2e-10, len(types))
-    paces = {"BF16": 2e-10} | dict(zip(types, drawn, strict=True))
-    latency = Latency(0.001, paces, 1e-11)
+    seconds_per_weight = {"BF16": 2e-10} | dict(zip(types, drawn, strict=True))
+    latency = Latency(0.001, seconds_per_weight, 1e-11)
     weights = needed_weights(quantizable(subject))
-    limit = other_bytes(subject) + 2 * sum(
+    limit = fixed_bytes(subject) + 2 * sum(
         prod(tensor.shape) for tensor in quantizable(subject)
     )
-    free = cheapest(subject, costs, limit)
+    free = solve_allocation(subject, costs, limit)
     assert free is not None
-    fastest = min(paces.values()) * sum(weights.values()) + 0.001
+    fastest = min(seconds_per_weight.values()) * sum(weights.values()) + 0.001
     slowest = latency.seconds(free, weights)
-    asked = Pace(latency, weights, fastest * 1.0001 + share * (slowest - fastest))
+    target = LatencyTarget(
+        latency, weights, fastest * 1.0001 + share * (slowest - fastest)
+    )
 
-    found = cheapest(subject, costs, limit, asked)
+    found = solve_allocation(subject, costs, limit, target)
 
     assert found is not None
-    assert latency.seconds(found, weights) <= asked.most_seconds
-    if slowest <= asked.most_seconds:
+    assert latency.seconds(found, weights) <= target.max_seconds
+    if slowest <= target.max_seconds:
         assert found == free
-    too_fast = Pace(latency, weights, 0.5 * fastest)
-    assert cheapest(subject, costs, limit, too_fast) is None
+    too_fast = LatencyTarget(latency, weights, 0.5 * fastest)
+    assert solve_allocation(subject, costs, limit, too_fast) is None
 
 
 class KnownCosts:

@@ -18,9 +18,9 @@ from ewq_gguf.errors import ResourceError
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.optimal import activation_rounding as rounding
 from ewq_gguf.optimal.activation_rounding import measured_rounding
+from ewq_gguf.optimal.candidate_types import quantizable
 from ewq_gguf.optimal.prober import probe
 from ewq_gguf.optimal.probes import Prober
-from ewq_gguf.optimal.problem import quantizable
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import UniformPolicy

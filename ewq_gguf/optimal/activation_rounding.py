@@ -15,8 +15,8 @@ from dataclasses import replace
 from ewq_gguf.errors import ResourceError
 from ewq_gguf.ggml_types import block_size
 from ewq_gguf.llamacpp.toolchain import Toolchain
+from ewq_gguf.optimal.candidate_types import quantizable
 from ewq_gguf.optimal.probes import Prober
-from ewq_gguf.optimal.problem import quantizable
 from ewq_gguf.optimal.sensitivity import Group, halves, next_groups, roles_of
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.model_tensors import ModelTensors

@@ -16,9 +16,10 @@ import numpy as np
 
 from ewq_gguf.bench.statistics import kld_difference
 from ewq_gguf.errors import InputError, VerificationError
+from ewq_gguf.optimal.allocation import solve_allocation
+from ewq_gguf.optimal.latency import LatencyTarget
 from ewq_gguf.optimal.measuring import Measuring
 from ewq_gguf.optimal.predictor import Prediction, Predictor
-from ewq_gguf.optimal.problem import Pace, cheapest
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.size_target import SizeLimit
 from ewq_gguf.records import Plan, PresetPolicy, SearchedFile, TextResult
@@ -40,7 +41,7 @@ _LEAST_GAIN = 0.01
 _N_TIGHTENED = 3
 _STRICTER = 0.98
 #: A rival that is predicted to be slower by more is not timed.
-_PACE_MARGIN = 0.1
+_LATENCY_MARGIN = 0.1
 #: The preset whose weights lose least: what it costs beyond them is the floor.
 _FLOOR_PRESET = "Q8_0"
 
@@ -98,7 +99,7 @@ class Contest:
         make: the plan of types.
         allows: whether a file of types, by tensor, is one that the user may get.
         min_tps: tokens per second that are asked for; 0 for any.
-        pace: that files are proposed to keep; None for any.
+        latency_target: How fast the proposed files have to be; None for any.
         entrants: that were looked at so far.
         n_left_out: rivals that the prediction ruled out.
     """
@@ -112,7 +113,7 @@ class Contest:
     make: Callable[[Mapping[str, str]], Plan]
     allows: Callable[[Mapping[str, str]], bool]
     min_tps: float = 0.0
-    pace: Pace | None = None
+    latency_target: LatencyTarget | None = None
     entrants: list[Entrant] = field(default_factory=list)
     n_left_out: int = 0
 
@@ -124,7 +125,7 @@ class Contest:
                 size.
 
         Raises:
-            InputError: no file keeps the pace.
+            InputError: no file is fast enough.
             VerificationError: no file can be measured.
         """
         self._find_floor(rivals)
@@ -152,7 +153,7 @@ class Contest:
             except InputError:  # no types are so fast: what was timed is all there is
                 break
             self._compare_best()
-        self._check_pace()
+        self._check_speed()
         order = sorted(self.entrants, key=lambda entrant: entrant.rank)
         return order[0].plan, tuple(entrant.record(order[0]) for entrant in order)
 
@@ -219,7 +220,7 @@ class Contest:
                 "no file of this size could be measured",
                 "see the lines above, or choose another policy",
             )
-        if self.pace is None:
+        if self.latency_target is None:
             return
         speeds = self.measuring.speeds(plans)
         for entrant, tps in zip(finalists, speeds, strict=True):
@@ -232,13 +233,13 @@ class Contest:
         ]
         fastest = max(own, default=0.0)
         # Where none could be made or run, none tells how strict to be.
-        if self.pace is None or not 0 < fastest < self.min_tps:
+        if self.latency_target is None or not 0 < fastest < self.min_tps:
             return False
-        most = self.pace.most_seconds * fastest / self.min_tps * _STRICTER
-        self.pace = replace(self.pace, most_seconds=most)
+        most = self.latency_target.max_seconds * fastest / self.min_tps * _STRICTER
+        self.latency_target = replace(self.latency_target, max_seconds=most)
         return True
 
-    def _check_pace(self) -> None:
+    def _check_speed(self) -> None:
         """Refuse where nothing that was timed is fast enough.
 
         Raises:
@@ -261,8 +262,10 @@ class Contest:
             name: {ggml_type: now[name][ggml_type] for ggml_type in types}
             for name, types in self.menu.items()
         }
-        types = cheapest(self.subject, allowed, self.limit.n_bytes, self.pace)
-        if types is None and self.pace is not None:
+        types = solve_allocation(
+            self.subject, allowed, self.limit.n_bytes, self.latency_target
+        )
+        if types is None and self.latency_target is not None:
             raise InputError(
                 "plan",
                 "--min-tps",
@@ -295,12 +298,12 @@ class Contest:
 
     def _is_far_too_slow(self, entrant: Entrant) -> bool:
         """By the prediction; what may be fast enough is timed."""
-        if self.pace is None:
+        if self.latency_target is None:
             return False
-        seconds = self.pace.latency.seconds(
-            written_types(entrant.plan), self.pace.weights
+        seconds = self.latency_target.latency.seconds(
+            written_types(entrant.plan), self.latency_target.weights
         )
-        return seconds > (1 + _PACE_MARGIN) / self.min_tps
+        return seconds > (1 + _LATENCY_MARGIN) / self.min_tps
 
     def _entrant(
         self, name: str, kind: Literal["optimal", "preset", "plan"], plan: Plan
@@ -333,8 +336,11 @@ class Contest:
             for entrant in order
             if entrant.kind == "optimal"
             and not entrant.is_slow
-            # What was proposed for a slower pace gives way to what is fast enough.
-            and (self.pace is None or self.pace.keeps(written_types(entrant.plan)))
+            # What was proposed for a slower target gives way to what is fast enough.
+            and (
+                self.latency_target is None
+                or self.latency_target.is_met(written_types(entrant.plan))
+            )
         ]
         others = [e for e in order if e.kind != "optimal" and not e.is_slow]
         least = _nats(own[0].few) if own else 0.0

@@ -18,19 +18,19 @@ from ewq_gguf.ggml_types import bits_per_weight
 from ewq_gguf.records import LayoutTensor
 from ewq_gguf.tensor_names import role
 
-#: Relative standard deviations: of a measured time, of a type's time per weight around
-#: that of its bits, and of the constant as a share of a token's time.
+#: Relative standard deviations of a measured time, of a type's time per weight around
+#: the one that its bits predict, and of the constant (of a token's time).
 _NOISE, _TYPE_STD, _CONSTANT_STD = 0.02, 0.5, 0.3
 
 
 @dataclass(frozen=True)
 class Latency:
-    """What a token takes on one device.
+    """Time per token on one device.
 
     Attributes:
-        constant_seconds: whatever the types.
-        seconds_per_weight: by type.
-        seconds_per_bit: of a type that was not timed.
+        constant_seconds: Seconds that do not depend on the types.
+        seconds_per_weight: Seconds by type.
+        seconds_per_bit: Seconds per weight and bit, for types that were not timed.
     """
 
     constant_seconds: float
@@ -39,23 +39,38 @@ class Latency:
 
     def of_type(self, ggml_type: str) -> float:
         """Seconds per weight."""
-        known = self.seconds_per_weight.get(ggml_type)
-        return (
-            self.seconds_per_bit * bits_per_weight(ggml_type)
-            if known is None
-            else known
-        )
+        by_bits = self.seconds_per_bit * bits_per_weight(ggml_type)
+        return self.seconds_per_weight.get(ggml_type, by_bits)
 
     def seconds(self, types: Mapping[str, str], weights: Mapping[str, float]) -> float:
-        """A token's time with these types.
+        """Seconds per token with these types.
 
         Args:
-            types: by tensor.
-            weights: that a token needs, by tensor.
+            types: Type of each tensor.
+            weights: How many weights of each tensor a token needs.
         """
         return self.constant_seconds + sum(
             weights[name] * self.of_type(ggml_type) for name, ggml_type in types.items()
         )
+
+
+@dataclass(frozen=True)
+class LatencyTarget:
+    """How fast a file has to generate.
+
+    Attributes:
+        latency: Times per weight on the device.
+        weights: How many weights of each tensor a token needs.
+        max_seconds: The longest that a token may take.
+    """
+
+    latency: Latency
+    weights: Mapping[str, float]
+    max_seconds: float
+
+    def is_met(self, types: Mapping[str, str]) -> bool:
+        """Whether a file with these types, by tensor, is fast enough."""
+        return self.latency.seconds(types, self.weights) <= self.max_seconds
 
 
 def needed_weights(
@@ -64,8 +79,8 @@ def needed_weights(
     """How many weights of each tensor a token needs.
 
     Args:
-        tensors: that are quantised.
-        expert_share: experts that a token is sent to, of all.
+        tensors: All that are quantised.
+        expert_share: Share of the experts that a token is sent to.
     """
     has_head = any(tensor.name == "output.weight" for tensor in tensors)
     needed = {}
@@ -83,12 +98,13 @@ def needed_weights(
 def fit_latency(files: Sequence[tuple[Mapping[str, float], float]]) -> Latency:
     """The times per weight that explain measured files best.
 
-    A normal prior around times in proportion to bits (memory bandwidth), so that a type
-    that is in few files is not thought free; the posterior's mean, never below a
-    twentieth of the prior's.
+    The prior is normal, around times in proportion to bits (memory bandwidth), so that
+    a type that is in few files is not taken to be free. The result is the posterior's
+    mean, never below a twentieth of the prior's.
 
     Args:
-        files: weights by type that a token needs, and its seconds.
+        files: For each file, the weights of each type that a token needs, and the
+            seconds that it takes.
     """
     types = sorted({ggml_type for weights, _ in files for ggml_type in weights})
     rows = np.array(
@@ -97,15 +113,15 @@ def fit_latency(files: Sequence[tuple[Mapping[str, float], float]]) -> Latency:
             for weights, _ in files
         ]
     )
-    seconds = np.array([taken for _, taken in files])
+    seconds = np.array([seconds for _, seconds in files])
     bits = np.array([bits_per_weight(ggml_type) for ggml_type in types])
-    pace = float(np.median(seconds / (rows[:, 1:] @ bits)))
-    prior = np.array([0.0, *(pace * bits)])
-    std = np.array([_CONSTANT_STD * seconds.mean(), *(_TYPE_STD * pace * bits)])
-    # In units of the prior's deviations and the noise: well conditioned.
+    per_bit = float(np.median(seconds / (rows[:, 1:] @ bits)))
+    prior = np.array([0.0, *(per_bit * bits)])
+    std = np.array([_CONSTANT_STD * seconds.mean(), *(_TYPE_STD * per_bit * bits)])
+    # In units of the prior's deviations and the noise, the system is well conditioned.
     scaled = rows * std / (_NOISE * seconds)[:, None]
-    left = (seconds - rows @ prior) / (_NOISE * seconds)
-    solved = np.linalg.solve(scaled.T @ scaled + np.eye(len(std)), scaled.T @ left)
-    found = np.maximum(prior + std * solved, prior / 20)
-    per_weight = dict(zip(types, found[1:].tolist(), strict=True))
-    return Latency(float(found[0]), per_weight, pace)
+    residual = (seconds - rows @ prior) / (_NOISE * seconds)
+    solved = np.linalg.solve(scaled.T @ scaled + np.eye(len(std)), scaled.T @ residual)
+    fitted = np.maximum(prior + std * solved, prior / 20)
+    per_weight = dict(zip(types, fitted[1:].tolist(), strict=True))
+    return Latency(float(fitted[0]), per_weight, per_bit)

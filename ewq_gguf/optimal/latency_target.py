@@ -1,4 +1,4 @@
-"""How fast a file has to be, and what each type takes on this machine."""
+"""How fast a file has to be, with the time that each type takes on this machine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ewq_gguf.bench.runner import Request
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ResourceError
 from ewq_gguf.llamacpp.toolchain import Toolchain
-from ewq_gguf.optimal.latency import fit_latency, needed_weights
-from ewq_gguf.optimal.problem import Pace, quantizable
+from ewq_gguf.optimal.candidate_types import quantizable
+from ewq_gguf.optimal.latency import LatencyTarget, fit_latency, needed_weights
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import UniformPolicy
@@ -20,43 +20,45 @@ from ewq_gguf.stages.candidate_files import time_plans
 from ewq_gguf.stages.options import Options, Progress
 
 
-def measured_pace(
+def measure_latency_target(
     subject: ModelTensors,
-    menu: Mapping[str, Sequence[str]],
+    candidates: Mapping[str, Sequence[str]],
     min_tps: float,
     request: Request,
     toolchain: Toolchain,
     *,
     options: Options,
     progress: Progress,
-) -> Pace:
+) -> LatencyTarget:
     """Time a file of every type that tensors may have.
 
     Args:
-        subject: what is planned.
-        menu: types by tensor.
-        min_tps: tokens per second.
-        request: how models are loaded, and the base.
-        toolchain: that quantises.
-        options: for the whole run.
-        progress: who is told.
+        subject: The model's tensors.
+        candidates: Types by tensor.
+        min_tps: Tokens per second that a file has to generate.
+        request: How files are loaded, and the base GGUF.
+        toolchain: The llama.cpp that quantises.
+        options: Settings of the run.
+        progress: Gets a line for each file.
 
     Raises:
-        ResourceError: no file can be made and run.
-        EwqError: of the stage that failed, with what to do.
+        ResourceError: no file could be made and run.
+        EwqError: quantising or timing failed.
     """
     subject = replace(subject, lattices={})  # each file is of its own type
     weights = needed_weights(quantizable(subject), _expert_share(request))
     plans = []
-    for ggml_type in sorted(set().union(*menu.values())):
-        # Where the type does not fit or is not allowed: the nearest in bits that is.
-        nearest = {name: _nearest(ggml_type, types) for name, types in menu.items()}
+    for ggml_type in sorted(set().union(*candidates.values())):
+        # A tensor that cannot have the type gets the nearest one in bits that it can.
+        nearest = {
+            name: _nearest(ggml_type, types) for name, types in candidates.items()
+        }
         plans.append(assemble(subject, UniformPolicy(ggml_type=ggml_type), nearest))
     speeds = time_plans(plans, request, toolchain, options=options, progress=progress)
     files = []
     for plan, tps in zip(plans, speeds, strict=True):
         if not tps:
-            continue  # it has no room: a type is taken by its bits
+            continue  # too large to be run: the type's time is taken by its bits
         needed: dict[str, float] = defaultdict(float)
         for tensor in plan.tensors:
             if tensor.is_quantizable:
@@ -69,7 +71,7 @@ def measured_pace(
             "no file of any type could be timed",
             "see the lines above, or leave --min-tps out",
         )
-    return Pace(fit_latency(files), weights, 1 / min_tps)
+    return LatencyTarget(fit_latency(files), weights, 1 / min_tps)
 
 
 def _nearest(ggml_type: str, types: Sequence[str]) -> str:
@@ -80,7 +82,7 @@ def _nearest(ggml_type: str, types: Sequence[str]) -> str:
 
 
 def _expert_share(request: Request) -> float:
-    """Experts that a token is sent to, of all; 1 without experts."""
+    """Share of the experts that a token is sent to; 1 without experts."""
     assert request.base is not None
     keys = read_gguf(request.base).kv
     architecture = keys.get("general.architecture")

@@ -23,24 +23,24 @@ from ewq_gguf.ggml_types import tensor_bytes
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.optimal.activation_rounding import measured_rounding
+from ewq_gguf.optimal.allocation import solve_allocation
+from ewq_gguf.optimal.candidate_types import (
+    candidate_types,
+    candidate_types_within,
+    fixed_bytes,
+    floor_unmeasured,
+    keeps_bounds,
+    min_file_bytes,
+    quantizable,
+)
 from ewq_gguf.optimal.candidates import Contest, written_types
 from ewq_gguf.optimal.cost_model import Costs, measured_costs
 from ewq_gguf.optimal.error_table import error_table
-from ewq_gguf.optimal.latency_target import measured_pace
+from ewq_gguf.optimal.latency_target import measure_latency_target
 from ewq_gguf.optimal.measuring import Measuring, device_for
 from ewq_gguf.optimal.predictor import Predictor
 from ewq_gguf.optimal.prober import check_room
 from ewq_gguf.optimal.probes import PROBE_TYPE, Prober
-from ewq_gguf.optimal.problem import (
-    cheapest,
-    keeps_bounds,
-    least_bytes,
-    menus,
-    menus_within,
-    other_bytes,
-    quantizable,
-    with_unseen,
-)
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.lattice import without_loss
 from ewq_gguf.plan.model_tensors import ModelTensors
@@ -91,10 +91,10 @@ def search(
     """
     toolchain = _built_toolchain(run)
     base = base_file(run)
-    menu = menus(subject, policy)
+    menu = candidate_types(subject, policy)
     limit = _limit(subject, ask, menu)
     if not policy.min_tps:  # what has to be fast may have to be far smaller
-        menu = menus_within(subject, policy, limit.n_bytes)
+        menu = candidate_types_within(subject, policy, limit.n_bytes)
     setup = CPU_SETUP.model_copy(
         update={
             "n_threads": run.options.n_threads,
@@ -164,7 +164,7 @@ def check_search(
         UsageError: a bound names a role that the model does not have.
     """
     _built_toolchain(run)
-    menu = menus(subject, policy, has_entries=True)
+    menu = candidate_types(subject, policy, has_entries=True)
     _check_roles(policy, menu)
     _limit(subject, ask, menu)
 
@@ -183,7 +183,7 @@ def _built_toolchain(run: Run) -> Toolchain:
 
 def _most_bytes(subject: ModelTensors) -> int:
     """Of the whole file, nothing quantised."""
-    return other_bytes(subject) + sum(
+    return fixed_bytes(subject) + sum(
         padded(tensor_bytes(subject.raw_type, tensor.shape))
         for tensor in quantizable(subject)
     )
@@ -199,7 +199,7 @@ def _limit(
     """
     most = _most_bytes(subject)
     limit = ask.limit(most, subject.tensors)
-    limit.check_reached(least_bytes(subject, menu), most, _REACH, _OTHER)
+    limit.check_reached(min_file_bytes(subject, menu), most, _REACH, _OTHER)
     return replace(limit, n_bytes=min(limit.n_bytes, most))
 
 
@@ -247,8 +247,8 @@ def _searched(
         options=measuring.options,
         progress=measuring.progress,
     )
-    pace = (
-        measured_pace(
+    latency_target = (
+        measure_latency_target(
             subject,
             menu,
             policy.min_tps,
@@ -275,21 +275,21 @@ def _searched(
         costs = without_loss(costs, subject.lattices)
         now = Predictor(costs, rounding=rounding).costs_now()
         allowed = {n: {k: now[n][k] for k in types} for n, types in menu.items()}
-        return cheapest(subject, allowed, limit.n_bytes, pace) or {}
+        return solve_allocation(subject, allowed, limit.n_bytes, latency_target) or {}
 
     costs = measured_costs(prober, errors, choose, _PROBE_SHARE * effort)
     costs = without_loss(costs, subject.lattices)
     contest = Contest(
         subject=subject,
         limit=limit,
-        menu=with_unseen(subject, menu, costs, limit.n_bytes),
+        menu=floor_unmeasured(subject, menu, costs, limit.n_bytes),
         measuring=measuring,
         predictor=Predictor(costs, rounding=rounding),
         deadline=started + effort,
         make=lambda types: _plan(subject, policy, limit, types),
         allows=lambda types: keeps_bounds(policy, types, subject.raw_type),
         min_tps=policy.min_tps or 0.0,
-        pace=pace,
+        latency_target=latency_target,
     )
     chosen, files = contest.run(rivals)
     record = Search(

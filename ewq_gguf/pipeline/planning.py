@@ -11,7 +11,7 @@ from ewq_gguf.errors import ChildError, InputError, ToolError, UsageError
 from ewq_gguf.fastewq.classifier import select_layers
 from ewq_gguf.fastewq.rows import layer_features, rows_in_use, rows_sha256
 from ewq_gguf.llamacpp.devices import free_memory
-from ewq_gguf.optimal.problem import menus
+from ewq_gguf.optimal.candidate_types import candidate_types
 from ewq_gguf.optimal.search import check_search, search
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.importance import check_model
@@ -159,7 +159,9 @@ def _optimal_plan(
     subject = ModelTensors.of_scan(scanned, layout, raw_type)
     lattices = lattices_of(scanned)
     if run.options.keep_lattice:
-        subject = replace(subject, lattices=allowed(lattices, menus(subject, policy)))
+        subject = replace(
+            subject, lattices=allowed(lattices, candidate_types(subject, policy))
+        )
     check_search(run, subject, policy, budget)
     run = with_imatrix(run)
     rivals = {}
