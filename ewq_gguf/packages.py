@@ -60,10 +60,10 @@ def installed_version(name: str) -> str | None:
 
 
 def requirements(extra: str = "") -> tuple[Requirement, ...]:
-    """What this package needs, as its metadata say.
+    """The requirements of this package, from its metadata.
 
     Args:
-        extra: what that extra needs besides; "" for what is always needed.
+        extra: An extra's name; "" for the requirements without any.
     """
     try:
         lines = metadata.requires(PROJECT) or []
@@ -163,7 +163,7 @@ def run_pip(
     """Run pip on this environment: its own, or a temporary one from outside.
 
     Args:
-        arguments: what follows `pip`.
+        arguments: The arguments after `pip`.
         stage: an error is reported under it.
         log_path: gets what pip says.
         env: variables added to this process's environment.

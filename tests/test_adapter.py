@@ -29,7 +29,7 @@ from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, ResourceError, UsageError
-from ewq_gguf.llamacpp.quantize import export_sh
+from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.records import EwqPolicy, Measures, ModelIdentity, TensorScan
 from ewq_gguf.stages.finished_plan import check_plan

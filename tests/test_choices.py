@@ -16,7 +16,7 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
-from ewq_gguf.llamacpp.quantize import export_sh
+from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.process import run
 from ewq_gguf.records import AdapterIdentity, ModelIdentity, UniformPolicy
 from ewq_gguf.stages.companions import say_heads

@@ -21,7 +21,8 @@ from ewq_gguf import libraries, process
 from ewq_gguf.doctor import Check, check_names, examine
 from ewq_gguf.doctor import machine as machine_checks
 from ewq_gguf.llamacpp import build, source
-from ewq_gguf.llamacpp.self_test import SelfTest, hardware_key
+from ewq_gguf.llamacpp.hardware import hardware_key
+from ewq_gguf.llamacpp.self_test import SelfTest
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from tests.range_server import running
 from tests.test_toolchain import HELP

@@ -13,7 +13,7 @@ from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.exact import write_exactly
-from ewq_gguf.llamacpp.quantize import export_sh
+from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.plan.lattice import EXACT_TYPES, allowed, exact_types, without_loss
 from ewq_gguf.plan.size_target import SizeTarget

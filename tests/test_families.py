@@ -22,16 +22,12 @@ from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.scan import scan_checkpoint
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.entropy.codes import N_CODES, CodeCounts, summarise_codes
-from ewq_gguf.llamacpp.convert import (
-    BaseHeader,
-    converter_architectures,
-    left_out_env,
-    read_sources,
-    stage_checkpoint,
-)
+from ewq_gguf.llamacpp.convert import BaseHeader
+from ewq_gguf.llamacpp.converter import converter_architectures
 from ewq_gguf.llamacpp.layout import layout_from
 from ewq_gguf.llamacpp.loading import tensor_refusals
 from ewq_gguf.llamacpp.quantize import quantize
+from ewq_gguf.llamacpp.staging import left_out_env, read_sources, stage_checkpoint
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.process import python_argv, run

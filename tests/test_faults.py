@@ -20,7 +20,7 @@ import pytest
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
-from ewq_gguf.llamacpp.convert import check_tokenizer
+from ewq_gguf.llamacpp.convertible import check_tokenizer
 from tests.checkpoints import write_llama
 
 

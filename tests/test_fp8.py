@@ -19,7 +19,7 @@ from ewq_gguf.checkpoint.regions import parts_of
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
-from ewq_gguf.llamacpp.convert import stage_checkpoint
+from ewq_gguf.llamacpp.staging import stage_checkpoint
 from ewq_gguf.records import EwqPolicy
 from tests.checkpoints import write_llama, write_raw
 from tests.families import write_family

@@ -18,8 +18,8 @@ from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, UsageError
+from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.llamacpp.layout import layout_of
-from ewq_gguf.llamacpp.quantize import export_sh
 from ewq_gguf.process import python_argv
 from ewq_gguf.records import EwqPolicy, Measures, UniformPolicy
 from tests.checkpoints import write_llama

@@ -18,9 +18,10 @@ from ewq_gguf.api import Options
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ChildError, InputError, VerificationError
+from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.llamacpp.imatrix import check_imatrix, read_imatrix
 from ewq_gguf.llamacpp.layout import NEED_IMATRIX
-from ewq_gguf.llamacpp.quantize import export_sh, quantize, tensor_types
+from ewq_gguf.llamacpp.quantize import quantize, tensor_types
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.pipeline import planning
 from ewq_gguf.plan.build import make_fast_plan, make_plan

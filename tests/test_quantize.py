@@ -26,9 +26,9 @@ from ewq_gguf.errors import (
     UsageError,
     VerificationError,
 )
+from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.llamacpp.logs import log_file
 from ewq_gguf.llamacpp.quantize import (
-    export_sh,
     quantize,
     quantize_argv,
     tensor_pattern,

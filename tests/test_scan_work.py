@@ -17,7 +17,7 @@ from ewq_gguf.checkpoint.source import Opening, open_checkpoint
 from ewq_gguf.cli import main
 from ewq_gguf.entropy.codes import code_values
 from ewq_gguf.errors import EwqError, InputError, UsageError
-from ewq_gguf.llamacpp.convert import check_is_local
+from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.records import EwqPolicy, Scan, TensorScan, load_record, read_journal
 from tests.checkpoints import write_llama, write_raw, write_shard
 from tests.range_server import Faults, serve

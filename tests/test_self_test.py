@@ -16,6 +16,7 @@ from gguf.quants import dequantize
 from ewq_gguf.cli import main
 from ewq_gguf.errors import ChildError, ToolError
 from ewq_gguf.llamacpp import self_test
+from ewq_gguf.llamacpp.hardware import hardware_key
 from ewq_gguf.llamacpp.repairs import has_short_tile_read, repairs_for
 from ewq_gguf.llamacpp.self_test import error_share, run_self_test
 from ewq_gguf.llamacpp.tiny_models import (
@@ -269,9 +270,7 @@ def test_a_header_without_the_fault_is_no_cause(tmp_path):
 
 
 def test_the_verdict_of_other_hardware_does_not_count():
-    verdict = self_test.SelfTest(
-        True, None, self_test.hardware_key("cpu"), devices=("CPU",)
-    )
+    verdict = self_test.SelfTest(True, None, hardware_key("cpu"), devices=("CPU",))
     record: dict[str, object] = {"self_test": verdict.to_record()}
     assert self_test.read_self_test(record, "cpu") == verdict
     other: dict[str, object] = {

@@ -142,7 +142,9 @@ def test_setup_without_a_compiler_says_so_before_it_does_anything(
 def test_missing_sdk_comes_with_the_line_of_the_package_manager(
     tmp_path, monkeypatch, manager, backend, line
 ):
-    monkeypatch.setattr("ewq_gguf.llamacpp.build._USUAL_NVCC", str(tmp_path / "nvcc"))
+    monkeypatch.setattr(
+        "ewq_gguf.llamacpp.compilers._USUAL_NVCC", str(tmp_path / "nvcc")
+    )
     monkeypatch.delenv("CONDA_PREFIX", raising=False)
     monkeypatch.delenv("CUDACXX", raising=False)
     for name in (manager, "cc", "c++"):

@@ -20,12 +20,13 @@ from ewq_gguf.cli.toolchain import BuildProgress, toolchain
 from ewq_gguf.errors import ChildError, EwqError, LockedError, NetworkError, ToolError
 from ewq_gguf.llamacpp import build, source
 from ewq_gguf.llamacpp import toolchain as toolchains
-from ewq_gguf.llamacpp.self_test import SelfTest, hardware_key
+from ewq_gguf.llamacpp.hardware import hardware_key
+from ewq_gguf.llamacpp.self_test import SelfTest
+from ewq_gguf.llamacpp.tested_build import build_toolchain
 from ewq_gguf.llamacpp.toolchain import (
     LLAMA_CPP_BUILD,
     LLAMA_CPP_COMMIT,
     Toolchain,
-    build_toolchain,
     find_toolchain,
 )
 from ewq_gguf.process import run

@@ -36,8 +36,8 @@ from ewq_gguf.errors import (
     UsageError,
     printable,
 )
+from ewq_gguf.llamacpp.failures import explain_failure
 from ewq_gguf.llamacpp.logs import child_log
-from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.process import N_CPUS, python_argv, run
 from ewq_gguf.records import (

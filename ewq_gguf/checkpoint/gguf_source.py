@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import BinaryIO
 
-from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
+from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.gguf_file import GgufFile, GgufTensor, read_header
 from ewq_gguf.checkpoint.header import MAX_HEADER_BYTES, Header, TensorHeader
 from ewq_gguf.checkpoint.remote import RemoteFile
+from ewq_gguf.checkpoint.shards import ShardFile
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records import ModelIdentity, Shard
 

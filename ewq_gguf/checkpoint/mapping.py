@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from math import prod
 
 from ewq_gguf.checkpoint.buffers import is_buffer
-from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
+from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.fp8 import BlockSize
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.leftovers import no_place
+from ewq_gguf.checkpoint.shards import ShardFile
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import Layout, LayoutTensor
 from ewq_gguf.tensor_names import ARCHITECTURES, gguf_name, layer_idx

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
+from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.reader import RangeReader
+from ewq_gguf.checkpoint.shards import ShardFile
 from ewq_gguf.errors import InputError
 
 #: The largest F16, and the smallest number that is rounded to infinity instead of it.

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ewq_gguf.checkpoint.completeness import check_complete
-from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile
+from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.leftovers import check_names
 from ewq_gguf.checkpoint.packing import UNUSED, Packing
+from ewq_gguf.checkpoint.shards import ShardFile
 from ewq_gguf.errors import InputError
 
 Place = tuple[ShardFile, TensorHeader]

@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.checkpoint.folder import ShardFile
+from ewq_gguf.checkpoint.shards import ShardFile
 from ewq_gguf.errors import InputError, ResourceError
 
 #: Small enough to stay in the cache between the read and the count.

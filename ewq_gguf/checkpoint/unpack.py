@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ewq_gguf import store
-from ewq_gguf.checkpoint.folder import Checkpoint, ShardFile, open_folder
+from ewq_gguf.checkpoint.folder import Checkpoint, open_folder
 from ewq_gguf.checkpoint.fp8 import QUANT_FILE, quantisation_of, without_quantisation
 from ewq_gguf.checkpoint.header import DTYPE_BYTES, TensorHeader
 from ewq_gguf.checkpoint.packed_tensors import (
@@ -30,6 +30,7 @@ from ewq_gguf.checkpoint.packed_tensors import (
 from ewq_gguf.checkpoint.packed_values import Unpacked, unpack
 from ewq_gguf.checkpoint.packing import packing_of
 from ewq_gguf.checkpoint.reader import RangeReader
+from ewq_gguf.checkpoint.shards import ShardFile
 from ewq_gguf.entropy.codes import code_values
 from ewq_gguf.errors import InputError, printable
 

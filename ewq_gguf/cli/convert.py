@@ -22,12 +22,9 @@ from ewq_gguf.cli.common import (
     out_option,
     quiet_option,
 )
-from ewq_gguf.llamacpp.convert import (
-    base_type,
-    check_is_no_gguf,
-    convert_argv,
-)
+from ewq_gguf.llamacpp.convert import base_type, convert_argv
 from ewq_gguf.llamacpp.converter import content_flags
+from ewq_gguf.llamacpp.convertible import check_is_no_gguf
 from ewq_gguf.report.companion_view import companion_line
 
 

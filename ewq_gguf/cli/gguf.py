@@ -40,7 +40,8 @@ from ewq_gguf.cli.policy import (
     policy_options,
     raw_type_of,
 )
-from ewq_gguf.llamacpp.quantize import exact_comment, quantize_argv
+from ewq_gguf.llamacpp.export_script import exact_comment
+from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.records import OptimalPolicy, Plan, RulePolicy, load_record
 from ewq_gguf.report.made_view import made_view

@@ -43,7 +43,8 @@ from ewq_gguf.cli.policy import (
     rule_options,
 )
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.llamacpp.quantize import export_sh, tensor_types
+from ewq_gguf.llamacpp.export_script import export_sh
+from ewq_gguf.llamacpp.quantize import tensor_types
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import FastEwqPolicy, Placement, Plan, Scan, load_record

@@ -22,9 +22,10 @@ from ewq_gguf.cli.common import (
     quiet_option,
     threads_option,
 )
+from ewq_gguf.llamacpp.export_script import exact_comment
 from ewq_gguf.llamacpp.imatrix import check_imatrix
-from ewq_gguf.llamacpp.quantize import exact_comment, quantize_argv
 from ewq_gguf.llamacpp.quantize import quantize as quantize_plan
+from ewq_gguf.llamacpp.quantize import quantize_argv
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, load_record

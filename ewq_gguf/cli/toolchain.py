@@ -21,12 +21,8 @@ from rich.progress import (
 )
 
 from ewq_gguf.llamacpp.build import BACKENDS, STAGE
-from ewq_gguf.llamacpp.toolchain import (
-    Toolchain,
-    build_toolchain,
-    find_toolchain,
-    test_toolchain,
-)
+from ewq_gguf.llamacpp.tested_build import build_toolchain
+from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain, test_toolchain
 
 _NINJA_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 _PERCENT_BETWEEN_LINES = 10

@@ -46,7 +46,7 @@ _CHECKS = {
 
 
 def check_names() -> tuple[str, ...]:
-    """What may be checked, in order."""
+    """The checks, in order."""
     return tuple(_CHECKS)
 
 
@@ -54,7 +54,7 @@ def examine(names: Iterable[str] = tuple(_CHECKS)) -> Iterator[Check]:
     """Check one thing after another; what does not apply here is left out.
 
     Args:
-        names: of the checks; all of them without.
+        names: The checks to run; all of them by default.
     """
     for name in names:
         try:

@@ -14,8 +14,8 @@ class Finding:
 
     Attributes:
         status: a failure makes commands fail; a warning may, or makes them slow.
-        found: what was found.
-        remedy: what repairs it; empty where nothing is wrong.
+        found: A sentence on the state of this machine.
+        remedy: The command that repairs it; empty where nothing is wrong.
     """
 
     status: Status

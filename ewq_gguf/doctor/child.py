@@ -10,7 +10,7 @@ from ewq_gguf.process import run
 
 
 def output(argv: Sequence[str | Path], *, seconds: float) -> str:
-    """What a child prints.
+    """The output of a child.
 
     Args:
         argv: its command line.

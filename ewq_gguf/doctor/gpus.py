@@ -17,7 +17,7 @@ _DEVICE = Path("/dev/nvidia0")
 
 @dataclass(frozen=True)
 class Nvidia:
-    """What NVIDIA's driver says.
+    """The answer of NVIDIA's driver.
 
     Attributes:
         gpus: their names; empty without one that a process may use.

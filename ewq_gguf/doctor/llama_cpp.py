@@ -19,15 +19,14 @@ from ewq_gguf.libraries import (
     machine_key,
     pointer_path,
 )
-from ewq_gguf.llamacpp import bindings, install_lines
+from ewq_gguf.llamacpp import bindings, compilers
 from ewq_gguf.llamacpp.build import (
-    check_build_tools,
-    cuda_compiler,
     missing_files,
     read_record,
     repairs_here,
     wheel_program,
 )
+from ewq_gguf.llamacpp.compilers import check_build_tools, cuda_compiler
 from ewq_gguf.llamacpp.devices import list_devices
 from ewq_gguf.llamacpp.source import BINDINGS_VERSION, cached_source, find_source
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
@@ -61,7 +60,7 @@ def toolchain() -> Finding:
 
 
 def self_test() -> Finding | None:
-    """What the build's test on this hardware said; it runs where it has not yet."""
+    """The verdict of the build's self-test, which runs where it has not yet."""
     try:
         found = _in_use()
     except EwqError:
@@ -132,7 +131,7 @@ def compiler() -> Finding:
         if isinstance(error, ChildError):
             problem = f"{subject}cannot compile C++17 ({error.problem})"
             set_ones = [name for name in ("CC", "CXX") if os.environ.get(name)]
-            remedy = install_lines.remedy("compiler")
+            remedy = compilers.remedy("compiler")
             if set_ones:
                 remedy = f"run `unset {' '.join(set_ones)}`, or {remedy}"
         if _is_set_up():
@@ -163,7 +162,7 @@ def backend() -> Finding | None:
             "install the driver, or run `ewq setup --backend cpu`",
         )
     if found.backend == "cpu" and nvidia.gpus:
-        first = "" if cuda_compiler() else f"{install_lines.remedy('nvcc')}, then "
+        first = "" if cuda_compiler() else f"{compilers.remedy('nvcc')}, then "
         return warning(
             f"llama.cpp is built for the CPU only, and {nvidia.gpus[0]} is there",
             f"{first}run `ewq setup --backend cuda`",
@@ -193,7 +192,7 @@ def nvcc() -> Finding | None:
 
 
 def devices() -> Finding | None:
-    """What llama.cpp finds to compute with: its tools run, or do not."""
+    """The devices that llama.cpp finds: its tools run, or do not."""
     try:
         found = _in_use()
         tool = found.tool("llama-bench")

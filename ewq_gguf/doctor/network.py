@@ -101,7 +101,7 @@ def hub() -> Finding:
 
 
 def _ask() -> dict[str, object]:
-    """What the child printed.
+    """The child's output.
 
     Raises:
         ChildError, ResourceError: it took too long or crashed.

@@ -41,7 +41,7 @@ def interpreter() -> Finding:
 
 
 def core_packages() -> Finding:
-    """What ewq-gguf itself imports."""
+    """Check the packages that ewq-gguf itself imports."""
     wanted = packages.requirements()
     if not wanted:
         return warning(
@@ -55,7 +55,7 @@ def core_packages() -> Finding:
 
 
 def converter_packages() -> Finding | None:
-    """What llama.cpp's converter imports."""
+    """Check the packages that llama.cpp's converter imports."""
     wanted = packages.requirements("convert")
     if not wanted:
         return None
@@ -143,7 +143,7 @@ def temporary_files() -> Finding:
 
 
 def repair_line(*names: str) -> str:
-    """What installs packages anew, at the versions that are there."""
+    """The command that installs packages again, at their present versions."""
     if not names:
         return f"run `{packages.install_line('ewq-gguf[all]')}`"
     # Without the local part: 2.13.0+cpu is on no index but its own.
@@ -161,7 +161,7 @@ def _install(missing: tuple[packages.Unmet, ...]) -> str:
 
 
 def _environment() -> str:
-    """Who made the environment, as far as it shows."""
+    """The program that made the environment, as far as it shows."""
     prefix = Path(sys.prefix)
     if (prefix / "pipx_metadata.json").is_file():
         return "pipx"

@@ -16,8 +16,8 @@ from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.experiments.comparison import estimates, pairs_of
 from ewq_gguf.experiments.comparison_record import ComparedFile, Comparison, Estimate
 from ewq_gguf.experiments.versions import PlanSpec, Version, choose_versions
-from ewq_gguf.llamacpp.convert import check_is_local
-from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.pipeline.making import planned_file
 from ewq_gguf.records import OptimalPolicy, Plan, Result, Speed, Task, load_record

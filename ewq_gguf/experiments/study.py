@@ -37,7 +37,7 @@ from ewq_gguf.experiments.study_record import (
     Study,
     StudyFile,
 )
-from ewq_gguf.llamacpp.convert import check_is_local
+from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.pipeline.planning import plan
 from ewq_gguf.records import (
     ControlPolicy,

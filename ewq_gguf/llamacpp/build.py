@@ -26,7 +26,7 @@ from ewq_gguf.libraries import (
     cpu_features,
     machine_key,
 )
-from ewq_gguf.llamacpp import install_lines
+from ewq_gguf.llamacpp.compilers import check_build_tools, cuda_compiler, find_program
 from ewq_gguf.llamacpp.repairs import (
     CMAKE_HOOK,
     Repair,
@@ -52,18 +52,17 @@ TOOLS = (
 _SHORT_COMMIT = LLAMA_CPP_COMMIT[:9]
 _NEEDED_BYTES = {"cpu": 200_000_000, "cuda": 4_000_000_000}
 _VERSION_SECONDS = 60.0
-_USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 
 OnLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a build: the same recipe on the same machine is built once.
+    """The choices that decide a build; each is built once on a machine.
 
     Attributes:
         backend: cpu, cuda, metal or vulkan.
-        flags: that CMake is given.
+        flags: CMake's arguments.
         environment: the user's CC, CXX, CFLAGS, CXXFLAGS and LDFLAGS, as NAME=VALUE.
     """
 
@@ -126,7 +125,7 @@ def repairs_here() -> tuple[Repair, ...]:
                 timeout_seconds=_VERSION_SECONDS,
             )
 
-    compiler = _find_program("CXX", ("c++", "g++", "clang++"))
+    compiler = find_program("CXX", ("c++", "g++", "clang++"))
     return repairs_for(cpu_features(), lambda: has_short_tile_read(compiler, ask))
 
 
@@ -156,45 +155,6 @@ def missing_files(folder: Path) -> list[str]:
     libraries = ("libllama.dylib" if sys.platform == "darwin" else "libllama.so",)
     names = (*TOOLS, *libraries)
     return [name for name in names if not (folder / "bin" / name).is_file()]
-
-
-def check_build_tools(backend: str) -> None:
-    """Refuse before CMake starts where a compiler is missing.
-
-    Raises:
-        ToolError: with the line that installs it.
-    """
-    for variable, names, language in (
-        ("CC", ("cc", "gcc", "clang"), "C"),
-        ("CXX", ("c++", "g++", "clang++"), "C++"),
-    ):
-        if _find_program(variable, names) is None:
-            raise ToolError(
-                STAGE,
-                f"{language} compiler",
-                f"none of {', '.join(names)} is in PATH",
-                install_lines.remedy("compiler"),
-            )
-    if backend == "cuda" and cuda_compiler() is None:
-        raise ToolError(
-            STAGE,
-            "nvcc",
-            "is not in PATH, and the CUDA backend needs it",
-            install_lines.remedy("nvcc")
-            + ", add its bin folder to PATH if it is elsewhere, or use --backend cpu",
-        )
-    if backend == "vulkan" and shutil.which("glslc") is None:
-        raise ToolError(
-            STAGE,
-            "glslc",
-            "is not in PATH, and the Vulkan backend needs it",
-            install_lines.remedy("glslc") + ", or use --backend cpu",
-        )
-
-
-def cuda_compiler() -> str | None:
-    """The path of nvcc, also in CUDA's usual folder."""
-    return _find_program("CUDACXX", ("nvcc", _USUAL_NVCC))
 
 
 def build_tree(
@@ -317,26 +277,15 @@ def wheel_program(name: str) -> Path:
     """
     if importlib.util.find_spec(name) is not None:
         module = importlib.import_module(name)
-        folder = getattr(module, f"{name.upper()}_BIN_DIR", None) or getattr(
-            module, "BIN_DIR", None
-        )
+        names = (f"{name.upper()}_BIN_DIR", "BIN_DIR")
+        folder = next((getattr(module, n) for n in names if hasattr(module, n)), None)
         if folder is not None and (Path(folder) / name).is_file():
             return Path(folder) / name
     found = shutil.which(name)
     if found is None:
-        raise ToolError(
-            STAGE, name, "is not installed", "run `pip install cmake ninja`"
-        )
+        remedy = "run `pip install cmake ninja`"
+        raise ToolError(STAGE, name, "is not installed", remedy)
     return Path(found)
-
-
-def _find_program(variable: str, names: tuple[str, ...]) -> str | None:
-    """A program that the user's variable names, else the first one in PATH."""
-    chosen = os.environ.get(variable, "").split()[:1]
-    for name in chosen or names:
-        if found := shutil.which(name):
-            return found
-    return None
 
 
 def _compiler_of(folder: Path) -> str:

@@ -12,7 +12,6 @@ from ewq_gguf.errors import ChildError, InputError
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.loading import load_refusals
 from ewq_gguf.llamacpp.logs import child_log, engine_reason
-from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.plan.importance import Importance
 from ewq_gguf.process import run
@@ -46,17 +45,16 @@ def calibrate(
     largest error is often there.
 
     Args:
-        base: the 16- or 32-bit GGUF.
-        text: what it reads.
-        out: the matrix, a GGUF file; replaced when the new one is whole.
-        toolchain: whose llama-imatrix to use.
-        n_threads: of it.
-        n_chunks: windows of 512 tokens, at most; None for all.
-        on_progress: told the share done, 0 to 1.
+        base: The 16- or 32-bit GGUF.
+        text: The calibration text.
+        out: The matrix, a GGUF file; replaced when the new one is whole.
+        toolchain: The llama.cpp whose llama-imatrix runs.
+        n_threads: Threads of llama-imatrix.
+        n_chunks: The largest number of windows of 512 tokens; None for all.
+        on_progress: Called with the finished share, 0 to 1.
 
     Raises:
-        InputError: the text is shorter than two windows, or the model computes
-            nothing that weighs.
+        InputError: the text is shorter than two windows, or the matrix is empty.
         ChildError: llama-imatrix failed.
         ResourceError: memory or the disk is full.
     """
@@ -66,15 +64,6 @@ def calibrate(
     if (n_bytes := text.stat().st_size) < n_ctx:
         problem = f"has {n_bytes} bytes, {2 * n_ctx} tokens are needed"
         raise InputError(STAGE, text, problem, "give a longer text")
-    n_all = 0
-
-    def line(said: str) -> None:
-        nonlocal n_all
-        if match := _CHUNKS.search(said):
-            n_all = int(match[1])
-        if n_all and (done := _PROGRESS.findall(said)):
-            on_progress(int(done[-1]) / n_all)
-
     with store.work_dir(out, stage=STAGE) as inside:
         (inside / _BASE).symlink_to(base.resolve())
         (inside / _TEXT).symlink_to(text.resolve())
@@ -85,8 +74,7 @@ def calibrate(
         if n_chunks is not None:
             argv += ["--chunks", str(n_chunks)]
         try:
-            with child_log(STAGE, out) as log_path:
-                run(argv, stage=STAGE, log_path=log_path, cwd=inside, on_line=line)
+            _run_imatrix(argv, inside, out, on_progress)
         except ChildError as error:
             if match := _TOO_SHORT.search("\n".join(error.log_tail)):
                 problem = f"has {match[2]} tokens, {match[1]} are needed"
@@ -94,7 +82,24 @@ def calibrate(
             # Its log is written by a thread that may not live to write the reason.
             if not engine_reason(error.output) and (why := load_refusals([base])[0]):
                 error.problem += f": {why}"
-            raise (explain_failure(error) if toolchain.lib_dir else error) from error
-        found = read_imatrix(inside / _OUT)
+            raise toolchain.explain(error) from error
+        matrix = read_imatrix(inside / _OUT)
         store.publish(inside / _OUT, out)
-    return found
+    return matrix
+
+
+def _run_imatrix(
+    argv: list[str], folder: Path, out: Path, on_progress: Callable[[float], None]
+) -> None:
+    """Run llama-imatrix in a work folder, with a log beside `out` if it fails."""
+    n_windows = 0
+
+    def line(text: str) -> None:
+        nonlocal n_windows
+        if match := _CHUNKS.search(text):
+            n_windows = int(match[1])
+        if n_windows and (finished := _PROGRESS.findall(text)):
+            on_progress(int(finished[-1]) / n_windows)
+
+    with child_log(STAGE, out) as log_path:
+        run(argv, stage=STAGE, log_path=log_path, cwd=folder, on_line=line)

@@ -21,9 +21,9 @@ from ewq_gguf.errors import ChildError, VerificationError
 from ewq_gguf.libraries import LIBRARY_VARIABLE
 from ewq_gguf.llamacpp.convert import convert, header_of
 from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.self_test import can_load
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.llamacpp.values import check_all
-from ewq_gguf.llamacpp.verify import can_load
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Companion, Source
 
@@ -36,8 +36,8 @@ class CompanionLayout:
     """A companion as the converter would write it.
 
     Attributes:
-        content: what it is for.
-        ggml_type: that was asked for; tensors it does not fit have another.
+        content: The mmproj or the MTP heads.
+        ggml_type: The type asked for; tensors that it does not fit have another.
         header: its bytes before the data.
         gguf: the same, read.
         sources: the checkpoint's tensors that each tensor is made of.
@@ -58,7 +58,7 @@ class CompanionLayout:
 
     @property
     def media(self) -> tuple[str, ...]:
-        """What it lets the text model see or hear."""
+        """The modalities it adds to the text model: images, audio."""
         return tuple(
             medium
             for medium in ("vision", "audio")
@@ -100,9 +100,9 @@ def make_companion(
     Args:
         checkpoint: it is made from.
         toolchain: whose converter to use.
-        layout: that it has to have.
+        layout: The tensors that it has to have.
         out: the final path; replaced when the new file is verified.
-        text_model: that is shown an image through it; None does not load it.
+        text_model: The GGUF that is shown an image through it; None does not load it.
         on_progress: told the finished share, 0 to 1.
 
     Raises:
@@ -137,9 +137,9 @@ def verify_companion(
 
     Args:
         checkpoint: it should be made from.
-        layout: that it should have.
+        layout: The tensors that it should have.
         path: the file.
-        text_model: that is shown an image through it; None does not load it.
+        text_model: The GGUF that is shown an image through it; None does not load it.
 
     Raises:
         VerificationError: it is something else.
@@ -194,7 +194,7 @@ def can_look() -> bool:
 
 
 def _look(text_model: Path, path: Path, content: CompanionContent) -> dict[str, Any]:
-    """What llama.cpp makes of a companion, in a child that may crash.
+    """Load a companion with llama.cpp, in a child that may crash.
 
     Raises:
         VerificationError: llama.cpp does not load the two, or their numbers are broken.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -91,3 +92,29 @@ def run_converter(
             raise unknown from error
         raise converter_error(checkpoint, error) from error
     return converter_warnings(text)
+
+
+def converter_architectures(
+    toolchain: Toolchain, content: Content = "text"
+) -> frozenset[str]:
+    """The Hugging Face architectures of which the converter can write a content.
+
+    Read from its source, because importing it imports torch.
+    """
+    table = "MMPROJ_MODEL_MAP" if content == "mmproj" else "TEXT_MODEL_MAP"
+    path = toolchain.source_dir / "conversion" / "__init__.py"
+    if not path.is_file():
+        return frozenset()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.target.id == table
+            and isinstance(node.value, ast.Dict)
+        ):
+            return frozenset(
+                str(key.value)
+                for key in node.value.keys
+                if isinstance(key, ast.Constant)
+            )
+    return frozenset()

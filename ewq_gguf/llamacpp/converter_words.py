@@ -1,4 +1,4 @@
-"""What llama.cpp's converter says: why it stopped, and what it warns of."""
+"""The messages of llama.cpp's converter: the reason it stopped, and its warnings."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def converter_error(checkpoint: Checkpoint, error: ChildError) -> EwqError:
 
 
 def converter_warnings(output: str) -> list[str]:
-    """What the converter warned of, each once whatever its numbers, few enough to read.
+    """The converter's warnings, each once whatever its numbers, few enough to read.
 
     Args:
         output: all that it printed.

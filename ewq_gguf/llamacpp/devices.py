@@ -24,8 +24,8 @@ class Device:
     Attributes:
         name: such as `CUDA0`.
         description: the product's name.
-        total_bytes: of its memory.
-        free_bytes: of that.
+        total_bytes: Its memory.
+        free_bytes: The part of its memory that is free.
     """
 
     name: str
@@ -52,7 +52,7 @@ def list_devices(toolchain: Toolchain) -> tuple[Device, ...]:
 
 
 def parse_devices(text: str) -> tuple[Device, ...]:
-    """What `--list-devices` prints (common/arg.cpp, common_print_available_devices)."""
+    """Parse the output of `--list-devices` (common_print_available_devices)."""
     return tuple(
         Device(name, description, int(total) << 20, int(free) << 20)
         for name, description, total, free in _DEVICE.findall(text)

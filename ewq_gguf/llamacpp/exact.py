@@ -46,9 +46,9 @@ def write_exactly(
     """Compare the tensors that a plan calls exact, and mend those that are not.
 
     Args:
-        plan: of the file.
+        plan: The file's plan.
         base: the base GGUF.
-        out: what llama-quantize wrote; not at its final path yet.
+        out: llama-quantize's file; not at its final path yet.
         lib_dir: holds ggml, which reads blocks; None for gguf-py.
         n_threads: tensors side by side.
 

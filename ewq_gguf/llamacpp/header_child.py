@@ -203,7 +203,7 @@ def _leaves(node: Any) -> Iterator[Any]:
 
 
 def _boxes(node: Any, leaf: Any, scales: set[Key]) -> list[Box | None]:
-    """Which parts of a file's tensor reach a GGUF tensor.
+    """The parts of a file's tensor that reach a GGUF tensor.
 
     The graph is evaluated with the source replaced by its own indices along one
     dimension at a time: what arrives says what was taken. Rows that are taken

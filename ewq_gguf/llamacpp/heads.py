@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.llamacpp.convert import check_packages, stage_checkpoint
 from ewq_gguf.llamacpp.converter import run_converter
+from ewq_gguf.llamacpp.convertible import check_packages
 from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.llamacpp.staging import stage_checkpoint
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import python_argv
 

@@ -146,7 +146,7 @@ def own_header(checkpoint: Checkpoint) -> Iterator[BaseHeader]:
         The header; its file is removed afterwards.
 
     Raises:
-        InputError: what llama-quantize would make of the file cannot be predicted.
+        InputError: the file that llama-quantize would write cannot be predicted.
     """
     (shard,) = checkpoint.shards
     out = store.cache_dir("layouts") / f"{checkpoint.identity.fingerprint}.gguf"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ewq_gguf.errors import ChildError, ResourceError
 from ewq_gguf.llamacpp.logs import child_log, engine_reason
-from ewq_gguf.llamacpp.verify import can_load
+from ewq_gguf.llamacpp.self_test import can_load
 from ewq_gguf.process import python_argv, run
 
 _TENSORS = re.compile(

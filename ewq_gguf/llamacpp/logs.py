@@ -45,7 +45,7 @@ def engine_reason(log: str) -> str | None:
     """Why llama.cpp failed to load or to compute, in its own words.
 
     Args:
-        log: what a tool of llama.cpp or a child with its bindings printed.
+        log: The output of a llama.cpp tool, or of a child with its bindings.
 
     Returns:
         Its assertion, its missing tensor or the like, one line; None where it says
@@ -65,7 +65,7 @@ def log_file(what: str, path: Path) -> Path:
 
 @contextmanager
 def child_log(what: str, path: Path) -> Iterator[Path]:
-    """That log for one child: removed when the block succeeds, kept when it fails.
+    """A log for one child: removed when the block succeeds, kept when it fails.
 
     Raises:
         ChildError: the block's, with llama.cpp's own reason where its log tells one.

@@ -17,7 +17,7 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import UsageError
-from ewq_gguf.llamacpp.convert import base_type, header_of, stage_checkpoint
+from ewq_gguf.llamacpp.convert import base_type, header_of
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.pre_regexes import (
     expressions,
@@ -25,6 +25,7 @@ from ewq_gguf.llamacpp.pre_regexes import (
     names_of,
     own_expressions,
 )
+from ewq_gguf.llamacpp.staging import stage_checkpoint
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.tensor_names import nearest_name
@@ -37,10 +38,10 @@ class Fit:
     """How well a name fits a tokenizer.
 
     Attributes:
-        name: of the pre-tokenizer.
+        name: The name that llama.cpp has for the pre-tokenizer.
         n_same: tokens of the test text that are the checkpoint's own, in order.
-        n_tokens: of the longer of the two readings.
-        likeness: of the expressions that cut the text, 0 to 1.
+        n_tokens: The number of tokens in the longer of the two readings.
+        likeness: Similarity of the expressions that cut the text, 0 to 1.
     """
 
     name: str

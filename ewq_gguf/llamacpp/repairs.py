@@ -47,11 +47,11 @@ class Repair:
 
     Attributes:
         name: in the build's record.
-        what: what is done, for the line that the user reads.
-        cost: what it costs, likewise.
+        what: The change to the build, for the line that the user reads.
+        cost: Its cost in speed, for the same line.
         cpu_options: compiler options for the CPU backend.
         amx_options: compiler options for its AMX kernels only.
-        flags: of CMake.
+        flags: More arguments of CMake.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Repair:
     flags: tuple[str, ...] = ()
 
     def cmake_flags(self) -> list[str]:
-        """What CMake is given; entries of an earlier repair are cleared."""
+        """CMake's arguments; entries of an earlier repair are cleared."""
         return [
             *(f"-U{name}" for name in CLEARED),
             f"-DEWQ_CPU_OPTIONS={';'.join(self.cpu_options)}",
@@ -136,7 +136,7 @@ def has_short_tile_read(compiler: str | None, ask: Callable[[list[str]], str]) -
     """Whether a compiler's header says that `ldtilecfg` reads 8 bytes only.
 
     Args:
-        compiler: of C++; None where there is none.
+        compiler: The C++ compiler; None where there is none.
         ask: runs a command and returns what it prints.
     """
     if compiler is None or platform.machine() not in {"x86_64", "AMD64"}:

@@ -9,13 +9,11 @@ device, and their logits are compared with numpy's.
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,17 +23,15 @@ from numpy.typing import NDArray
 from ewq_gguf import store
 from ewq_gguf.errors import (
     ChildError,
-    EwqError,
     ResourceError,
     ToolError,
-    VerificationError,
 )
-from ewq_gguf.libraries import LIBRARY_VARIABLE, RECORD_NAME, cpu_name, machine_key
+from ewq_gguf.libraries import LIBRARY_VARIABLE, RECORD_NAME
+from ewq_gguf.llamacpp.hardware import hardware_key
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.process import python_argv, run
 
 STAGE = "toolchain"
-_REMEDY = "run `ewq setup`, which builds it again and leaves out what fails"
 
 _SECONDS = 120.0
 #: Root of the mean squared difference from numpy's logits, in their own standard
@@ -51,17 +47,18 @@ _ANNOUNCED = re.compile(r"^((\S+): \S+-rows-of-\S+, \d+ threads)$", re.MULTILINE
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What a self-test found; kept in the build's record.
+    """The result of a self-test; kept in the build's record.
 
     Attributes:
-        is_ok: every evaluation ended and gave the right numbers.
-        problem: what failed first; None where nothing did.
-        failed_device: where; None likewise, and where nothing was evaluated.
-        hardware: where it ran; on other hardware it is to be run again.
-        devices: that were tested: `CPU`, `CUDA0` and the like.
-        n_evaluations: models times devices times numbers of threads.
-        worst_error: the largest share of its limit that a difference took.
-        seconds: that it took.
+        is_ok: Whether every evaluation ended and gave the right numbers.
+        problem: The first failure; None without one.
+        failed_device: The device of that failure; None without one, and where nothing
+            was evaluated.
+        hardware: The hardware it ran on; on other hardware it is run again.
+        devices: The tested devices: `CPU`, `CUDA0` and the like.
+        n_evaluations: Models times devices times numbers of threads.
+        worst_error: The largest share of its limit that a difference took.
+        seconds: The time it took.
     """
 
     is_ok: bool
@@ -118,14 +115,6 @@ def check_testable() -> None:
         )
 
 
-def hardware_key(backend: str) -> str:
-    """The CPU, and for builds with GPUs also those and their driver, as one line."""
-    parts = [machine_key(), cpu_name()]
-    if backend != "cpu":
-        parts += _gpu_facts()
-    return "; ".join(part for part in parts if part)
-
-
 def run_self_test(
     lib_dir: Path, backend: str, *, timeout_seconds: float = _SECONDS
 ) -> SelfTest:
@@ -133,37 +122,19 @@ def run_self_test(
 
     Args:
         lib_dir: holds libllama.
-        backend: of the build.
+        backend: The build's: `cpu`, `cuda`, `metal` or `vulkan`.
         timeout_seconds: after which it counts as hanging.
 
     Raises:
         ToolError: the bindings are missing.
         ResourceError: the temporary folder cannot be written.
     """
-    # gguf, which the models are written with, takes a while to import.
-    from ewq_gguf.llamacpp.self_test_child import (
-        N_PROMPT,
-        N_SINGLE,
-        RUNS_NAME,
-        TOKENS_NAME,
-    )
-    from ewq_gguf.llamacpp.tiny_models import N_VOCAB, TINY_MODELS
-
     check_testable()
     started = time.monotonic()
     hardware = hardware_key(backend)
-    rng = np.random.default_rng(5)
-    tokens = rng.integers(0, N_VOCAB, N_PROMPT + N_SINGLE).astype(np.int32)
     with TemporaryDirectory(prefix="ewq-self-test-") as name:
         folder = Path(name)
-        try:
-            for model in TINY_MODELS:
-                model.write(folder / model.file_name)
-            np.save(folder / TOKENS_NAME, tokens)
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror})"
-            remedy = "free some space, or name another folder with TMPDIR"
-            raise ResourceError(STAGE, folder, problem, remedy) from error
+        tokens = _write_models(folder)
         try:
             _evaluate(folder, lib_dir, timeout_seconds)
         except ChildError as error:
@@ -175,91 +146,101 @@ def run_self_test(
                 failed_device=device,
                 seconds=round(time.monotonic() - started, 2),
             )
-        runs = json.loads((folder / RUNS_NAME).read_text(encoding="utf-8"))
-        expected = {m.file_name: (m, m.logits(tokens)) for m in TINY_MODELS}
-        wrong: list[tuple[str, str]] = []
-        shares = [0.0]
-        for number, entry in enumerate(runs):
-            model, right = expected[entry["file"]]
-            share = error_share(
-                np.load(folder / f"{number}.npy"), right, model.ggml_type
-            )
-            shares.append(share)
-            if not share <= 1:
-                device = str(entry["device"])
-                problem = (
-                    f"{device} computes wrong numbers with {model.name} "
-                    f"({entry['threads']} threads): {share:.0f} times the difference "
-                    "that rounding explains"
-                )
-                wrong.append((device, problem))
+        evaluations = _compare(folder, tokens)
+    failed_first = next((e for e in evaluations if not e.share <= 1), None)
+    worst = max((e.share for e in evaluations), default=0.0)
     return SelfTest(
-        is_ok=not wrong,
-        problem=wrong[0][1] if wrong else None,
-        failed_device=wrong[0][0] if wrong else None,
+        is_ok=failed_first is None,
+        problem=None if failed_first is None else failed_first.problem,
+        failed_device=None if failed_first is None else failed_first.device,
         hardware=hardware,
-        devices=tuple(dict.fromkeys(entry["device"] for entry in runs)),
-        n_evaluations=len(runs),
-        worst_error=round(max(shares), 3) if np.isfinite(max(shares)) else 1e9,
+        devices=tuple(dict.fromkeys(e.device for e in evaluations)),
+        n_evaluations=len(evaluations),
+        worst_error=round(worst, 3) if isfinite(worst) else 1e9,
         seconds=round(time.monotonic() - started, 2),
     )
 
 
+def _write_models(folder: Path) -> NDArray[np.int32]:
+    """Write the tiny models and the tokens that the child evaluates.
+
+    Returns:
+        The tokens.
+
+    Raises:
+        ResourceError: the folder cannot be written.
+    """
+    # gguf, which the models are written with, takes a while to import.
+    from ewq_gguf.llamacpp.self_test_child import N_PROMPT, N_SINGLE, TOKENS_NAME
+    from ewq_gguf.llamacpp.tiny_models import N_VOCAB, TINY_MODELS
+
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, N_VOCAB, N_PROMPT + N_SINGLE).astype(np.int32)
+    try:
+        for model in TINY_MODELS:
+            model.write(folder / model.file_name)
+        np.save(folder / TOKENS_NAME, tokens)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        remedy = "free some space, or name another folder with TMPDIR"
+        raise ResourceError(STAGE, folder, problem, remedy) from error
+    return tokens
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A model that a device has evaluated.
+
+    Attributes:
+        device: `CPU`, `CUDA0` and the like.
+        share: How much of the allowed difference from numpy its logits take.
+        problem: A sentence for a share above 1.
+    """
+
+    device: str
+    share: float
+    problem: str
+
+
+def _compare(folder: Path, tokens: NDArray[np.int32]) -> list[_Evaluation]:
+    """Compare what the child computed with numpy's logits."""
+    from ewq_gguf.llamacpp.self_test_child import RUNS_NAME
+    from ewq_gguf.llamacpp.tiny_models import TINY_MODELS
+
+    expected = {m.file_name: (m, m.logits(tokens)) for m in TINY_MODELS}
+    evaluations = []
+    for number, run_ in enumerate(json.loads((folder / RUNS_NAME).read_text("utf-8"))):
+        model, logits = expected[run_["file"]]
+        computed = np.load(folder / f"{number}.npy")
+        share = error_share(computed, logits, model.ggml_type)
+        device = str(run_["device"])
+        problem = (
+            f"{device} computes wrong numbers with {model.name} ({run_['threads']} "
+            f"threads): {share:.0f} times the difference that rounding explains"
+        )
+        evaluations.append(_Evaluation(device, share, problem))
+    return evaluations
+
+
 def error_share(
-    found: NDArray[np.float32], right: NDArray[np.float64], ggml_type: str
+    computed: NDArray[np.float32], expected: NDArray[np.float64], ggml_type: str
 ) -> float:
     """How much of the allowed difference two sets of logits take; above 1 is wrong.
 
     Args:
-        found: (T, V), the build's.
-        right: (T, V), numpy's.
-        ggml_type: of the model's matrices, which decides what rounding explains.
+        computed: (T, V), the build's logits.
+        expected: (T, V), numpy's.
+        ggml_type: The type of the matrices, which decides what rounding explains.
 
     Returns:
         A share; infinite for NaN.
     """
-    if found.shape != right.shape or not np.isfinite(found).all():
+    if computed.shape != expected.shape or not np.isfinite(computed).all():
         return float("inf")
     limit = _LIMITS.get(ggml_type, _QUANTISED_LIMIT)
-    difference = (found - right) / right.std()
+    difference = (computed - expected) / expected.std()
     mean = float(np.sqrt((difference**2).mean()))
     return max(mean, float(np.abs(difference).max()) / _OUTLIER) / limit
-
-
-def explain_failure(error: EwqError) -> EwqError:
-    """Tell whose fault it is that llama.cpp did not load or compute something.
-
-    The self-test runs anew: where it fails, the toolchain is at fault, whatever the
-    file; where it passes, the error stays what it is.
-
-    Args:
-        error: what a child of the bindings or of our build ended with.
-
-    Returns:
-        A ToolError, or the same error.
-    """
-    # Others have a cause of their own: a missing device, full memory, a wrong option.
-    if not isinstance(error, ChildError | VerificationError):
-        return error
-    lib_dir = os.environ.get(LIBRARY_VARIABLE)
-    if not lib_dir or not can_load():
-        return error
-    record_path = Path(lib_dir).parent / RECORD_NAME
-    try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
-    backend = str(record.get("backend", "cpu"))
-    verdict = run_self_test(Path(lib_dir), backend)
-    if record:
-        keep_self_test(record_path.parent, record, verdict)
-    return error if verdict.is_ok else failed(verdict)
-
-
-def failed(verdict: SelfTest) -> ToolError:
-    """The error for a build that has failed."""
-    problem = f"fails its self-test on this machine ({verdict.problem})"
-    return ToolError(STAGE, "llama.cpp", problem, _REMEDY)
 
 
 def keep_self_test(folder: Path, record: dict[str, object], verdict: SelfTest) -> None:
@@ -291,25 +272,3 @@ def _reason(error: ChildError) -> tuple[str | None, str]:
     where = f" at {line.replace('-', ' ')}" if line else ""
     ended = error.problem.partition(";")[0]
     return device, f"{ended}{where}; its log is {error.log_path}"
-
-
-@cache
-def _gpu_facts() -> list[str]:
-    """GPUs and drivers, from files that the system has of them."""
-    return [fact for path in _gpu_files() if (fact := _first_line(path))]
-
-
-def _gpu_files() -> Iterator[Path]:
-    yield Path("/proc/driver/nvidia/version")
-    yield from sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    for card in sorted(Path("/sys/class/drm").glob("card[0-9]")):
-        yield from (card / "device/vendor", card / "device/device")
-    # macOS has its GPUs' driver in the system.
-    yield Path("/System/Library/CoreServices/SystemVersion.plist")
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").split("\n", 1)[0].strip()
-    except OSError:
-        return ""

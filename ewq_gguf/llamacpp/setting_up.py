@@ -6,14 +6,10 @@ from collections.abc import Callable
 
 from ewq_gguf.libraries import default_build
 from ewq_gguf.llamacpp import bindings
-from ewq_gguf.llamacpp.build import (
-    STAGE,
-    check_build_tools,
-    is_built,
-    read_record,
-    recipe_for,
-)
-from ewq_gguf.llamacpp.toolchain import Toolchain, build_toolchain
+from ewq_gguf.llamacpp.build import STAGE, is_built, read_record, recipe_for
+from ewq_gguf.llamacpp.compilers import check_build_tools
+from ewq_gguf.llamacpp.tested_build import build_toolchain
+from ewq_gguf.llamacpp.toolchain import Toolchain
 
 
 def set_up(

@@ -104,7 +104,7 @@ def _write(model: Any, prompt: str, n_tokens: int) -> tuple[str, bool]:
 
 
 def _embed(model: Any, prompt: str) -> tuple[str, bool]:
-    """What an encoder makes of the prompt: an embedding, or a score of a pair."""
+    """The output of an encoder for the prompt: an embedding, or a score of a pair."""
     import llama_cpp
 
     tokens = model.tokenize(prompt.encode(), add_bos=True)

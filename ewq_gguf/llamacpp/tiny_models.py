@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Float64Array = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
+Tensors = dict[str, tuple[Bytes | NDArray[np.float32], str]]
 
 N_VOCAB = 64
 _N_HEADS, _N_KV_HEADS = 4, 2
@@ -49,7 +50,7 @@ class TinyModel:
     """A Llama of one layer, or a mixture of experts, with matrices of one type.
 
     Attributes:
-        ggml_type: of every matrix.
+        ggml_type: The type of every matrix.
         n_embd: columns of the matrices that read the hidden state; a multiple of 32.
         n_ff: columns of the down projection.
         n_experts: 0 for a plain feed-forward network.
@@ -76,12 +77,12 @@ class TinyModel:
         return self.n_embd // _N_HEADS
 
     @cached_property
-    def _tensors(self) -> dict[str, tuple[Bytes | NDArray[np.float32], str]]:
+    def _tensors(self) -> Tensors:
         """Tensors as they are stored, with their types, in the order of the file."""
         rng = np.random.default_rng([20260, self.n_embd, self.n_experts])
         embd, ff, kv = self.n_embd, self.n_ff, _N_KV_HEADS * self._head_size
         experts = (self.n_experts,) if self.n_experts else ()
-        suffix = "_exps" if self.n_experts else ""
+        suffix = "_exps" if experts else ""
         matrices = {
             "blk.0.attn_q": (embd, embd),
             "blk.0.attn_k": (kv, embd),
@@ -92,24 +93,19 @@ class TinyModel:
             f"blk.0.ffn_down{suffix}": (*experts, embd, ff),
             "output": (N_VOCAB, embd),
         }
-        floats = {
-            "token_embd": rng.standard_normal((N_VOCAB, embd)),
-            "output_norm": 1 + 0.1 * rng.standard_normal(embd),
-            "blk.0.attn_norm": 1 + 0.1 * rng.standard_normal(embd),
-            "blk.0.ffn_norm": 1 + 0.1 * rng.standard_normal(embd),
-        }
+        floats = {"token_embd": rng.standard_normal((N_VOCAB, embd))}
+        for norm in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+            floats[norm] = 1 + 0.1 * rng.standard_normal(embd)
         if self.n_experts:
             # Far apart: rounding must not decide which experts a token goes to.
             floats["blk.0.ffn_gate_inp"] = rng.standard_normal((self.n_experts, embd))
-        stored: dict[str, tuple[Bytes | NDArray[np.float32], str]] = {
+        stored: Tensors = {
             f"{name}.weight": (values.astype(np.float32), "F32")
             for name, values in floats.items()
         }
         for name, shape in matrices.items():
-            stored[f"{name}.weight"] = (
-                random_blocks(self.ggml_type, shape, shape[-1] ** -0.5, rng),
-                self.ggml_type,
-            )
+            blocks = random_blocks(self.ggml_type, shape, shape[-1] ** -0.5, rng)
+            stored[f"{name}.weight"] = (blocks, self.ggml_type)
         return stored
 
     def write(self, path: Path) -> None:
@@ -132,8 +128,7 @@ class TinyModel:
             writer.add_expert_count(self.n_experts)
             writer.add_expert_used_count(self.n_experts // 2)
         for name, (data, ggml_type) in self._tensors.items():
-            number = GGMLQuantizationType[ggml_type]
-            writer.add_tensor(name, data, raw_dtype=number)
+            writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[ggml_type])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -226,8 +221,8 @@ def random_blocks(
 
     Args:
         ggml_type: a float type, or one that `_SCALES` or MXFP4 describes.
-        shape: of the tensor; its last dimension is a multiple of the type's block.
-        standard_deviation: of the values.
+        shape: The tensor's; its last dimension is a multiple of the type's block.
+        standard_deviation: The values'.
         rng: where the bytes come from.
 
     Returns:

@@ -44,9 +44,10 @@ class ValueCheck:
         """Whether a tensor's values were compared; only finite ones pass.
 
         Args:
-            tensor: of the file.
-            sources: what it was made of.
-            computed: its values are not the checkpoint's own; no comparison then.
+            tensor: A tensor of the file.
+            sources: The checkpoint tensors that it was made of.
+            computed: Whether its values are not the checkpoint's own; then they are
+                not compared.
 
         Raises:
             VerificationError: its values are not finite, or not the checkpoint's.

@@ -10,9 +10,9 @@ from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import ChildError, ToolError, VerificationError, printable
 from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.llamacpp.failures import explain_failure
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.self_test import can_load as can_load
-from ewq_gguf.llamacpp.self_test import explain_failure
 from ewq_gguf.plan.importance import file_keys
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import Exactness, Plan, Verification, VerifiedTensor
@@ -32,10 +32,10 @@ def verify_file(
     """Compare a file with its plan; load it and let it answer.
 
     Args:
-        plan: what it should be.
+        plan: The plan that the file has to follow.
         path: the file.
         load: run it in a child process (where llama-cpp-python is installed).
-        exact: what was measured against the base.
+        exact: The exact tensors' differences from the base.
 
     Raises:
         VerificationError: it is not what the plan says; all differences with it.
@@ -118,7 +118,7 @@ def _ggml_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _answer(path: Path) -> str:
-    """What the file says to the prompt, in a child that may crash.
+    """The file's answer to the prompt, from a child that may crash.
 
     Raises:
         ToolError: it does not load or compute because the toolchain is at fault.

@@ -11,7 +11,7 @@ from ewq_gguf.checkpoint.files import model_name
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.llamacpp.convert import check_is_local
+from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, load_record
 from ewq_gguf.stages.finished_plan import (

@@ -9,9 +9,11 @@ from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.ggml_types import tensor_bytes
-from ewq_gguf.llamacpp.convert import base_type, check_is_local
+from ewq_gguf.llamacpp.convert import base_type
+from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.llamacpp.quantize import quantize
-from ewq_gguf.llamacpp.verify import can_load, verify_file
+from ewq_gguf.llamacpp.self_test import can_load
+from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.pipeline.planning import check_wish, plan, plan_file
 from ewq_gguf.plan.naming import nearest_preset
 from ewq_gguf.plan.size_target import SizeTarget

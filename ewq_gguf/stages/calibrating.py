@@ -9,7 +9,7 @@ from ewq_gguf import store
 from ewq_gguf.bench.runner import CPU_SETUP
 from ewq_gguf.bench.writing import written_text
 from ewq_gguf.llamacpp.calibrate import STAGE, calibrate
-from ewq_gguf.llamacpp.convert import check_is_local
+from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.plan.importance import Importance
 from ewq_gguf.stages.converting import base_file

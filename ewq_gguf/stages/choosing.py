@@ -21,8 +21,8 @@ from ewq_gguf.errors import EwqError, InputError, UsageError
 from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
 from ewq_gguf.llamacpp.heads import can_leave_heads_out
 from ewq_gguf.llamacpp.pretokenizer import check_name, fits
+from ewq_gguf.llamacpp.self_test import can_load
 from ewq_gguf.llamacpp.toolchain import Toolchain
-from ewq_gguf.llamacpp.verify import can_load
 from ewq_gguf.stages.options import Options, Progress
 
 _MAX_TEMPLATE_BYTES = 1 << 20

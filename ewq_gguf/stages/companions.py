@@ -20,8 +20,8 @@ from ewq_gguf.llamacpp.companion import (
     CompanionLayout,
     companion_layout,
 )
-from ewq_gguf.llamacpp.convert import base_type, converter_architectures
-from ewq_gguf.llamacpp.converter import Content
+from ewq_gguf.llamacpp.convert import base_type
+from ewq_gguf.llamacpp.converter import Content, converter_architectures
 from ewq_gguf.records import Layout
 from ewq_gguf.report.companion_view import described
 from ewq_gguf.report.text import size_text

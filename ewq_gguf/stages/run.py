@@ -15,10 +15,11 @@ from ewq_gguf.checkpoint.leftovers import check_names
 from ewq_gguf.checkpoint.lora.merge import open_merged
 from ewq_gguf.checkpoint.source import Opening
 from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.llamacpp.convert import converter_architectures
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
+from ewq_gguf.llamacpp.converter import converter_architectures
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import cached_layout, layout_of
-from ewq_gguf.llamacpp.toolchain import LLAMA_CPP_COMMIT, Toolchain, find_toolchain
+from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.plan.importance import Importance
 from ewq_gguf.records import Layout, ModelIdentity, Scan
 from ewq_gguf.stages.choosing import naming_the_nearest, say_fit, with_choices

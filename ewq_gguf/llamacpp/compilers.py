@@ -1,4 +1,4 @@
-"""What installs a compiler or an SDK here: the line of the package manager."""
+"""The compilers that a build needs, and the line that installs a missing one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from ewq_gguf.errors import ToolError
+
+_STAGE = "toolchain"
+_USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 #: What a package manager calls the packages that builds need. The first one that is
 #: in PATH counts; with conda's environment active, nobody has to be root.
 _MANAGERS: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -88,6 +92,54 @@ def install_line(what: str) -> str | None:
 
 
 def remedy(what: str) -> str:
-    """That command as an error says it, or what to do where no manager is known."""
+    """The remedy of an error: that command, or what to do where no manager is known."""
     line = install_line(what)
     return f"run `{line}`" if line else f"install {_OTHERWISE[what]}"
+
+
+def check_build_tools(backend: str) -> None:
+    """Refuse before CMake starts where a compiler is missing.
+
+    Raises:
+        ToolError: with the line that installs it.
+    """
+    for variable, names, language in (
+        ("CC", ("cc", "gcc", "clang"), "C"),
+        ("CXX", ("c++", "g++", "clang++"), "C++"),
+    ):
+        if find_program(variable, names) is None:
+            raise ToolError(
+                _STAGE,
+                f"{language} compiler",
+                f"none of {', '.join(names)} is in PATH",
+                remedy("compiler"),
+            )
+    if backend == "cuda" and cuda_compiler() is None:
+        raise ToolError(
+            _STAGE,
+            "nvcc",
+            "is not in PATH, and the CUDA backend needs it",
+            remedy("nvcc")
+            + ", add its bin folder to PATH if it is elsewhere, or use --backend cpu",
+        )
+    if backend == "vulkan" and shutil.which("glslc") is None:
+        raise ToolError(
+            _STAGE,
+            "glslc",
+            "is not in PATH, and the Vulkan backend needs it",
+            remedy("glslc") + ", or use --backend cpu",
+        )
+
+
+def cuda_compiler() -> str | None:
+    """The path of nvcc, also in CUDA's usual folder."""
+    return find_program("CUDACXX", ("nvcc", _USUAL_NVCC))
+
+
+def find_program(variable: str, names: tuple[str, ...]) -> str | None:
+    """A program that the user's variable names, else the first one in PATH."""
+    chosen = os.environ.get(variable, "").split()[:1]
+    for name in chosen or names:
+        if found := shutil.which(name):
+            return found
+    return None
