@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from ewq_gguf import libraries, store
 from ewq_gguf.cli.toolchain import BuildProgress, toolchain
 from ewq_gguf.errors import ChildError, EwqError, LockedError, NetworkError, ToolError
-from ewq_gguf.llamacpp import build, source
+from ewq_gguf.llamacpp import build, compilers, source, tested_build
 from ewq_gguf.llamacpp import toolchain as toolchains
 from ewq_gguf.llamacpp.hardware import hardware_key
 from ewq_gguf.llamacpp.self_test import SelfTest
@@ -108,7 +108,8 @@ def fake_source(tmp_path, monkeypatch, cache):
     """A small CMake project in llama.cpp's place, whose builds pass every test."""
     tree = write_tree(tmp_path / "tree")
     use_source(monkeypatch, tree)
-    monkeypatch.setattr(toolchains, "run_self_test", lambda lib_dir, backend: PASSED)
+    for module in (tested_build, toolchains):
+        monkeypatch.setattr(module, "run_self_test", lambda lib_dir, backend: PASSED)
     return tree
 
 
@@ -396,7 +397,7 @@ def test_missing_compiler_is_an_error_before_cmake_starts(
 def test_backend_without_its_compiler_is_an_error(
     fake_source, tmp_path, monkeypatch, backend, tool
 ):
-    monkeypatch.setattr(build, "_USUAL_NVCC", str(tmp_path / "nvcc"))
+    monkeypatch.setattr(compilers, "_USUAL_NVCC", str(tmp_path / "nvcc"))
     for name in ("cc", "c++"):
         (tmp_path / name).write_text("")
         (tmp_path / name).chmod(0o755)
@@ -460,7 +461,7 @@ def needs(fake_source, monkeypatch):
                 return PASSED
             return failure
 
-        monkeypatch.setattr(toolchains, "run_self_test", run_self_test)
+        monkeypatch.setattr(tested_build, "run_self_test", run_self_test)
 
     return set_needed
 
@@ -580,7 +581,7 @@ def test_on_other_hardware_the_build_is_tested_once_more(fake_source, monkeypatc
         with pytest.raises(ToolError, match="fails its self-test on this machine"):
             find_toolchain()
     assert tested == ["cpu"]  # The verdict is kept.
-    monkeypatch.setattr(toolchains, "run_self_test", lambda lib_dir, backend: PASSED)
+    monkeypatch.setattr(tested_build, "run_self_test", lambda lib_dir, backend: PASSED)
     assert build_toolchain().self_test == PASSED
 
 
