@@ -126,7 +126,7 @@ def test_where_few_tensors_dominate_the_cost_is_that_of_milp(n_limits):
         random = np.random.default_rng(seed)
         dominant = random.choice([28_311_552, 113_246_208], random.integers(1, 3))
         costs, usages, limits = problem_of_limits(
-            seed, n_limits, int(random.integers(5, 20)), dominant
+            seed, n_limits, int(random.integers(5, 14)), dominant
         )
 
         found = solve_knapsack(costs, usages, limits)
@@ -144,12 +144,14 @@ def test_where_few_tensors_dominate_the_cost_is_that_of_milp(n_limits):
 
 
 @pytest.mark.parametrize("n_limits", [1, 2])
-@pytest.mark.parametrize(("n_items", "dominant"), [(212, 0), (212, 2), (2000, 2)])
+@pytest.mark.parametrize(
+    ("n_items", "dominant"), [(60, 1), (212, 0), (212, 2), (2000, 2)]
+)
 def test_a_models_problem_is_proven_to_be_within_the_tolerance(
     n_items, dominant, n_limits
 ):
     costs, usages, limits = problem_of_limits(
-        7, n_limits, n_items, (28_311_552 * n_items // 200,) * dominant
+        7, n_limits, n_items, (113_246_208,) * dominant
     )
 
     found = solve_knapsack(costs, usages, limits)

@@ -30,9 +30,9 @@ _MAX_NODES, _MAX_WORK = 1000, 10_000_000
 _BOUND_TOLERANCE = 1e-5
 _MAX_PRICES = 100
 #: Moves whose pairs are tried: those that cost least at the prices.
-_MAX_MOVES = 300
+_MAX_MOVES = 150
 #: Moves, or pairs of them, that improve one selection.
-_MAX_STEPS = 100
+_MAX_STEPS = 30
 
 
 @dataclass(frozen=True)

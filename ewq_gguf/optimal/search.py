@@ -59,7 +59,7 @@ _N_FEW_DOCUMENTS, _N_MANY_DOCUMENTS = 32, 64
 #: calibrates anything.
 _SEEDS = 1 << 40
 #: Another one finds other files: what was searched for is searched for again.
-_ALGORITHM = 3
+_ALGORITHM = 4
 #: What is said of a size that no file has.
 _REACH, _OTHER = "these types reach", "other --types, --floor or --ceiling"
 #: Of the effort, what probes may take at most, and before them the files that show what
