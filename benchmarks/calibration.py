@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import cast
 
 from ewq_gguf import api, store
+from ewq_gguf.bench.questions.mmlu_data import Question
+from ewq_gguf.bench.questions.mmlu_files import find_subjects
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.statistics import kld_difference
-from ewq_gguf.bench.tasks.mmlu_data import Question
-from ewq_gguf.bench.tasks.mmlu_files import find_subjects
 from ewq_gguf.records import TextResult
 from ewq_gguf.records.scores import Letter
 from ewq_gguf.stages.candidate_files import measure_plans, types_sha256

@@ -32,8 +32,8 @@ import numpy as np
 from ewq_gguf import store
 from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.job import MmluRequest
+from ewq_gguf.bench.questions.mmlu_files import LETTERS
 from ewq_gguf.bench.runner import Request, bench_file
-from ewq_gguf.bench.tasks.mmlu_files import LETTERS
 from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.process import run
 from ewq_gguf.records.scores import MmluScores

@@ -31,10 +31,15 @@ from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.engines.forward import prompt_tokens
 from ewq_gguf.bench.engines.llama import LlamaModel, LlamaScorer, Log
 from ewq_gguf.bench.engines.scorer import Batch
+from ewq_gguf.bench.questions.letters import N_PARALLEL, ask
+from ewq_gguf.bench.questions.mmlu_data import (
+    MmluTask,
+    Prompt,
+    letter_tokens,
+    load_task,
+)
+from ewq_gguf.bench.questions.mmlu_scores import score_question
 from ewq_gguf.bench.runner import CPU_SETUP
-from ewq_gguf.bench.tasks.mmlu import score_question
-from ewq_gguf.bench.tasks.mmlu_data import MmluTask, Prompt, letter_tokens, load_task
-from ewq_gguf.bench.tasks.questions import N_PARALLEL, ask
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.process import N_CPUS, run
 from ewq_gguf.records.scores import MmluOutcome

@@ -22,13 +22,13 @@ from ewq_gguf.bench.job import (
     progress_line,
     read_progress,
 )
+from ewq_gguf.bench.questions.datafile import read_text
 from ewq_gguf.bench.runner import Request
-from ewq_gguf.bench.tasks.datafile import read_text
-from ewq_gguf.bench.tasks.quality import Named, check_comparable, score_text
-from ewq_gguf.bench.tasks.scoring import divergence, token_nll
 from ewq_gguf.bench.tasks.speed import measure
-from ewq_gguf.bench.tasks.summary import Tokens, kld, perplexity, text_result
-from ewq_gguf.bench.tasks.texts import Window, Windows, chunks_of, lines_of
+from ewq_gguf.bench.texts.quality import Named, check_comparable, score_text
+from ewq_gguf.bench.texts.scoring import divergence, token_nll
+from ewq_gguf.bench.texts.summary import Tokens, kld, perplexity, text_result
+from ewq_gguf.bench.texts.windows import Window, Windows, chunks_of, lines_of
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.errors import ChildError, InputError, UsageError, VerificationError
 from ewq_gguf.process import python_argv, run

@@ -25,11 +25,11 @@ from ewq_gguf.bench.engines.saving import save_quantised
 from ewq_gguf.bench.engines.scorer import Batch
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import MemoryUse
+from ewq_gguf.bench.questions.datafile import read_text
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file, is_result_of
-from ewq_gguf.bench.tasks.datafile import read_text
-from ewq_gguf.bench.tasks.quality import Named, check_comparable, score_text
-from ewq_gguf.bench.tasks.summary import text_result
-from ewq_gguf.bench.tasks.texts import Windows, chunks_of
+from ewq_gguf.bench.texts.quality import Named, check_comparable, score_text
+from ewq_gguf.bench.texts.summary import text_result
+from ewq_gguf.bench.texts.windows import Windows, chunks_of
 from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.source import open_checkpoint

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from ewq_gguf import data
+from ewq_gguf.bench.questions.mmlu_data import MmluTask
+from ewq_gguf.bench.questions.mmlu_scores import mmlu_scores
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.statistics import paired_bootstrap
-from ewq_gguf.bench.tasks.mmlu import mmlu_scores
-from ewq_gguf.bench.tasks.mmlu_data import MmluTask
 from ewq_gguf.bench.tasks.speed import combined
 from ewq_gguf.cli.plan_words import parse_plans
 from ewq_gguf.errors import UsageError

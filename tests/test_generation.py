@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ewq_gguf import data
-from ewq_gguf.bench.tasks.chat import apply_chat_template
-from ewq_gguf.bench.tasks.generation import (
+from ewq_gguf.bench.answers.chat import apply_chat_template
+from ewq_gguf.bench.answers.scores import (
     GenerationPrompt,
     fidelity,
     generation_scores,
@@ -276,7 +276,7 @@ def test_scores_of_a_run():
 
 
 def test_a_missing_library_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr("ewq_gguf.bench.tasks.generation.find_spec", lambda _: None)
+    monkeypatch.setattr("ewq_gguf.bench.answers.scores.find_spec", lambda _: None)
 
     with pytest.raises(
         ToolError, match=r"rouge_score.* pip install 'ewq-gguf\[eval\]'"

@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from ewq_gguf.bench.tasks.generation import load_prompts
-from ewq_gguf.bench.tasks.mmlu_data import load_task
+from ewq_gguf.bench.answers.scores import load_prompts
+from ewq_gguf.bench.questions.mmlu_data import load_task
 from ewq_gguf.errors import InputError
 from tests.gguf_files import write_gguf
 

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ewq_gguf.bench.tasks.mmlu import (
-    compare_mmlu,
-    mmlu_scores,
-    score_question,
-)
-from ewq_gguf.bench.tasks.mmlu_data import (
+from ewq_gguf.bench.questions.mmlu_data import (
     Question,
     choose,
     letter_tokens,
     load_task,
 )
-from ewq_gguf.bench.tasks.tokens import common_prefix, n_shared_tokens, too_long
+from ewq_gguf.bench.questions.mmlu_scores import (
+    compare_mmlu,
+    mmlu_scores,
+    score_question,
+)
+from ewq_gguf.bench.questions.tokens import common_prefix, n_shared_tokens, too_long
 from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.records.scores import MmluOutcome
 

@@ -13,18 +13,15 @@ import pytest
 from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.engines.scorer import Batch
-from ewq_gguf.bench.tasks.answers import Texts, answer, chat_tokens, texts_for
-from ewq_gguf.bench.tasks.generation import GenerationPrompt
-from ewq_gguf.bench.tasks.mmlu import score_question
-from ewq_gguf.bench.tasks.mmlu_data import (
+from ewq_gguf.bench.questions.letters import ask
+from ewq_gguf.bench.questions.mmlu_data import (
     MmluTask,
     Prompt,
     Question,
     letter_tokens,
     load_task,
 )
-from ewq_gguf.bench.tasks.mmlu_files import LETTERS
-from ewq_gguf.bench.tasks.questions import ask
+from ewq_gguf.bench.questions.mmlu_files import LETTERS
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records import BenchSetup
 from ewq_gguf.records.scores import Answer, MmluOutcome, TooLong
@@ -381,7 +378,7 @@ def test_a_chats_tokens_are_those_of_llama_cpp(tiny, text):
 def test_llama_cpp_shares_and_forgets_as_it_should(tiny, monkeypatch):
     letters = (5, 6, 7, 8)  # the tiny tokenizer has none
     monkeypatch.setattr(
-        "ewq_gguf.bench.tasks.questions.letter_tokens", lambda _: letters
+        "ewq_gguf.bench.questions.letters.letter_tokens", lambda _: letters
     )
     model = loaded(tiny.base)
 

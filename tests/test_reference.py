@@ -21,9 +21,9 @@ from ewq_gguf.bench.engines.scorer import Batch
 from ewq_gguf.bench.reference_file import KEY, read_reference
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import Request, bench_file
-from ewq_gguf.bench.tasks.quality import Named, check_stored, score_text
-from ewq_gguf.bench.tasks.scoring import divergence, largest_error
-from ewq_gguf.bench.tasks.texts import Window, Windows
+from ewq_gguf.bench.texts.quality import Named, check_stored, score_text
+from ewq_gguf.bench.texts.scoring import divergence, largest_error
+from ewq_gguf.bench.texts.windows import Window, Windows
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main

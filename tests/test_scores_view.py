@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from ewq_gguf.bench.tasks.generation import GenerationPrompt, generation_scores
-from ewq_gguf.bench.tasks.mmlu import mmlu_scores
-from ewq_gguf.bench.tasks.mmlu_data import load_task
+from ewq_gguf.bench.answers.scores import GenerationPrompt, generation_scores
+from ewq_gguf.bench.questions.mmlu_data import load_task
+from ewq_gguf.bench.questions.mmlu_scores import mmlu_scores
 from ewq_gguf.records.scores import Answer, MmluOutcome, TooLong
 from ewq_gguf.report.scores_view import generation_view, mmlu_view
 

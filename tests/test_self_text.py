@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ewq_gguf.bench.runner import CPU_SETUP
-from ewq_gguf.bench.tasks.self_text import MIN_P, TEMPERATURES, _draw, self_text
+from ewq_gguf.bench.texts.self_text import MIN_P, TEMPERATURES, _draw, self_text
 from ewq_gguf.bench.writing import written_text
 from ewq_gguf.errors import InputError, VerificationError
 from tests.bench_models import BOS, Table

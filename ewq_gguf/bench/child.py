@@ -15,6 +15,8 @@ import numpy as np
 import psutil
 
 from ewq_gguf import store
+from ewq_gguf.bench.answers.greedy import Texts, answer, texts_for, tokens_of
+from ewq_gguf.bench.answers.scores import generation_scores
 from ewq_gguf.bench.engines.llama import LlamaModel, Log
 from ewq_gguf.bench.engines.load import load
 from ewq_gguf.bench.engines.nvml import gpu_bytes
@@ -27,24 +29,22 @@ from ewq_gguf.bench.job import (
     WritingRequest,
     progress_line,
 )
+from ewq_gguf.bench.questions.datafile import read_text
+from ewq_gguf.bench.questions.letters import ask
+from ewq_gguf.bench.questions.mmlu_scores import mmlu_scores
 from ewq_gguf.bench.reference import ReferenceModel
 from ewq_gguf.bench.reference_writing import write_reference
-from ewq_gguf.bench.tasks.answers import Texts, answer, texts_for, tokens_of
-from ewq_gguf.bench.tasks.datafile import read_text
-from ewq_gguf.bench.tasks.generation import generation_scores
-from ewq_gguf.bench.tasks.mmlu import mmlu_scores
-from ewq_gguf.bench.tasks.quality import (
+from ewq_gguf.bench.tasks.speed import measure
+from ewq_gguf.bench.texts.quality import (
     Named,
     another_tokenizer,
     check_comparable,
     check_stored,
     score_text,
 )
-from ewq_gguf.bench.tasks.questions import ask
-from ewq_gguf.bench.tasks.self_text import self_text
-from ewq_gguf.bench.tasks.speed import measure
-from ewq_gguf.bench.tasks.summary import text_result
-from ewq_gguf.bench.tasks.texts import Windows, chunks_of, lines_of
+from ewq_gguf.bench.texts.self_text import self_text
+from ewq_gguf.bench.texts.summary import text_result
+from ewq_gguf.bench.texts.windows import Windows, chunks_of, lines_of
 from ewq_gguf.errors import EwqError, VerificationError, printable
 from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.imatrix import importance_values

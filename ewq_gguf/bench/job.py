@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from ewq_gguf import errors
+from ewq_gguf.bench.answers.scores import GenerationPrompt, load_prompts
 from ewq_gguf.bench.engines.precision import Precision
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.tasks.generation import GenerationPrompt, load_prompts
-from ewq_gguf.bench.tasks.mmlu_data import MmluTask, load_task
+from ewq_gguf.bench.questions.mmlu_data import MmluTask, load_task
 from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchedFile, BenchParameters
 from ewq_gguf.records.base import Part

@@ -26,7 +26,7 @@ from ewq_gguf.bench.reference_file import (
     states_type,
     unpack,
 )
-from ewq_gguf.bench.tasks.texts import Windows
+from ewq_gguf.bench.texts.windows import Windows
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import Engine
 

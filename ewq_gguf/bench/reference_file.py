@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from ewq_gguf import ggml_types, store
 from ewq_gguf.bench.engines.scorer import STAGE, FloatArray
-from ewq_gguf.bench.tasks.texts import Window, Windows
+from ewq_gguf.bench.texts.windows import Window, Windows
 from ewq_gguf.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from ewq_gguf.errors import InputError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT

@@ -27,9 +27,9 @@ from ewq_gguf.bench.reference_file import (
     unpack,
     write_header,
 )
-from ewq_gguf.bench.tasks.quality import N_BATCH, pieces
-from ewq_gguf.bench.tasks.scoring import largest_error
-from ewq_gguf.bench.tasks.texts import Window, Windows
+from ewq_gguf.bench.texts.quality import N_BATCH, pieces
+from ewq_gguf.bench.texts.scoring import largest_error
+from ewq_gguf.bench.texts.windows import Window, Windows
 from ewq_gguf.checkpoint.gguf_file import KV_OFFSET, GgufTensor, read_gguf
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records import BenchParameters, HeadShape, Reference, ReferenceText

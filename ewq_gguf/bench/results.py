@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ewq_gguf.bench.tasks.summary import Tokens, kld, perplexity, text_result
+from ewq_gguf.bench.texts.summary import Tokens, kld, perplexity, text_result
 from ewq_gguf.records import (
     BenchedFile,
     BenchParameters,

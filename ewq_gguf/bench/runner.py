@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ewq_gguf import store
+from ewq_gguf.bench.answers.scores import check_libraries, prompts_hash
 from ewq_gguf.bench.engines.precision import AppliedPlan, engine_key
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify, identify_base
@@ -28,7 +29,6 @@ from ewq_gguf.bench.job import (
     too_large,
 )
 from ewq_gguf.bench.results import result_of
-from ewq_gguf.bench.tasks.generation import check_libraries, prompts_hash
 from ewq_gguf.errors import (
     ChildError,
     InputError,

@@ -10,8 +10,8 @@ from statistics import stdev
 import numpy as np
 
 from ewq_gguf.bench.engines.scorer import STAGE
+from ewq_gguf.bench.questions.mmlu_scores import compare_mmlu
 from ewq_gguf.bench.statistics import Floats, bootstrap_interval, paired_bootstrap
-from ewq_gguf.bench.tasks.mmlu import compare_mmlu
 from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.comparison_record import (
     ComparedFile,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.bench.tasks.template_child import syntax_error
+from ewq_gguf.bench.answers.template_child import syntax_error
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.heads import head_tensors
 from ewq_gguf.checkpoint.heads import n_promised as promised_heads

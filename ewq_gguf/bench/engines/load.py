@@ -9,7 +9,7 @@ from ewq_gguf.bench.engines.llama import LlamaModel, Log
 from ewq_gguf.bench.engines.precision import Precision
 from ewq_gguf.bench.reference import ReferenceModel
 from ewq_gguf.bench.reference_file import is_reference
-from ewq_gguf.bench.tasks.quality import Named
+from ewq_gguf.bench.texts.quality import Named
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.records import BenchSetup
 

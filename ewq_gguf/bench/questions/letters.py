@@ -11,9 +11,9 @@ from itertools import groupby
 
 from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.engines.scorer import Batch, IntArray, Model, Scorer
-from ewq_gguf.bench.tasks.mmlu import score_question
-from ewq_gguf.bench.tasks.mmlu_data import MmluTask, Prompt, Question, letter_tokens
-from ewq_gguf.bench.tasks.tokens import n_shared_tokens, too_long
+from ewq_gguf.bench.questions.mmlu_data import MmluTask, Prompt, Question, letter_tokens
+from ewq_gguf.bench.questions.mmlu_scores import score_question
+from ewq_gguf.bench.questions.tokens import n_shared_tokens, too_long
 from ewq_gguf.records.scores import MmluOutcome, TooLong
 
 #: Questions side by side. Each also computes, and masks, what the others hold.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.bench.tasks.datafile import read_parquet, read_text
+from ewq_gguf.bench.questions.datafile import read_parquet, read_text
 from ewq_gguf.errors import InputError
 from ewq_gguf.records.scores import Letter
 

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import cast
 
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.bench.tasks.mmlu_files import LETTERS, REMEDY, SubjectRows, find_subjects
+from ewq_gguf.bench.questions.mmlu_files import (
+    LETTERS,
+    REMEDY,
+    SubjectRows,
+    find_subjects,
+)
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records.scores import Letter, RowFault
 

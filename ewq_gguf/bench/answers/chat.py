@@ -60,7 +60,9 @@ def apply_chat_template(
             Path(folder) / name for name in ("job.json", "answer.json", "child.log")
         )
         job_path.write_text(json.dumps(job), encoding="utf-8")
-        argv = python_argv("ewq_gguf.bench.tasks.template_child", job_path, answer_path)
+        argv = python_argv(
+            "ewq_gguf.bench.answers.template_child", job_path, answer_path
+        )
         try:
             run(
                 argv,

@@ -1,6 +1,6 @@
 """Child process: render conversations with a model's chat template, in a sandbox.
 
-python -m ewq_gguf.bench.tasks.template_child JOB ANSWER
+python -m ewq_gguf.bench.answers.template_child JOB ANSWER
 
 A template comes with the model and is anybody's program. jinja2's sandbox keeps it from
 the machine; the limits set here, and the parent's time-out, keep it from using it up.

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ewq_gguf.bench.engines.scorer import STAGE
+from ewq_gguf.bench.questions.mmlu_data import MmluTask, Question
+from ewq_gguf.bench.questions.mmlu_files import LETTERS
 from ewq_gguf.bench.statistics import mcnemar
-from ewq_gguf.bench.tasks.mmlu_data import MmluTask, Question
-from ewq_gguf.bench.tasks.mmlu_files import LETTERS
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import (
     MmluOutcome,

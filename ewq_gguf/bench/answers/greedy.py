@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ewq_gguf.bench.answers.chat import apply_chat_template
+from ewq_gguf.bench.answers.scores import GenerationPrompt
 from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.engines.scorer import STAGE, Batch, IntArray, Model, Scorer
-from ewq_gguf.bench.tasks.chat import apply_chat_template
-from ewq_gguf.bench.tasks.generation import GenerationPrompt
-from ewq_gguf.bench.tasks.tokens import too_long
+from ewq_gguf.bench.questions.tokens import too_long
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import Answer, TooLong
 

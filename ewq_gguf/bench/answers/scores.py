@@ -22,9 +22,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from ewq_gguf.bench.engines.scorer import STAGE
+from ewq_gguf.bench.questions.datafile import read_parquet, read_text
+from ewq_gguf.bench.questions.tokens import common_prefix
 from ewq_gguf.bench.statistics import Floats, bootstrap_interval
-from ewq_gguf.bench.tasks.datafile import read_parquet, read_text
-from ewq_gguf.bench.tasks.tokens import common_prefix
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.records.base import Part
 from ewq_gguf.records.scores import (

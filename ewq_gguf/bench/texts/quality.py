@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ewq_gguf.bench.engines.scorer import STAGE, Batch, IntArray, Model, Scorer
-from ewq_gguf.bench.tasks.scoring import Divergence, divergence, token_nll
-from ewq_gguf.bench.tasks.texts import Window, Windows
+from ewq_gguf.bench.texts.scoring import Divergence, divergence, token_nll
+from ewq_gguf.bench.texts.windows import Window, Windows
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records import ChunkPart
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ewq_gguf.bench.engines.scorer import BoolArray
-from ewq_gguf.bench.tasks.scoring import Float64Array
+from ewq_gguf.bench.texts.scoring import Float64Array
 from ewq_gguf.records import Chunk, ChunkPart, Kld, TextResult
 
 _N_RESAMPLES = 1000

@@ -1,0 +1,1 @@
+"""Generated answers: prompts through chat templates, greedy decoding, scores."""

@@ -1,0 +1,1 @@
+"""Questions: their files, their prompts, and how a model is asked them."""

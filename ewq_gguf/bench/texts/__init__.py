@@ -1,0 +1,1 @@
+"""Texts: windows of tokens, their perplexity and divergence, and self-written ones."""
