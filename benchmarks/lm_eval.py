@@ -31,9 +31,9 @@ import numpy as np
 
 from ewq_gguf import store
 from ewq_gguf.api import Run, base_file
-from ewq_gguf.bench.job import MmluRequest
 from ewq_gguf.bench.questions.mmlu_files import LETTERS
 from ewq_gguf.bench.runner import Request, bench_file
+from ewq_gguf.bench.tasks.mmlu import Settings
 from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.process import run
 from ewq_gguf.records.scores import MmluScores
@@ -59,7 +59,7 @@ def main(
     """Ask both, and print what differs."""
     folder = Path(os.environ["EWQ_MMLU_DIR"])
     python = harness()
-    request = MmluRequest(
+    request = Settings(
         folder=str(folder.absolute()), n_shots=shots, limit=limit or None
     )
     with tempfile.TemporaryDirectory() as work:
@@ -93,7 +93,7 @@ def harness() -> Path:
     return python
 
 
-def asked_only(request: MmluRequest, subjects: tuple[str, ...], work: Path) -> Request:
+def asked_only(request: Settings, subjects: tuple[str, ...], work: Path) -> Request:
     """A request for some subjects: the bench asks all that are in a folder."""
     if subjects:
         for part in ("test", "dev"):
@@ -102,7 +102,7 @@ def asked_only(request: MmluRequest, subjects: tuple[str, ...], work: Path) -> R
                 name = f"{subject}_{part}.csv"
                 shutil.copyfile(Path(request.folder, part, name), work / part / name)
         request = request.model_copy(update={"folder": str(work)})
-    return Request(tasks=("mmlu",), mmlu=request)
+    return Request(tasks=("mmlu",), settings={"mmlu": request})
 
 
 def bench(request: Request) -> MmluScores:

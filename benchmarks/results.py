@@ -25,7 +25,7 @@ from ewq_gguf.experiments.comparison_record import ComparedFile, Comparison, Est
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.process import N_CPUS
 from ewq_gguf.records import Result, load_record
-from ewq_gguf.report.text import size_text
+from ewq_gguf.size_text import size_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 N_CHUNKS = 40

@@ -38,3 +38,11 @@ def parse_size(text: str, option: str = "--budget") -> int:
             "give a number with its unit, such as 6GiB, 5.5GB, 700MB or 124918432B",
         )
     return n_bytes
+
+
+def size_text(n_bytes: int) -> str:
+    """Bytes as people compare them: `316.2 MB`."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.2f} {unit}"
+    return f"{n_bytes} B"

@@ -17,13 +17,12 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import (
     Failure,
     MemoryUse,
-    MmluRequest,
-    PromptsRequest,
     progress_line,
     read_progress,
 )
 from ewq_gguf.bench.questions.datafile import read_text
 from ewq_gguf.bench.runner import Request
+from ewq_gguf.bench.tasks import generation, mmlu
 from ewq_gguf.bench.tasks.speed import measure
 from ewq_gguf.bench.texts.quality import Named, check_comparable, score_text
 from ewq_gguf.bench.texts.scoring import divergence, token_nll
@@ -348,10 +347,12 @@ def test_data_is_read_once_however_many_files_are_measured(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}')
     request = Request(
         tasks=("mmlu", "generation"),
-        mmlu=MmluRequest(folder=str(tmp_path), n_shots=1, limit=None),
-        prompts=PromptsRequest(
-            path=str(tmp_path / "prompts.jsonl"), limit=None, max_tokens=9
-        ),
+        settings={
+            "mmlu": mmlu.Settings(folder=str(tmp_path), n_shots=1, limit=None),
+            "generation": generation.Settings(
+                path=str(tmp_path / "prompts.jsonl"), limit=None, max_tokens=9
+            ),
+        },
     )
 
     asked = request.parameters()

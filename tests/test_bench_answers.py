@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ewq_gguf.api import Run, base_file
-from ewq_gguf.bench.job import MemoryUse, PromptsRequest
+from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
+from ewq_gguf.bench.tasks.generation import Settings
 from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError
 from ewq_gguf.process import run
@@ -60,7 +61,9 @@ def request_(tiny, prompts) -> Request:
         tasks=("generation",),
         base=tiny.base,
         setup=CPU_SETUP.model_copy(update={"n_threads": 1}),
-        prompts=PromptsRequest(path=str(prompts), limit=None, max_tokens=MAX_TOKENS),
+        settings={
+            "generation": Settings(path=str(prompts), limit=None, max_tokens=MAX_TOKENS)
+        },
     )
 
 
@@ -117,9 +120,10 @@ def test_a_bases_answers_are_generated_once_for_all_files(request_, files, cache
     assert first.generation.prompts_sha256 == second.generation.prompts_sha256
 
     # Other limits are other answers.
-    assert request_.prompts is not None
-    longer = request_.prompts.model_copy(update={"max_tokens": MAX_TOKENS + 1})
-    bench_file(files[0], replace(request_, prompts=longer), silent)
+    longer = request_.settings["generation"].model_copy(
+        update={"max_tokens": MAX_TOKENS + 1}
+    )
+    bench_file(files[0], replace(request_, settings={"generation": longer}), silent)
     assert len(kept(cache)) == 2
 
 

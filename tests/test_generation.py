@@ -23,7 +23,8 @@ from ewq_gguf.bench.answers.scores import (
     text_scores,
 )
 from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.records.scores import Answer, TooLong
+from ewq_gguf.records.generation import Answer
+from ewq_gguf.records.scores import TooLong
 
 pytest.importorskip("rouge_score")
 sacrebleu = pytest.importorskip("sacrebleu")

@@ -37,7 +37,7 @@ ORDER = (
     {"__main__"},
 )
 #: Anybody may import these; they import none of ours.
-LEAVES = {"_version", "data", "disk", "libraries", "significance"}
+LEAVES = {"_version", "data", "disk", "libraries"}
 #: Modules of the first group that raise our errors.
 FOUNDATION = {(name, "errors") for name in ("tensor_names", "ggml_types", "size_text")}
 

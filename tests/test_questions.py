@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from ewq_gguf.api import Run, base_file
+from ewq_gguf.bench.answers.greedy import Texts, answer, chat_tokens, texts_for
+from ewq_gguf.bench.answers.scores import GenerationPrompt
 from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.engines.scorer import Batch
 from ewq_gguf.bench.questions.letters import ask
@@ -22,9 +24,11 @@ from ewq_gguf.bench.questions.mmlu_data import (
     load_task,
 )
 from ewq_gguf.bench.questions.mmlu_files import LETTERS
+from ewq_gguf.bench.questions.mmlu_scores import score_question
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records import BenchSetup
-from ewq_gguf.records.scores import Answer, MmluOutcome, TooLong
+from ewq_gguf.records.generation import Answer
+from ewq_gguf.records.scores import MmluOutcome, TooLong
 from tests.bench_models import BOS, N_VOCAB, Table, TableScorer
 
 pytest_plugins = ["tests.toolchain_fixtures"]

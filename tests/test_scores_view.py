@@ -8,8 +8,11 @@ from rich.console import Console
 from ewq_gguf.bench.answers.scores import GenerationPrompt, generation_scores
 from ewq_gguf.bench.questions.mmlu_data import load_task
 from ewq_gguf.bench.questions.mmlu_scores import mmlu_scores
-from ewq_gguf.records.scores import Answer, MmluOutcome, TooLong
-from ewq_gguf.report.scores_view import generation_view, mmlu_view
+from ewq_gguf.bench.tasks.generation import generation_table
+from ewq_gguf.bench.tasks.mmlu import mmlu_table
+from ewq_gguf.records.generation import Answer
+from ewq_gguf.records.scores import MmluOutcome, TooLong
+from ewq_gguf.report.bench_view import table_view
 
 SUBJECT = "high_school_government_and_politics"
 
@@ -17,7 +20,7 @@ SUBJECT = "high_school_government_and_politics"
 def shown(view) -> list[str]:
     console = Console(width=80, force_terminal=False)
     with console.capture() as capture:
-        console.print(view)
+        console.print(table_view(view))
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
@@ -41,7 +44,7 @@ def test_mmlu_in_80_columns(tmp_path):
     outcomes = [outcome(n, "AB"[n % 2], 10.0 * n, n) for n in range(8)]
     skipped = [TooLong(id=f"{SUBJECT}/9", n_tokens=3024, n_ctx=2048)]
 
-    lines = shown(mmlu_view(mmlu_scores(task, outcomes, skipped)))
+    lines = shown(mmlu_table(mmlu_scores(task, outcomes, skipped)))
 
     numbers = ["8", "50.0", "21.5", "-", "78.5", "1.59e+15", "±1.4e+16"]
     assert [line.split() for line in lines[2:4]] == [
@@ -71,7 +74,7 @@ def test_answers_in_80_columns():
     ]
 
     scores = generation_scores(prompts, ["Why?"] * 3, answers, base=answers)
-    lines = shown(generation_view(scores))
+    lines = shown(generation_table(scores))
 
     # F1 of words beside the references: 1, 2 * 2 / (3 + 5), and 0.
     assert lines[1].split() == "beside references beside the base model's".split()

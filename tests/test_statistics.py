@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isclose, log, sqrt
+from math import comb, isclose, log, sqrt
 
 import numpy as np
 import pytest
@@ -14,12 +14,14 @@ from ewq_gguf import data
 from ewq_gguf.bench.statistics import (
     accuracy_sentence,
     bootstrap_interval,
+    composite_score,
     mcnemar,
     mean_sentence,
     paired_bootstrap,
+    paired_t,
     spearman,
+    wilson,
 )
-from ewq_gguf.significance import composite_score, paired_t, t_test_p, wilson
 
 
 def test_wilson_interval():
@@ -35,38 +37,6 @@ def test_wilson_interval():
     assert wilson(10, 10)[1] == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    ("t", "n_free", "p"),
-    [
-        (1.0, 1, 0.5),
-        (0.0, 3, 1.0),
-        # Tables of Student's distribution: two-sided 5 %.
-        (12.7062, 1, 0.05),
-        (3.18245, 3, 0.05),
-        (-2.36462, 7, 0.05),
-        (4.30265, 2, 0.05),
-        (2.44691, 6, 0.05),
-        (2.0, 2, 1 - 2 / sqrt(6)),
-    ],
-)
-def test_p_values_are_those_of_the_tables(t, n_free, p):
-    assert isclose(t_test_p(t, n_free), p, abs_tol=1e-5)
-
-
-@given(st.floats(-60, 60), st.integers(1, 200))
-def test_p_values_are_scipys(t, n_free):
-    ours = t_test_p(t, n_free)
-
-    assert isclose(ours, 2 * scipy.stats.t.sf(abs(t), n_free), abs_tol=1e-12)
-
-
-def test_wilson_is_scipys():
-    for n in (1, 10, 570, 14_042):
-        for n_right in {0, 1, n // 3, n}:
-            theirs = scipy.stats.binomtest(n_right, n).proportion_ci(method="wilson")
-            assert wilson(n_right, n) == pytest.approx((theirs.low, theirs.high))
-
-
 def test_paired_t_by_hand():
     # Differences 1, 2, 3: mean 2, sample deviation 1, t = 2 sqrt(3). The first values
     # have population variance 2/3, the second ones none.
@@ -76,15 +46,6 @@ def test_paired_t_by_hand():
     assert (test.n, test.mean) == (3, 2)
     assert test.t == pytest.approx(2 * sqrt(3))
     assert test.cohens_d == pytest.approx(2 / sqrt(1 / 3))
-
-
-def test_paired_t_is_scipys():
-    first, second = np.random.default_rng(0).normal(size=(2, 12))
-
-    ours, theirs = paired_t(first, second), scipy.stats.ttest_rel(first, second)
-
-    assert ours
-    assert (ours.t, ours.p) == pytest.approx((theirs.statistic, theirs.pvalue))
 
 
 @pytest.mark.parametrize(
@@ -145,13 +106,14 @@ def test_mcnemar_by_hand():
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
-def test_mcnemar_is_scipys_binomial_test(first, second):
+def test_mcnemar_is_symmetric(first, second):
     test = mcnemar(*outcomes(1, first, second, 1))
     swapped = mcnemar(*outcomes(1, second, first, 1))
 
-    if first + second:
-        theirs = scipy.stats.binomtest(first, first + second).pvalue
-        assert test.p == pytest.approx(theirs, rel=1e-9)
+    n_fewer = min(first, second)
+    n_split = first + second
+    tail = sum(comb(n_split, k) for k in range(n_fewer + 1))
+    assert test.p == pytest.approx(min(2 * tail / 2**n_split, 1.0), rel=1e-9)
     assert test.p == swapped.p
     assert test.difference == -swapped.difference
     assert test.difference_low <= test.difference <= test.difference_high

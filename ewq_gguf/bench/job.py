@@ -1,4 +1,4 @@
-"""What the runner and its children tell each other."""
+"""Messages between the runner and its child processes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from ewq_gguf import errors
-from ewq_gguf.bench.answers.scores import GenerationPrompt, load_prompts
 from ewq_gguf.bench.engines.precision import Precision
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify
-from ewq_gguf.bench.questions.mmlu_data import MmluTask, load_task
 from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchedFile, BenchParameters
 from ewq_gguf.records.base import Part
 from ewq_gguf.records.probe import Probe
-
-#: Of children: texts and generation need the base too, the others the model alone.
-Kind = Literal[
-    "speed", "texts", "mmlu", "generation", "reference", "writing", "probing"
-]
 
 _MARK = "@ewq "
 # What ggml's backends, llama.cpp and torch say.
@@ -31,50 +24,6 @@ _NO_ROOM = re.compile(
 )
 # What faulthandler says before it ends a child that no longer tells how far it is.
 _STALLED = re.compile(r"^Timeout \((\d+:\d\d:\d\d)", re.M)
-
-
-class MmluRequest(Part):
-    """Which of MMLU's questions, and how.
-
-    Attributes:
-        folder: holds test/ and dev/; absolute.
-        n_shots: examples before each question.
-        limit: questions per subject; None is all.
-    """
-
-    folder: str
-    n_shots: int
-    limit: int | None
-
-    def task(self) -> MmluTask:
-        """Its prompts.
-
-        Raises:
-            UsageError, InputError, ToolError: as of `load_task`.
-        """
-        return load_task(Path(self.folder), n_shots=self.n_shots, limit=self.limit)
-
-
-class PromptsRequest(Part):
-    """What a model answers, and how much of it.
-
-    Attributes:
-        path: of the prompts' file; absolute.
-        limit: prompts, the first of them; None is all.
-        max_tokens: of an answer.
-    """
-
-    path: str
-    limit: int | None
-    max_tokens: int
-
-    def prompts(self) -> tuple[GenerationPrompt, ...]:
-        """Read them.
-
-        Raises:
-            InputError, ToolError: as of `load_prompts`.
-        """
-        return load_prompts(Path(self.path), self.limit)
 
 
 class ReferenceRequest(Part):
@@ -122,32 +71,30 @@ class ProbingRequest(Part):
 
 
 class Job(Part):
-    """What a child does; its paths are absolute.
+    """A child's work; its paths are absolute.
 
     Attributes:
-        part: which of the tasks.
+        part: name of the task, or `reference`, `writing` or `probing`.
         model: the GGUF file, or the folder of a checkpoint.
-        precisions: of the checkpoint's tensors that bitsandbytes quantises.
-        base: what it is compared with; None for no comparison.
+        precisions: the checkpoint's tensors that bitsandbytes quantises.
+        base: the model or reference to compare with; None for no comparison.
         texts: files, as many as the parameters name.
-        mmlu: the questions; None for none.
-        prompts: to be answered; None for none.
+        settings: the task's own, as JSON; None for none.
         base_answers: folder where the base's answers are kept for other files.
-        parameters: what was asked.
+        parameters: everything that results keep of the request.
         journal: gets each finished part, a line of JSON.
         failure: gets the error that ended the child, where it is one of ours.
-        reference: what is written instead of the journal; None for no reference.
-        writing: likewise; None for no text.
+        reference: the reference file to write; None for none.
+        writing: the text to write; None for none.
         probing: the tensors that are moved; None for none.
     """
 
-    part: Kind
+    part: str
     model: str
     precisions: dict[str, Precision] = {}
     base: str | None = None
-    texts: tuple[str, ...]
-    mmlu: MmluRequest | None = None
-    prompts: PromptsRequest | None = None
+    texts: tuple[str, ...] = ()
+    settings: dict[str, Any] | None = None
     base_answers: str | None = None
     parameters: BenchParameters
     journal: str

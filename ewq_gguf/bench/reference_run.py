@@ -44,7 +44,6 @@ def make_reference(
             model=str(base.absolute()),
             base=None,
             texts=tuple(str(text.absolute()) for _, text in request.texts),
-            mmlu=None,
             parameters=asked,
             journal=str(temporary.absolute().with_suffix(".journal")),
             failure=str(temporary.absolute().with_suffix(".failure")),

@@ -5,30 +5,29 @@ A child that crashes costs the part it was at; the next run goes on after the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ewq_gguf import store
-from ewq_gguf.bench.answers.scores import check_libraries, prompts_hash
 from ewq_gguf.bench.engines.precision import AppliedPlan, engine_key
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify, identify_base
 from ewq_gguf.bench.job import (
     Failure,
     Job,
-    Kind,
     MemoryUse,
-    MmluRequest,
-    PromptsRequest,
     is_out_of_memory,
     read_progress,
     stalled_for,
     too_large,
 )
-from ewq_gguf.bench.results import result_of
+from ewq_gguf.bench.task import Settings, Task, merge
+from ewq_gguf.bench.tasks import all_tasks, tasks_of
 from ewq_gguf.errors import (
     ChildError,
     InputError,
@@ -44,16 +43,10 @@ from ewq_gguf.records import (
     BenchedFile,
     BenchParameters,
     BenchSetup,
-    BenchText,
     Result,
     RunPart,
-    Task,
     read_journal,
 )
-
-_SCORED: frozenset[Task] = frozenset({"perplexity", "kld"})
-_COMPARED: frozenset[Task] = frozenset({"kld", "generation"})
-_TIMED: frozenset[Task] = frozenset({"speed", "memory"})
 
 #: The working folder may hold any code.
 _CHILD_ENV = {"PYTHONSAFEPATH": "1"}
@@ -92,12 +85,11 @@ class Request:
         n_prompt: tokens of the speed test's prompt.
         n_generated: tokens of its answer.
         n_repeats: of it.
-        mmlu: the questions of task `mmlu`.
-        prompts: those of task `generation`.
+        settings: data of tasks, by their names.
         plan: that bitsandbytes follows in a checkpoint; None without one.
     """
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[str, ...]
     base: Path | None = None
     reference: Path | None = None
     texts: tuple[tuple[str, Path], ...] = ()
@@ -108,19 +100,14 @@ class Request:
     n_prompt: int = 512
     n_generated: int = 128
     n_repeats: int = 5
-    mmlu: MmluRequest | None = None
-    prompts: PromptsRequest | None = None
+    settings: Mapping[str, Settings] = field(default_factory=dict)
     plan: AppliedPlan | None = None
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether a task reads texts."""
-        return bool(_SCORED.intersection(self.tasks))
 
     @property
     def compared_base(self) -> Path | None:
         """The base, where a task compares with it."""
-        return self.base if _COMPARED.intersection(self.tasks) else None
+        names = {name for task in all_tasks() for name in task.compared}
+        return None if names.isdisjoint(self.tasks) else self.base
 
     def check_base(self) -> None:
         """Refuse a divergence from nothing.
@@ -143,58 +130,42 @@ class Request:
         self.check_base()
         if not self.tasks:
             raise UsageError(STAGE, "--tasks", "is empty", "name at least one task")
-        if self.is_scored and not self.texts:
-            raise UsageError(
-                STAGE, "--text", "is missing", "give one with --text NAME=FILE"
-            )
         if len({name for name, _ in self.texts}) < len(self.texts):
             raise UsageError(
                 STAGE, "--text", "two texts have one name", "name each once"
             )
-        return BenchParameters(
-            tasks=self.tasks,
-            setup=self.setup,
-            texts=tuple(
-                BenchText(name=name, sha256=_text_hash(path))
-                for name, path in self.texts
-                if self.is_scored
-            ),
-            n_ctx=self.n_ctx,
-            n_chunks=self.n_chunks,
-            is_lines=self.is_lines,
-            n_prompt=self.n_prompt,
-            n_generated=self.n_generated,
-            n_repeats=self.n_repeats,
-            mmlu_sha256=self._mmlu_sha256,
-            prompts_sha256=self._prompts_sha256,
-            max_tokens=self.prompts.max_tokens
-            if self.prompts and "generation" in self.tasks
-            else None,
-            plan_sha256=self.plan.sha256 if self.plan else None,
-        )
+        fields: dict[str, Any] = {
+            "tasks": self.tasks,
+            "setup": self.setup,
+            "texts": (),
+            "n_ctx": self.n_ctx,
+            "n_chunks": self.n_chunks,
+            "is_lines": self.is_lines,
+            "n_prompt": self.n_prompt,
+            "n_generated": self.n_generated,
+            "n_repeats": self.n_repeats,
+            "plan_sha256": self.plan.sha256 if self.plan else None,
+        }
+        for task in tasks_of(self.tasks):
+            merge(fields, task.parameters(self))
+        return BenchParameters(**fields)
 
-    # Data is read once per request, not once per file that is measured.
-    @cached_property
-    def _mmlu_sha256(self) -> str | None:
-        if "mmlu" not in self.tasks:
-            return None
-        if self.mmlu is None:
-            raise UsageError(
-                STAGE,
-                "--mmlu",
-                "is missing",
-                "name a folder with test/ and dev/, or set EWQ_MMLU_DIR",
-            )
-        return self.mmlu.task().sha256
+    def settings_parameters(self, name: str) -> dict[str, object] | None:
+        """`Settings.parameters` of a task, read once however many files are measured.
+
+        Args:
+            name: of the task.
+
+        Returns:
+            None where the task has no settings.
+        """
+        if name in self.settings and name not in self._parameters:
+            self._parameters[name] = self.settings[name].parameters()
+        return self._parameters.get(name)
 
     @cached_property
-    def _prompts_sha256(self) -> str | None:
-        if "generation" not in self.tasks:
-            return None
-        if self.prompts is None:
-            raise UsageError(STAGE, "--prompts", "is missing", "name a file of prompts")
-        check_libraries()
-        return prompts_hash(self.prompts.prompts())
+    def _parameters(self) -> dict[str, dict[str, object]]:
+        return {}
 
 
 def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
@@ -218,16 +189,38 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
     base = _base(request, asked)
     engines = " ".join(engine_key(one) for one in (path, request.base) if one)
     journal = _journal(engines, file, base, asked)
-    kinds = _kinds(asked)
+    tasks = tasks_of(asked.tasks)
     with store.locked(journal, stage=STAGE):
-        for i, kind in enumerate(kinds):
-            if kind not in read_journal(journal, RunPart):
-                job = _job(kind, path, request, base, asked, journal)
-                run_job(job, _share_of(on_progress, i, len(kinds)))
-        result = result_of(file, base, asked, journal)
+        for i, task in enumerate(tasks):
+            if task.name not in read_journal(journal, RunPart):
+                job = _job(task, path, request, base, asked, journal)
+                run_job(job, _share_of(on_progress, i, len(tasks)))
+        result = _result(file, base, asked, journal)
         # The next run of the same measures anew: speeds differ from day to day.
         journal.unlink()
     return result
+
+
+def _result(
+    file: BenchedFile,
+    base: BenchedFile | None,
+    asked: BenchParameters,
+    journal: Path,
+) -> Result:
+    """Everything that the finished children of a journal measured."""
+    runs = read_journal(journal, RunPart)
+    engine = next(iter(runs.values())).engine
+    result = Result(
+        file=file,
+        base=base,
+        parameters=asked,
+        engine=engine,
+        size_bytes=engine.weights_bytes or file.size_bytes,
+    )
+    fields = result.model_dump(mode="json")
+    for run_part in runs.values():
+        merge(fields, run_part.fields)
+    return Result.model_validate_json(json.dumps(fields))
 
 
 def is_result_of(result: Result, path: Path, request: Request) -> bool:
@@ -260,20 +253,6 @@ def _base(request: Request, asked: BenchParameters) -> BenchedFile | None:
     return base
 
 
-def _kinds(asked: BenchParameters) -> list[Kind]:
-    """The children that are needed; the speed's memory is the model's alone."""
-    kinds: list[Kind] = []
-    if _TIMED.intersection(asked.tasks):
-        kinds.append("speed")
-    if _SCORED.intersection(asked.tasks):
-        kinds.append("texts")
-    if "mmlu" in asked.tasks:
-        kinds.append("mmlu")
-    if "generation" in asked.tasks:
-        kinds.append("generation")
-    return kinds
-
-
 def _journal(
     engines: str, file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
 ) -> Path:
@@ -283,43 +262,26 @@ def _journal(
     return store.cache_dir("bench") / f"{key}.journal"
 
 
-def _base_answers(path: Path, base: BenchedFile, asked: BenchParameters) -> Path:
-    """A folder for the base's answers, by everything they depend on but the tokens."""
-    setup = asked.setup.model_dump_json()
-    hashes = f"{base.sha256} {engine_key(path)} {asked.prompts_sha256}"
-    key = store.sha256_text(f"{hashes} {asked.max_tokens} {setup}")
-    return store.cache_dir("bench", "answers", key)
-
-
 def _job(
-    kind: Kind,
+    task: Task,
     path: Path,
     request: Request,
     base: BenchedFile | None,
     asked: BenchParameters,
     journal: Path,
 ) -> Job:
-    # The texts need the base for the divergence only; a reference gives no answers.
-    has_answers = base is not None and base.reference_of is None
-    is_compared = has_answers if kind == "generation" else "kld" in asked.tasks
-    compared = request.compared_base if is_compared else None
-    if compared and kind == "texts":
-        compared = request.reference or compared
-    return Job(
-        part=kind,
-        model=str(path.absolute()),
-        base=str(compared.absolute()) if compared else None,
-        precisions=dict(request.plan.precisions) if request.plan else {},
-        texts=tuple(str(text.absolute()) for _, text in request.texts),
-        mmlu=request.mmlu,
-        prompts=request.prompts,
-        base_answers=str(_base_answers(compared, base, asked))
-        if compared and base and kind == "generation"
-        else None,
-        parameters=asked,
-        journal=str(journal),
-        failure=str(journal.with_suffix(".failure")),
-    )
+    settings = request.settings.get(task.name)
+    fields: dict[str, Any] = {
+        "part": task.name,
+        "model": str(path.absolute()),
+        "precisions": dict(request.plan.precisions) if request.plan else {},
+        "texts": tuple(str(text.absolute()) for _, text in request.texts),
+        "settings": settings.model_dump(mode="json") if settings else None,
+        "parameters": asked,
+        "journal": str(journal),
+        "failure": str(journal.with_suffix(".failure")),
+    }
+    return Job(**(fields | task.job_fields(request, base, asked)))
 
 
 def run_job(job: Job, on_progress: OnProgress) -> None:
@@ -373,11 +335,3 @@ def run_job(job: Job, on_progress: OnProgress) -> None:
 
 def _share_of(on_progress: OnProgress, index: int, count: int) -> OnProgress:
     return lambda share, use: on_progress((index + share) / count, use)
-
-
-def _text_hash(path: Path) -> str:
-    try:
-        return store.sha256_file(path)
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-        raise InputError(STAGE, path, problem, "check the path") from error

@@ -7,16 +7,20 @@ is far more certain than two separate intervals suggest. Everything random is se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import atanh, sqrt, tanh
+from dataclasses import dataclass
+from math import atanh, log, sqrt, tanh
+from statistics import fmean, pvariance, stdev
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ewq_gguf.records import TextResult
 from ewq_gguf.records.scores import PairedAccuracy, PairedMean, RankCorrelation
-from ewq_gguf.significance import Z95, t_test_p
 
 Floats = NDArray[np.float64]
+
+#: Half of a 95 % interval, in standard errors of a normal distribution.
+Z95 = 1.959963984540054
 
 #: Below it a difference is called distinguishable: that of a 95 % interval.
 ALPHA = 0.05
@@ -24,6 +28,85 @@ N_RESAMPLES = 10_000
 SEED = 0
 #: Numbers held at once: 32 MiB.
 _MAX_DRAWS = 1 << 22
+
+
+@dataclass(frozen=True)
+class PairedT:
+    """Student's test of paired values.
+
+    Attributes:
+        n: pairs.
+        mean: of first minus second.
+        t: with n - 1 degrees of freedom.
+        p: two-sided.
+        cohens_d: mean over the pooled population standard deviation of both.
+    """
+
+    n: int
+    mean: float
+    t: float
+    p: float
+    cohens_d: float
+
+
+def wilson(n_right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927).
+
+    It takes items as independent. Where they are not, such as neighbouring layers or
+    questions about one text, the truth is wider.
+
+    Args:
+        n_right: items that count.
+        n: all items; at least 1.
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(n_right, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def composite_score(
+    perplexity: float,
+    accuracy: float,
+    perplexity_weight: float = 1.0,
+    accuracy_weight: float = 1.0,
+) -> float:
+    """The paper's one number for a model on MMLU; lower is better.
+
+    w_p ln(perplexity) - w_a accuracy, both weights 1 in the paper.
+
+    Source: arXiv:2503.04704v2 section 6.3.1, its formula as table 13 implies it.
+    """
+    return perplexity_weight * log(perplexity) - accuracy_weight * accuracy
+
+
+def paired_t(first: Sequence[float], second: Sequence[float]) -> PairedT | None:
+    """Student's paired test and Cohen's d, as the paper's table 13 has them.
+
+    Args:
+        first: one value per pair, such as composite scores of models.
+        second: as many.
+
+    Returns:
+        None where there is nothing to test: fewer than two pairs, or differences that
+        are all equal.
+    """
+    from scipy.stats import ttest_rel
+
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    # Equal differences of floats may differ in their last digits.
+    noise = 1e-14 * max((abs(value) for value in (*first, *second)), default=0.0)
+    if len(differences) < 2 or stdev(differences) <= noise:
+        return None
+    test = ttest_rel(first, second)
+    mean = fmean(differences)
+    return PairedT(
+        n=len(differences),
+        mean=mean,
+        t=float(test.statistic),
+        p=float(test.pvalue),
+        cohens_d=mean / sqrt((pvariance(first) + pvariance(second)) / 2),
+    )
 
 
 def mcnemar(
@@ -42,16 +125,13 @@ def mcnemar(
 
     Source: McNemar 1947; Agresti and Min, Statistics in Medicine 24 (2005).
     """
+    from scipy.stats import binomtest
+
     pairs = list(zip(first, second, strict=True))
     n = len(pairs)
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
-    n_split, fewer = only_first + only_second, min(only_first, only_second)
-    # Binomial coefficients as whole numbers, divided once at the end: exact.
-    tail = term = 1
-    for k in range(fewer):
-        term = term * (n_split - k) // (k + 1)
-        tail += term
+    n_split = only_first + only_second
     b, c, m = only_first + 0.5, only_second + 0.5, n + 2
     middle = (b - c) / m
     half = Z95 * sqrt(b + c - (b - c) ** 2 / m) / m
@@ -63,7 +143,7 @@ def mcnemar(
         difference=(only_first - only_second) / n,
         difference_low=max(middle - half, -1.0),
         difference_high=min(middle + half, 1.0),
-        p=min(2 * tail / 2**n_split, 1.0),
+        p=float(binomtest(only_first, n_split).pvalue) if n_split else 1.0,
     )
 
 
@@ -123,23 +203,24 @@ def bootstrap_interval(
 def spearman(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
     """Correlation of ranks, equal values sharing their mean rank.
 
-    Source: of the interval, Bonett and Wright, Psychometrika 65 (2000).
+    Source: Bonett and Wright, Psychometrika 65 (2000), for the interval.
     """
-    ranks = np.stack([_ranks(np.asarray(v, np.float64)) for v in (first, second)])
-    n = ranks.shape[1]
-    if n < 2 or not np.ptp(ranks, axis=1).all():
+    from scipy.stats import spearmanr
+
+    values = [np.asarray(v, np.float64) for v in (first, second)]
+    n = len(values[0])
+    if n < 2 or not all(map(np.ptp, values)):
         return RankCorrelation(n=n, rho=None, low=None, high=None, p=None)
-    x, y = ranks - ranks.mean(axis=1, keepdims=True)
-    rho = float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
-    low = high = p = None
+    test = spearmanr(*values)
+    rho = float(np.clip(test.statistic, -1, 1))
+    low = high = None
     if n > 3:
         half = Z95 * sqrt((1 + rho**2 / 2) / (n - 3))
         # atanh of a perfect correlation is infinite: its interval has no width.
         low, high = (
             tanh(atanh(rho) + shift) if abs(rho) < 1 else rho for shift in (-half, half)
         )
-    if n > 2:
-        p = t_test_p(rho * sqrt((n - 2) / (1 - rho**2)), n - 2) if abs(rho) < 1 else 0.0
+    p = float(test.pvalue) if n > 2 else None
     return RankCorrelation(n=n, rho=rho, low=low, high=high, p=p)
 
 
@@ -186,13 +267,6 @@ def mean_sentence(name: str, first: str, second: str, test: PairedMean) -> str:
 
 def _points(share: float) -> str:
     return f"{100 * share:+.1f}"
-
-
-def _ranks(values: Floats) -> Floats:
-    """(n,) values -> (n,) ranks from 1; equal ones share the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = np.cumsum(counts) - (counts - 1) / 2
-    return ranks[places]
 
 
 def kld_difference(first: TextResult, second: TextResult) -> PairedMean:

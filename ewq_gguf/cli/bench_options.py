@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from ewq_gguf import data
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.bench.job import MmluRequest, PromptsRequest
 from ewq_gguf.bench.runner import CACHE_TYPES, Request
-from ewq_gguf.checkpoint.hub_data import billsum_file, mmlu_folder
+from ewq_gguf.bench.task import TaskOption
+from ewq_gguf.bench.tasks import all_tasks, task_names, tasks_of
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.cli.common import all_of, options_of, threads_option
 from ewq_gguf.errors import UsageError
-from ewq_gguf.records import BenchSetup, Task
+from ewq_gguf.records import BenchSetup
 from ewq_gguf.rpc.commands import server_address
 
-_TASKS: tuple[Task, ...] = get_args(Task)
+_WITH_DATA = ", ".join(
+    f"{task.names[0]} with {task.options[0].flag}"
+    for task in all_tasks()
+    if not task.is_default
+)
 _DOMAINS = "domains"
 
 ctx_option = click.option(
@@ -37,6 +41,22 @@ device_option = click.option(
     metavar="auto|cpu|NAMES",
     help="Where the model goes; names as llama.cpp lists them.",
 )
+
+
+def _option(option: TaskOption) -> Callable[[Any], Any]:
+    """A task's option as click's."""
+    number = None
+    if option.minimum is not None:
+        number = click.IntRange(option.minimum, option.maximum)
+    return click.option(
+        option.flag,
+        type=number,
+        metavar=option.metavar,
+        default=option.default,
+        show_default=option.default is not None,
+        help=option.help,
+    )
+
 
 #: Which texts are read, and how they are cut.
 text_options = all_of(
@@ -98,56 +118,11 @@ bench_options = all_of(
         click.option(
             "--tasks",
             metavar="LIST",
-            help=f"Of {','.join(_TASKS)}.  [default: all; kld with a base, mmlu with "
-            "--mmlu]",
+            help=f"Of {','.join(task_names())}.  [default: all; kld with a base, "
+            f"{_WITH_DATA}]",
         ),
         text_options,
-        click.option(
-            "--mmlu",
-            metavar="DIR|hub",
-            help="MMLU's questions: a folder with test/ and dev/.  [EWQ_MMLU_DIR]",
-        ),
-        click.option(
-            "--shots",
-            type=click.IntRange(0, 5),
-            default=5,
-            show_default=True,
-            help="Examples before each question of MMLU.",
-        ),
-        click.option(
-            "--limit",
-            type=click.IntRange(0),
-            default=10,
-            show_default=True,
-            help="Questions per subject; 0 is all 14 042.",
-        ),
-        click.option(
-            "--prompts",
-            metavar="FILE|billsum",
-            help="Prompts to answer, JSONL with references or without; or bills from "
-            "the Hub.  [default: 20 of ours]",
-        ),
-        click.option(
-            "--prompt-limit",
-            type=click.IntRange(0),
-            default=100,
-            show_default=True,
-            help="Prompts, the first of the file; 0 is all.",
-        ),
-        click.option(
-            "--max-tokens",
-            type=click.IntRange(1, 2048),
-            default=64,
-            show_default=True,
-            help="Of an answer.",
-        ),
-        click.option(
-            "--repeats",
-            type=click.IntRange(1, 1000),
-            default=5,
-            show_default=True,
-            help="Of the speed test.",
-        ),
+        *(_option(option) for task in all_tasks() for option in task.options),
         setup_options,
     )
 )
@@ -159,14 +134,12 @@ def request_of(values: dict[str, Any]) -> Request:
     Raises:
         UsageError: a task is unknown, or an option says nothing.
     """
-    lacking = {"kld": values["base"] is None, "mmlu": not _mmlu_source(values)}
-    default = [task for task in _TASKS if not lacking.get(task)]
+    default = [name for task in all_tasks() for name in task.default_names(values)]
     asked = comma_list(values["tasks"]) or default
-    tasks = tuple(task for task in _TASKS if task in asked)
-    if unknown := sorted(set(asked) - set(_TASKS)):
-        raise UsageError(
-            STAGE, "--tasks", f"there is no {unknown[0]!r}", f"use {','.join(_TASKS)}"
-        )
+    tasks = tuple(name for name in task_names() if name in asked)
+    if unknown := sorted(set(asked).difference(task_names())):
+        problem, names = f"there is no {unknown[0]!r}", ",".join(task_names())
+        raise UsageError(STAGE, "--tasks", problem, f"use {names}")
     has_domains = _DOMAINS in values["texts"]
     if has_domains and len(values["texts"]) > 1 and not values["lines"]:
         problem = "are read by lines, and the other texts would be, too"
@@ -210,29 +183,14 @@ def with_data(request: Request, values: dict[str, Any]) -> Request:
         NetworkError, ResourceError: it cannot be fetched.
         InputError: what was fetched is not what it was.
     """
-    texts, mmlu, prompts = request.texts, None, None
-    if request.is_scored and not texts:
+    texts = request.texts
+    tasks = tasks_of(request.tasks)
+    if any(task.name == "texts" for task in tasks) and not texts:
         texts = (("wikitext", wikitext(STAGE)),)
-    if "mmlu" in request.tasks and (source := _mmlu_source(values)):
-        folder = mmlu_folder(STAGE) if source == "hub" else Path(source)
-        mmlu = MmluRequest(
-            folder=str(folder.absolute()),
-            n_shots=values["shots"],
-            limit=values["limit"] or None,
-        )
-    if "generation" in request.tasks:
-        named = values["prompts"] or data.PROMPTS
-        path = billsum_file(STAGE) if named == "billsum" else Path(named)
-        prompts = PromptsRequest(
-            path=str(path.absolute()),
-            limit=values["prompt_limit"] or None,
-            max_tokens=values["max_tokens"],
-        )
-    return replace(request, texts=texts, mmlu=mmlu, prompts=prompts)
-
-
-def _mmlu_source(values: dict[str, Any]) -> str | None:
-    return values["mmlu"] or os.environ.get("EWQ_MMLU_DIR")
+    settings = {
+        task.name: found for task in tasks if (found := task.settings_of(values))
+    }
+    return replace(request, texts=texts, settings=settings)
 
 
 def comma_list(text: str | None) -> list[str]:

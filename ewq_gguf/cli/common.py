@@ -32,7 +32,7 @@ from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.cli import silence
 from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.records import Record
-from ewq_gguf.report.text import size_text
+from ewq_gguf.size_text import size_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=Record)

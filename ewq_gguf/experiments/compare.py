@@ -20,7 +20,7 @@ from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.pipeline.making import planned_file
-from ewq_gguf.records import OptimalPolicy, Plan, Result, Speed, Task, load_record
+from ewq_gguf.records import OptimalPolicy, Plan, Result, Speed, load_record
 from ewq_gguf.stages.calibrating import with_imatrix
 from ewq_gguf.stages.converting import base_file
 from ewq_gguf.stages.finished_plan import chosen_as
@@ -180,9 +180,7 @@ def _made(version: Version, base: Path, folder: Path, request: Request) -> Built
 
 def _of_base(request: Request) -> Request:
     """The base is not compared with itself: that divergence is 0, by definition."""
-    tasks: list[Task] = [
-        "perplexity" if task == "kld" else task for task in request.tasks
-    ]
+    tasks = ["perplexity" if task == "kld" else task for task in request.tasks]
     asked = tuple(dict.fromkeys(tasks))
     return replace(request, tasks=asked, base=None, reference=None)
 

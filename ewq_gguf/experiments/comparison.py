@@ -11,7 +11,14 @@ import numpy as np
 
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.questions.mmlu_scores import compare_mmlu
-from ewq_gguf.bench.statistics import Floats, bootstrap_interval, paired_bootstrap
+from ewq_gguf.bench.statistics import (
+    Z95,
+    Floats,
+    bootstrap_interval,
+    composite_score,
+    paired_bootstrap,
+    paired_t,
+)
 from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.comparison_record import (
     ComparedFile,
@@ -23,7 +30,6 @@ from ewq_gguf.experiments.comparison_record import (
 )
 from ewq_gguf.records import Chunk, Result
 from ewq_gguf.records.scores import MmluScores, PairedMean
-from ewq_gguf.significance import Z95, composite_score, paired_t
 
 #: Told of each compared file, None where it was not measured.
 _MEASURES: dict[str, Callable[[ComparedFile], float | None]] = {

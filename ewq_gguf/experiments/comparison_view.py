@@ -20,7 +20,8 @@ from ewq_gguf.experiments.comparison_record import (
 )
 from ewq_gguf.records import Speed
 from ewq_gguf.records.scores import PairedMean
-from ewq_gguf.report.text import Column, Map, size_text
+from ewq_gguf.report.text import Column, Map
+from ewq_gguf.size_text import size_text
 
 _NONE = "·"
 _MAX_NAME = 24

@@ -15,7 +15,7 @@ from ewq_gguf.errors import ToolError, printable
 from ewq_gguf.experiments.controls import kld_mean
 from ewq_gguf.experiments.study_record import Frontier, FrontierFile, Study
 from ewq_gguf.experiments.study_sentences import frontier_sentences
-from ewq_gguf.report.text import size_text
+from ewq_gguf.size_text import size_text
 
 #: Colours for the colour-blind too (Okabe and Ito), and markers.
 _STYLES = {

@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import correlation, fmean
 
+from ewq_gguf.bench.statistics import composite_score, paired_t
 from ewq_gguf.experiments.paper_report import Check, Relation, Table, check
 from ewq_gguf.fastewq.rows import Row
-from ewq_gguf.significance import composite_score, paired_t
 
 #: Shapes of layers, by model.
 Shapes = Mapping[str, Mapping[str, str]]

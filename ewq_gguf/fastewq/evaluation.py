@@ -14,6 +14,7 @@ from statistics import fmean
 
 import numpy as np
 
+from ewq_gguf.bench.statistics import wilson
 from ewq_gguf.fastewq.classifier import (
     CLASSIFIERS,
     FEATURES,
@@ -34,7 +35,6 @@ from ewq_gguf.fastewq.records import (
     Training,
 )
 from ewq_gguf.fastewq.rows import Row, rows_sha256
-from ewq_gguf.significance import wilson
 
 MAJORITY = "majority"
 NEIGHBOURS = "neighbours"

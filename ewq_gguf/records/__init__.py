@@ -1,4 +1,4 @@
-"""The typed, versioned records that rooms hand to each other, each saved as JSON."""
+"""The typed, versioned records that stages hand to each other, each saved as JSON."""
 
 from ewq_gguf.records.base import (
     Record,
@@ -9,6 +9,14 @@ from ewq_gguf.records.base import (
     read_json,
 )
 from ewq_gguf.records.companion import Companion
+from ewq_gguf.records.journal import (
+    AnswerPart,
+    ChunkPart,
+    ItemPart,
+    MmluPart,
+    RunPart,
+    StudyPart,
+)
 from ewq_gguf.records.layout import Layout, LayoutTensor, PresetTypes, Source
 from ewq_gguf.records.model import AdapterIdentity, ModelIdentity, Shard
 from ewq_gguf.records.placement import Machine, Placement, Stage
@@ -34,23 +42,16 @@ from ewq_gguf.records.plan import (
 )
 from ewq_gguf.records.reference import HeadShape, Reference, ReferenceText
 from ewq_gguf.records.result import (
-    AnswerPart,
     BenchedFile,
     BenchParameters,
     BenchSetup,
     BenchText,
     Chunk,
-    ChunkPart,
     Engine,
     Kld,
     Memory,
-    MmluPart,
     Result,
-    RunPart,
     Speed,
-    StudyPart,
-    Task,
-    TextPart,
     TextResult,
 )
 from ewq_gguf.records.scan import LayerScan, Measures, Scan, Statistics, TensorScan
@@ -79,6 +80,7 @@ __all__ = [
     "ImportedPolicy",
     "Kld",
     "LayerScan",
+    "ItemPart",
     "Layout",
     "LayoutTensor",
     "Machine",
@@ -110,9 +112,7 @@ __all__ = [
     "Stage",
     "Statistics",
     "StudyPart",
-    "Task",
     "TensorScan",
-    "TextPart",
     "TextResult",
     "Thresholds",
     "Totals",

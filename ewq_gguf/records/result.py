@@ -1,13 +1,12 @@
-"""Result: what one model file is worth, with what it was measured."""
+"""Result: the numbers of one model file, and what it was measured with."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from ewq_gguf.records.base import Part, Record
-from ewq_gguf.records.scores import Answer, GenerationScores, MmluOutcome, MmluScores
-
-Task = Literal["perplexity", "kld", "mmlu", "generation", "speed", "memory"]
+from ewq_gguf.records.generation import GenerationScores
+from ewq_gguf.records.scores import MmluScores, TaskScores
 
 
 class BenchedFile(Part):
@@ -78,9 +77,10 @@ class BenchParameters(Part):
         prompts_sha256: of the prompts to be answered; None where there were none.
         max_tokens: of an answer; None likewise.
         plan_sha256: of the plan that bitsandbytes followed; None without one.
+        data_sha256: hash of everything that is asked, by the names of other tasks.
     """
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[str, ...]
     setup: BenchSetup
     texts: tuple[BenchText, ...]
     n_ctx: int
@@ -93,6 +93,7 @@ class BenchParameters(Part):
     prompts_sha256: str | None = None
     max_tokens: int | None = None
     plan_sha256: str | None = None
+    data_sha256: dict[str, str] = {}
 
 
 class Engine(Part):
@@ -275,6 +276,7 @@ class Result(Record):
         generation: all about the answers.
         speed: all about it.
         memory: all about it.
+        scores: the other tasks' numbers, by their names.
     """
 
     schema_name: Literal["ewq.result"] = "ewq.result"
@@ -307,95 +309,4 @@ class Result(Record):
     generation: GenerationScores | None = None
     speed: Speed | None = None
     memory: Memory | None = None
-
-
-class ChunkPart(Part):
-    """A child's finished batch of windows or documents, token by token.
-
-    Attributes:
-        name: number of the text, and of the batch in it: `0/12`.
-        lengths: scored tokens of each window or document.
-        nll_nats: of each token.
-        base_nll_nats: the base's, of each token; empty without one.
-        kld_nats: of each token; empty likewise.
-        is_same_top: of each token, whether both find the same one likeliest; likewise.
-    """
-
-    name: str
-    lengths: tuple[int, ...]
-    nll_nats: tuple[float, ...]
-    base_nll_nats: tuple[float, ...] = ()
-    kld_nats: tuple[float, ...] = ()
-    is_same_top: tuple[bool, ...] = ()
-
-
-class TextPart(Part):
-    """A text whose batches are all finished.
-
-    Attributes:
-        name: its number.
-        n_batches: that it has.
-        n_skipped: documents longer than the context.
-    """
-
-    name: str
-    n_batches: int
-    n_skipped: int
-
-
-class RunPart(Part):
-    """A child that came to its end.
-
-    Attributes:
-        name: `texts`, `mmlu`, `generation` or `speed`.
-        engine: what computed.
-        mmlu: scored; None where it was not asked.
-        generation: likewise.
-        speed: measured; None where it was not asked.
-        memory: measured; None likewise.
-    """
-
-    name: str
-    engine: Engine
-    mmlu: MmluScores | None = None
-    generation: GenerationScores | None = None
-    speed: Speed | None = None
-    memory: Memory | None = None
-
-
-class MmluPart(Part):
-    """A question that was answered.
-
-    Attributes:
-        name: its id.
-        outcome: of it.
-    """
-
-    name: str
-    outcome: MmluOutcome
-
-
-class AnswerPart(Part):
-    """A prompt that was answered.
-
-    Attributes:
-        name: its id.
-        answer: to it.
-    """
-
-    name: str
-    answer: Answer
-
-
-class StudyPart(Part):
-    """A file that a study has measured.
-
-    Attributes:
-        name: SHA-256 over its tensors' types.
-        engine: what computed.
-        quality: perplexity and divergence from the base.
-    """
-
-    name: str
-    engine: Engine
-    quality: TextResult
+    scores: dict[str, TaskScores] = {}

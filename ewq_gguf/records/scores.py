@@ -1,4 +1,4 @@
-"""What questions and generated answers say about a model, with the error of each."""
+"""Answers to questions and paired tests of them, with the error of each number."""
 
 from __future__ import annotations
 
@@ -188,120 +188,62 @@ class RankCorrelation(Part):
     p: float | None
 
 
-class TextOutcome(Part):
-    """One answer beside its reference.
+class ItemScore(Part):
+    """One question of a task as a model answered it.
 
     Attributes:
-        id: of the prompt, `line 3`.
-        rouge_1: F1 of words.
-        rouge_2: F1 of pairs of words.
-        rouge_l: F1 of the longest common subsequence of words.
-        rouge_lsum: the same, line by line.
+        id: the same for every model that is asked.
+        answer: index of the right choice.
+        nats: log-likelihood of each choice.
+        values: what the question adds to each measure, by its name: the measure is the
+            mean over all questions.
     """
 
     id: str
-    rouge_1: float
-    rouge_2: float
-    rouge_l: float
-    rouge_lsum: float
+    answer: int
+    nats: tuple[float, ...]
+    values: dict[str, float]
 
 
-class TextScores(Part):
-    """Answers beside references: those of a file, or another model's answers.
+class Measure(Part):
+    """A mean over questions.
 
     Attributes:
-        n: answers.
-        n_empty_answers: that are empty or white space; they score 0.
-        n_empty_references: likewise; a pair with one scores 0.
-        n_wordless: pairs of which one side has no word of a-z and 0-9, the only
-            characters ROUGE sees; their ROUGE is 0 whatever they say.
-        bleu: of all answers together, 0 to 100.
-        bleu_low: 2.5th percentile of the bootstrap over answers; None for one.
-        bleu_high: 97.5th percentile.
-        bleu_signature: sacrebleu's.
-        rouge_1: mean F1, 0 to 1.
-        rouge_1_stderr: sample deviation / sqrt(n); None for one answer.
-        rouge_2: mean F1.
-        rouge_2_stderr: of it.
-        rouge_l: mean F1.
-        rouge_l_stderr: of it.
-        rouge_lsum: mean F1.
-        rouge_lsum_stderr: of it.
-        rouge_signature: library, version and settings.
-        outcomes: per answer.
+        value: the mean.
+        stderr: sample deviation / sqrt(n); None for one question.
+        low: of the 95 % interval: Wilson's for a share of right answers.
+        high: of the 95 % interval.
+    """
+
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+
+
+class TaskScores(Part):
+    """The numbers of a task that has no record of its own.
+
+    Attributes:
+        n: questions that were asked.
+        n_available: sound questions in the data.
+        limit: questions at most; None is all.
+        seed: of the choice among them.
+        data_sha256: hash of all questions asked; equal where models can be compared.
+        chance: the share of right answers that guessing gives.
+        measures: by their names, the most important first.
+        items: in the order asked.
+        too_long: questions that do not fit the context, and were not asked.
+        faults: rows of the data that were left out, or repeat another.
     """
 
     n: int
-    n_empty_answers: int
-    n_empty_references: int
-    n_wordless: int
-    bleu: float
-    bleu_low: float | None
-    bleu_high: float | None
-    bleu_signature: str
-    rouge_1: float
-    rouge_1_stderr: float | None
-    rouge_2: float
-    rouge_2_stderr: float | None
-    rouge_l: float
-    rouge_l_stderr: float | None
-    rouge_lsum: float
-    rouge_lsum_stderr: float | None
-    rouge_signature: str
-    outcomes: tuple[TextOutcome, ...]
-
-
-class Answer(Part):
-    """What a model generated.
-
-    Attributes:
-        id: of the prompt, `line 3`.
-        text: without the prompt.
-        tokens: of it, without the end of text.
-    """
-
-    id: str
-    text: str
-    tokens: tuple[int, ...]
-
-
-class Fidelity(Part):
-    """One model's answers beside the base model's.
-
-    Attributes:
-        scores: with the base model's answers as references.
-        n_identical: answers with the same tokens.
-        common_prefix_tokens: per answer, before the first token that differs.
-        common_prefix_mean: of them.
-        common_prefix_share: mean over the longer answer's length; 1 where identical.
-        common_prefix_share_stderr: of it; None for one answer.
-    """
-
-    scores: TextScores
-    n_identical: int
-    common_prefix_tokens: tuple[int, ...]
-    common_prefix_mean: float
-    common_prefix_share: float
-    common_prefix_share_stderr: float | None
-
-
-class GenerationScores(Part):
-    """Answers to a file of prompts.
-
-    Attributes:
-        prompts_sha256: of the prompts as the model got them.
-        n_prompts: in the file.
-        has_chat_template: whether prompts went through the model's template.
-        answers: in the file's order.
-        too_long: prompts that were not asked.
-        references: beside the file's references; None where it has none.
-        fidelity: beside the base model's answers; None where there are none.
-    """
-
-    prompts_sha256: str
-    n_prompts: int
-    has_chat_template: bool
-    answers: tuple[Answer, ...]
+    n_available: int
+    limit: int | None
+    seed: int
+    data_sha256: str
+    chance: float
+    measures: dict[str, Measure]
+    items: tuple[ItemScore, ...]
     too_long: tuple[TooLong, ...]
-    references: TextScores | None
-    fidelity: Fidelity | None
+    faults: tuple[RowFault, ...]

@@ -8,7 +8,7 @@ from pathlib import Path
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.media import is_audio
 from ewq_gguf.records import Companion
-from ewq_gguf.report.text import size_text
+from ewq_gguf.size_text import size_text
 
 
 def companion_line(path: Path, found: Companion) -> str:

@@ -15,7 +15,7 @@ from ewq_gguf.records import Companion, Plan, Verification
 from ewq_gguf.report.companion_view import companion_line
 from ewq_gguf.report.plan_view import fallback_lines, layer_counts
 from ewq_gguf.report.search_view import search_line
-from ewq_gguf.report.text import size_text
+from ewq_gguf.size_text import size_text
 
 _N_NEAREST = 4
 

@@ -9,7 +9,8 @@ from rich.text import Text
 from ewq_gguf.errors import printable
 from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.report.scan_view import bar
-from ewq_gguf.report.text import Column, Map, size_text
+from ewq_gguf.report.text import Column, Map
+from ewq_gguf.size_text import size_text
 
 
 def placement_view(placement: Placement) -> RenderableType:

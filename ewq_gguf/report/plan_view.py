@@ -33,9 +33,9 @@ from ewq_gguf.report.text import (
     Map,
     in_order,
     short_role,
-    size_text,
     type_style,
 )
+from ewq_gguf.size_text import size_text
 
 _TERNARY = frozenset({"TQ1_0", "TQ2_0"})
 

@@ -7,7 +7,8 @@ from rich.text import Text
 
 from ewq_gguf.errors import printable
 from ewq_gguf.records import Search, SearchedFile
-from ewq_gguf.report.text import Column, Map, size_text
+from ewq_gguf.report.text import Column, Map
+from ewq_gguf.size_text import size_text
 
 #: More were tried than anyone reads; the plan's JSON has them all.
 _MAX_ROWS = 12

@@ -108,14 +108,6 @@ def in_order(roles: Iterable[str]) -> list[str]:
     return sorted(roles, key=lambda role: (rank(role), role))
 
 
-def size_text(n_bytes: int) -> str:
-    """Bytes as people compare them: `316.2 MB`."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}"
-    return f"{n_bytes} B"
-
-
 def type_style(ggml_type: str) -> str:
     """A colour for a type: the fewer bits, the warmer."""
     bits = ggml_types.bits_per_weight(ggml_type)

@@ -24,7 +24,7 @@ from ewq_gguf.llamacpp.convert import base_type
 from ewq_gguf.llamacpp.converter import Content, converter_architectures
 from ewq_gguf.records import Layout
 from ewq_gguf.report.companion_view import described
-from ewq_gguf.report.text import size_text
+from ewq_gguf.size_text import size_text
 from ewq_gguf.stages.options import Options, Progress
 from ewq_gguf.stages.run import Run
 

@@ -13,7 +13,8 @@ from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.engines.scorer import STAGE, Batch, IntArray, Model, Scorer
 from ewq_gguf.bench.questions.tokens import too_long
 from ewq_gguf.errors import InputError, VerificationError
-from ewq_gguf.records.scores import Answer, TooLong
+from ewq_gguf.records.generation import Answer
+from ewq_gguf.records.scores import TooLong
 
 #: Answers side by side.
 N_PARALLEL = 8

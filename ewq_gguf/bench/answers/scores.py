@@ -27,14 +27,14 @@ from ewq_gguf.bench.questions.tokens import common_prefix
 from ewq_gguf.bench.statistics import Floats, bootstrap_interval
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.records.base import Part
-from ewq_gguf.records.scores import (
+from ewq_gguf.records.generation import (
     Answer,
     Fidelity,
     GenerationScores,
     TextOutcome,
     TextScores,
-    TooLong,
 )
+from ewq_gguf.records.scores import TooLong
 
 #: Our names of rouge-score's measures.
 _ROUGES = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +45,44 @@ def read_text(path: Path) -> str:
         raise InputError(STAGE, path, problem, remedy) from error
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a parquet file, these columns of them.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet, CSV (with a header) or JSONL file, told by its ending.
+
+    Raises:
+        InputError: it cannot be read, or a line is not JSON or no object.
+        ToolError: pyarrow is missing for a parquet file.
+    """
+    if path.suffix == ".parquet":
+        return read_parquet(path, None)
+    text = read_text(path)
+    if path.suffix == ".csv":
+        try:
+            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        except csv.Error as error:
+            problem = f"is not CSV ({error})"
+            raise InputError(STAGE, path, problem, "write it as RFC 4180") from error
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row = error
+            if not isinstance(row, dict):
+                problem = f"line {n} is not a JSON object"
+                raise InputError(STAGE, path, problem, "give one object per line")
+            rows.append(row)
+    return rows
+
+
+def read_parquet(
+    path: Path, columns: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of a parquet file.
+
+    Args:
+        path: the file.
+        columns: only these; None for all.
 
     Raises:
         InputError: it cannot be read, is cut or no parquet, or lacks a column.
@@ -58,9 +97,10 @@ def read_parquet(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         # One file: a folder of this name, or one called `a=b`, would mean a data set.
         with pyarrow.parquet.ParquetFile(path) as file:
-            lacking = set(columns).difference(file.schema_arrow.names)
+            lacking = set(columns or ()).difference(file.schema_arrow.names)
             if not lacking:
-                return list(file.read(columns=list(columns)).to_pylist())
+                wanted = None if columns is None else list(columns)
+                return list(file.read(columns=wanted).to_pylist())
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         problem = f"is not a sound parquet file ({error})"
         raise InputError(STAGE, path, problem, "download it again") from error

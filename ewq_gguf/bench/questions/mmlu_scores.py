@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.questions.mmlu_data import MmluTask, Question
 from ewq_gguf.bench.questions.mmlu_files import LETTERS
-from ewq_gguf.bench.statistics import mcnemar
+from ewq_gguf.bench.statistics import mcnemar, wilson
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.records.scores import (
     MmluOutcome,
@@ -32,7 +32,6 @@ from ewq_gguf.records.scores import (
     PairedAccuracy,
     TooLong,
 )
-from ewq_gguf.significance import wilson
 
 N_TOP = 100
 ABSENT_LOGPROB = -100.0

@@ -8,15 +8,86 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ewq_gguf.bench.engines.nvml import gpu_bytes
 from ewq_gguf.bench.engines.scorer import Batch, IntArray, Model, Scorer
-from ewq_gguf.records import Memory, Speed
+from ewq_gguf.bench.task import ResultTable, TaskOption, TaskRun
+from ewq_gguf.bench.task import Task as _Task
+from ewq_gguf.records import Memory, Result, Speed
+from ewq_gguf.size_text import size_text
+
+if TYPE_CHECKING:
+    from ewq_gguf.bench.runner import Request
 
 _STATUS = Path("/proc/self/status")
 _SEED = 0
+
+
+class Task(_Task):
+    """Speed and memory; the process holds nothing but the model."""
+
+    name = "speed"
+    names = ("speed", "memory")
+    options = (
+        TaskOption(
+            "--repeats",
+            "Repeats of the speed test, after a warm-up.",
+            default=5,
+            minimum=1,
+            maximum=1000,
+        ),
+    )
+
+    def parameters(self, request: Request) -> dict[str, object]:
+        """Nothing besides what every request has."""
+        return {}
+
+    def measure(self, run: TaskRun) -> dict[str, object]:
+        """Time prompts and answers where that is asked for, and read the memory."""
+        asked = run.job.parameters
+        n_repeats = asked.n_repeats if "speed" in asked.tasks else 0
+        speed, memory = measure(
+            run.model.model, asked.n_prompt, asked.n_generated, n_repeats, run.tell
+        )
+        fields: dict[str, object] = {}
+        if speed is not None:
+            fields |= {
+                "speed": speed,
+                "prompt_tps": speed.prompt_tps,
+                "generation_tps": speed.generation_tps,
+                "ttft_seconds": speed.ttft_seconds,
+            }
+        if "memory" in asked.tasks:
+            fields |= {
+                "memory": memory,
+                "peak_rss_bytes": memory.peak_rss_bytes,
+                "device_bytes": memory.device_bytes,
+            }
+        return fields
+
+    def tables(self, results: Sequence[Result]) -> list[ResultTable]:
+        """A row for each file."""
+        if not any(result.speed or result.memory for result in results):
+            return []
+        columns = ("file", "prompt t/s", "answer t/s", "first", "peak RSS", "weights")
+        return [ResultTable((*columns, "KV"), [_cells(one) for one in results])]
+
+
+def _cells(result: Result) -> list[str]:
+    cells = [result.file.name, *["·"] * 6]
+    if (speed := result.speed) is not None:
+        cells[1:4] = [
+            f"{speed.prompt_tps:.1f} ±{speed.prompt_tps_std:.1f}",
+            f"{speed.generation_tps:.1f} ±{speed.generation_tps_std:.1f}",
+            f"{speed.ttft_seconds:.2f} s",
+        ]
+    if (memory := result.memory) is not None:
+        sizes = (memory.peak_rss_bytes, memory.weights_bytes, memory.kv_bytes)
+        cells[4:7] = map(size_text, sizes)
+    return cells
 
 
 def measure(
