@@ -65,7 +65,7 @@ def reference_nats(folder: Path) -> list[list[float]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64
     )
-    nats = []
+    nats: list[list[float]] = []
     for text, choices, _ in QUESTIONS:
         context = f"Question: {text}\nAnswer:"
         n_given = len(tokenizer(context).input_ids)
