@@ -17,12 +17,12 @@ import gguf
 import numpy as np
 
 from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.ggml_types import QUANTISED_TYPES, TYPES
 from ewq_gguf.llamacpp.ggml import Ggml
-from ewq_gguf.llamacpp.quant_error import SLOW_TYPES, quant_errors
+from ewq_gguf.llamacpp.quant_error import quant_errors
 from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.optimal.knapsack import solve_knapsack
 from ewq_gguf.process import N_CPUS
-from ewq_gguf.records.plan import TYPES
 
 N_LAYERS = 32
 SHARE = 0.02
@@ -92,10 +92,11 @@ def table() -> None:
             t.name: random.lognormal(0, 1, (1, t.shape[-1])).astype(np.float32)
             for t in tensors
         }
+        slow = [name for name in QUANTISED_TYPES if TYPES[name].is_slow]
         total = 0.0
         for name, types in {
-            "others": [name for name in TYPES if name not in SLOW_TYPES],
-            "IQ1 to IQ3": [name for name in TYPES if name in SLOW_TYPES],
+            "others": [name for name in QUANTISED_TYPES if name not in slow],
+            "IQ1 to IQ3": slow,
         }.items():
             started = time.perf_counter()
             wanted = [(tensor, types) for tensor in tensors]

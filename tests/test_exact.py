@@ -15,7 +15,7 @@ from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.exact import write_exactly
 from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.plan.check import check_sound
-from ewq_gguf.plan.lattice import EXACT_TYPES, allowed, exact_types, without_loss
+from ewq_gguf.plan.lattice import allowed, exact_types, without_loss
 from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records import (
     EwqPolicy,
@@ -275,12 +275,6 @@ def test_optimal_takes_exact_types_that_it_may_have_to_cost_nothing():
     assert without_loss({"a": {"Q8_0": 1.0, "Q4_K": 2.0}}, kept) == {
         "a": {"Q8_0": 0.0, "Q4_K": 2.0}
     }
-
-
-def test_the_types_of_plans_are_those_of_the_lattices():
-    from ewq_gguf.entropy.lattice import LATTICES
-
-    assert tuple(LATTICES) == EXACT_TYPES
 
 
 def unrotated(weights, n_head):

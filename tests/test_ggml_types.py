@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ewq_gguf import ggml_types
+from ewq_gguf.errors import ChildError
+from ewq_gguf.process import run
 from tests.gguf_files import dry_run, write_gguf
 
 pytest_plugins = ["tests.toolchain_fixtures"]
@@ -30,19 +33,24 @@ def libggml(toolchain):
     return library
 
 
-@pytest.mark.parametrize("kind", list(GGML_QUANT_SIZES), ids=lambda kind: kind.name)
-def test_sizes_are_those_of_gguf(kind):
-    block, size = GGML_QUANT_SIZES[kind]
+def test_the_table_has_the_types_of_gguf_and_their_sizes():
+    assert {name: row.number for name, row in ggml_types.TYPES.items()} == {
+        member.name: int(member) for member in GGMLQuantizationType
+    }
+    assert {
+        name: (row.block_size, row.block_bytes)
+        for name, row in ggml_types.TYPES.items()
+    } == {member.name: size for member, size in GGML_QUANT_SIZES.items()}
 
-    assert ggml_types.block_size(kind.name) == block
-    assert ggml_types.row_bytes(kind.name, 3 * block) == 3 * size
-    assert ggml_types.bits_per_weight(kind.name) == 8 * size / block
 
+@pytest.mark.parametrize("row", ggml_types.TYPES.values(), ids=lambda row: row.name)
+def test_functions_read_the_table(row):
+    n_columns = 3 * row.block_size
 
-@pytest.mark.parametrize("kind", list(GGMLQuantizationType), ids=lambda kind: kind.name)
-def test_a_type_has_ggmls_number_and_name(kind):
-    assert ggml_types.type_number(kind.name) == kind
-    assert ggml_types.type_name(int(kind)) == kind.name
+    assert ggml_types.row_bytes(row.name, n_columns) == 3 * row.block_bytes
+    assert ggml_types.bits_per_weight(row.name) == 8 * row.block_bytes / row.block_size
+    assert ggml_types.type_number(row.name) == row.number
+    assert ggml_types.type_name(row.number) == row.name
 
 
 @pytest.mark.llamacpp
@@ -104,6 +112,59 @@ def test_fallback_is_what_llama_quantize_does(toolchain, tmp_path, ggml_type):
         name: ggml_types.written_type(ggml_type, n_columns)
         for name, n_columns in names.items()
     }
+
+
+class CpuTraits(ctypes.Structure):
+    """ggml_type_traits_cpu (ggml/include/ggml-cpu.h)."""
+
+    _fields_ = (
+        ("from_float", ctypes.c_void_p),
+        ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    )
+
+
+@pytest.mark.llamacpp
+def test_dot_types_are_those_of_the_built_cpu_library(toolchain, libggml):
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    library = ctypes.CDLL(str(toolchain.bin_dir / f"libggml-cpu.{suffix}"))
+    library.ggml_get_type_traits_cpu.argtypes = [ctypes.c_int]
+    library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(CpuTraits)
+    traits = {
+        row.name: library.ggml_get_type_traits_cpu(row.number)[0]
+        for row in ggml_types.TYPES.values()
+    }
+
+    assert {
+        name: ggml_types.type_name(known.vec_dot_type)
+        for name, known in traits.items()
+        if known.vec_dot
+    } == {row.name: row.dot_type for row in ggml_types.TYPES.values() if row.dot_type}
+
+
+def test_activations_are_rounded_by_the_blocks_of_the_dot_type():
+    blocks = {name: ggml_types.activation_block(name) for name in ggml_types.TYPES}
+
+    assert blocks["NVFP4"] == 32  # its own blocks are of 64
+    assert blocks["MXFP4"] == blocks["IQ4_NL"] == 32
+    assert blocks["IQ4_XS"] == blocks["TQ1_0"] == 256
+    assert ggml_types.finest_types() == {32: "Q8_0", 256: "Q6_K"}
+    assert {blocks[name] for name in ggml_types.QUANTISED_TYPES} == {32, 256}
+
+
+@pytest.mark.llamacpp
+def test_ftypes_are_among_those_that_llama_quantize_lists(toolchain, tmp_path):
+    tool = toolchain.tool("llama-quantize")
+    with pytest.raises(ChildError):  # its help ends with 1
+        run([tool, "--help"], stage="test", log_path=tmp_path / "log")
+    listed = set(re.findall(r"^ *\d+ +or +(\w+)", (tmp_path / "log").read_text(), re.M))
+
+    for name in ggml_types.PLANNABLE:
+        ftype = ggml_types.TYPES[name].ftype
+        assert ftype is not None
+        assert ftype in listed
+        assert ftype.startswith(name)
 
 
 @pytest.mark.llamacpp

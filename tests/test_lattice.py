@@ -9,7 +9,8 @@ from gguf.quants import dequantize
 
 from ewq_gguf.entropy.blocks import pack
 from ewq_gguf.entropy.intervals import intervals
-from ewq_gguf.entropy.lattice import LATTICES, fit, holding
+from ewq_gguf.entropy.lattice import fit, holding
+from ewq_gguf.ggml_types import LATTICE_TYPES, TYPES
 
 N_BLOCKS = 2000
 
@@ -34,8 +35,9 @@ def as_values(codes, dtype):
 
 def blocks_of(name, rng, *, low=0.001, high=0.01):
     """Random weights on a type's lattice, float64, (n, block)."""
-    lattice = LATTICES[name]
-    shape = N_BLOCKS, lattice.block
+    row = TYPES[name]
+    assert row.lattice is not None
+    shape = N_BLOCKS, row.block_size
     if name == "MXFP4":
         scales = 2.0 ** rng.integers(-12, -4, (N_BLOCKS, 1))
     else:
@@ -43,12 +45,12 @@ def blocks_of(name, rng, *, low=0.001, high=0.01):
         scales = scales.astype(np.float64) * rng.choice([-1, 1], (N_BLOCKS, 1))
     if name == "Q4_1":
         return scales * (rng.integers(0, 16, shape) - 8)
-    return scales * rng.choice(lattice.integers, shape)
+    return scales * rng.choice(row.lattice.integers, shape)
 
 
 CASES = [
     pytest.param(name, dtype, id=f"{name}-{dtype}")
-    for name in LATTICES
+    for name in LATTICE_TYPES
     for dtype in ("F32", "BF16", "F16")
 ]
 
@@ -57,7 +59,7 @@ CASES = [
 def test_a_types_own_values_are_on_its_lattice(name, dtype):
     data = as_codes(blocks_of(name, np.random.default_rng(1)).ravel(), dtype)
 
-    assert name in holding(LATTICES, data, dtype)
+    assert name in holding(LATTICE_TYPES, data, dtype)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES[6:])
@@ -80,27 +82,27 @@ def test_normal_weights_are_never_taken_for_a_lattice(dtype, seed):
     rng = np.random.default_rng(seed)
     data = as_codes(rng.standard_normal(256) * 0.02, dtype)
 
-    assert holding(LATTICES, data, dtype) == ()
+    assert holding(LATTICE_TYPES, data, dtype) == ()
 
 
 def test_one_weight_beside_the_lattice_is_enough_to_refuse_it():
     values = blocks_of("Q4_0", np.random.default_rng(3)).ravel()
     values[-1] += 1e-5
 
-    assert "Q4_0" not in holding(LATTICES, as_codes(values, "F32"), "F32")
+    assert "Q4_0" not in holding(LATTICE_TYPES, as_codes(values, "F32"), "F32")
 
 
 def test_a_block_without_its_lowest_integer_is_on_the_lattice():
     rng = np.random.default_rng(4)
     values = np.float16(0.0123).astype(np.float64) * rng.integers(-7, 8, 32 * N_BLOCKS)
 
-    assert "Q4_0" in holding(LATTICES, as_codes(values, "F32"), "F32")
+    assert "Q4_0" in holding(LATTICE_TYPES, as_codes(values, "F32"), "F32")
 
 
 def test_a_scale_that_f16_cannot_write_is_refused():
     values = (0.01 + 2.0**-30) * np.arange(-8, 8).repeat(16)
 
-    assert holding(LATTICES, as_codes(values, "F32"), "F32") == ()
+    assert holding(LATTICE_TYPES, as_codes(values, "F32"), "F32") == ()
 
 
 def test_rounded_products_of_bf16_scales_give_the_scales_back():
@@ -118,9 +120,11 @@ def test_rounded_products_of_bf16_scales_give_the_scales_back():
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_zeros_are_on_every_lattice_and_nan_on_none(dtype):
-    assert holding(LATTICES, as_codes(np.zeros(512), dtype), dtype) == tuple(LATTICES)
+    assert (
+        holding(LATTICE_TYPES, as_codes(np.zeros(512), dtype), dtype) == LATTICE_TYPES
+    )
     broken = as_codes(np.full(512, np.nan), dtype)
-    assert holding(LATTICES, broken, dtype) == ()
+    assert holding(LATTICE_TYPES, broken, dtype) == ()
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])

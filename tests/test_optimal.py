@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ewq_gguf.checkpoint.gguf_file import GgufTensor
-from ewq_gguf.ggml_types import tensor_bytes
+from ewq_gguf.ggml_types import QUANTISED_TYPES, tensor_bytes
 from ewq_gguf.llamacpp.quant_error import of_matrices
 from ewq_gguf.optimal.allocation import solve_allocation
 from ewq_gguf.optimal.candidate_types import (
@@ -42,7 +42,6 @@ from ewq_gguf.optimal.sensitivity import (
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
-from ewq_gguf.records.plan import TYPES
 from ewq_gguf.records.quant_error import QuantError
 from tests.scans import MODEL
 
@@ -339,8 +338,8 @@ def test_a_file_of_others_keeps_the_users_bounds_or_is_none():
     # What odd shapes fall back to is no candidate; all types in any order exclude none.
     odd = {"output.weight": "F16"}
     assert keeps_bounds(OptimalPolicy(), odd, "BF16")
-    assert keeps_bounds(OptimalPolicy(types=TYPES[::-1]), odd, "BF16")
-    assert not keeps_bounds(OptimalPolicy(types=TYPES[1:]), odd, "BF16")
+    assert keeps_bounds(OptimalPolicy(types=QUANTISED_TYPES[::-1]), odd, "BF16")
+    assert not keeps_bounds(OptimalPolicy(types=QUANTISED_TYPES[1:]), odd, "BF16")
 
 
 def test_types_far_too_small_for_a_size_are_left_out_unless_they_are_needed():

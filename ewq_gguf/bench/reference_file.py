@@ -31,7 +31,6 @@ from ewq_gguf.records import BenchedFile, BenchParameters, Reference
 ARCHITECTURE = "ewq-reference"
 KEY = "ewq.reference"
 OUTPUT, BIAS = "output.weight", "output.bias"
-_FLOATS = ("F32", "F16", "BF16")
 _ANEW = "make it anew with `ewq reference`"
 
 #: Name, type and shape of a tensor.
@@ -132,7 +131,7 @@ def read_reference(path: Path) -> ReferenceFile:
 
 
 def _is_weights(ggml_type: str) -> bool:
-    return ggml_type in _FLOATS or ggml_types.block_size(ggml_type) > 1
+    return ggml_type in ggml_types.FLOAT_TYPES or ggml_types.block_size(ggml_type) > 1
 
 
 def table(

@@ -17,8 +17,8 @@ from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.mapping import MappedTensor, Region, map_tensors
 from ewq_gguf.checkpoint.reader import RangeReader
 from ewq_gguf.checkpoint.regions import parts_of
-from ewq_gguf.entropy.lattice import LATTICES, holding
-from ewq_gguf.ggml_types import n_dims
+from ewq_gguf.entropy.lattice import holding
+from ewq_gguf.ggml_types import LATTICE_TYPES, block_size, n_dims
 from ewq_gguf.records import Layout
 from ewq_gguf.tensor_names import is_quantizable
 
@@ -76,7 +76,7 @@ def lattice_types(
     ):
         return ()
     found = tuple(
-        name for name, of in LATTICES.items() if tensor.shape[-1] % of.block == 0
+        name for name in LATTICE_TYPES if tensor.shape[-1] % block_size(name) == 0
     )
     buffer = buffer[:_READ_BYTES]
     for region in tensor.regions:

@@ -13,8 +13,8 @@ from ewq_gguf.entropy.intervals import Floats
 
 Codes = NDArray[np.int8]
 
-#: Integers that a block can have; the offset is their index of 0.
-N_INTEGERS, OFFSET = 256, 128
+#: Index of 0 in an array over the integers -128 to 127.
+OFFSET = 128
 #: Of a scale in F16: significant bits, the last bit's exponent, the largest number.
 _F16_BITS, _F16_LAST, F16_MAX = 11, -24, 65504.0
 #: Of MXFP4's scale, half a power of two: the lowest and highest exponent.

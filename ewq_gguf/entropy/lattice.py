@@ -10,7 +10,7 @@ product is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,67 +19,18 @@ from numpy.typing import NDArray
 
 from ewq_gguf.entropy.block_scale import (
     F16_MAX,
-    N_INTEGERS,
     OFFSET,
     Codes,
     Rule,
     fit_blocks,
 )
 from ewq_gguf.entropy.intervals import Floats, intervals
-from ewq_gguf.ggml_types import IQ4_NL_VALUES, MXFP4_VALUES
+from ewq_gguf.ggml_types import N_INTEGERS, TYPES, Lattice, block_size
 
 #: Blocks that are tried before a whole piece is prepared: nearly all weights end here.
 _N_FIRST = 4
-#: An integer lattice within a window of 16, written as d q + m.
+#: Largest offset m0 below a block's integers, in Q4_1's codes of 4 bits.
 _WINDOW = 15
-
-
-@dataclass(frozen=True)
-class Lattice:
-    """What a block of a type can hold.
-
-    Attributes:
-        block: weights per scale.
-        integers: that are allowed, falling in magnitude.
-        is_power: whether the scale is a power of two, else F16.
-        window: by how much a block's integers may differ: less than they could where
-            the type adds an offset m of its own.
-    """
-
-    block: int
-    integers: tuple[int, ...]
-    is_power: bool = False
-    window: int = N_INTEGERS
-
-    @property
-    def has_offset(self) -> bool:
-        """Whether m is added."""
-        return self.window < N_INTEGERS
-
-    @property
-    def rule(self) -> Rule:
-        """The same for the kernel."""
-        allowed = np.zeros(N_INTEGERS, np.bool_)
-        allowed[np.array(self.integers) + OFFSET] = True
-        largest = np.array([q for q in self.integers if q], np.float64)
-        return Rule(allowed, largest, self.is_power, self.window)
-
-
-def _falling(integers: Iterable[int]) -> tuple[int, ...]:
-    return tuple(sorted({*integers}, key=lambda q: (-abs(q), -q)))
-
-
-#: By type, small to large. What fits a type of integers fits each larger one as well.
-LATTICES: Mapping[str, Lattice] = {
-    "TQ1_0": Lattice(256, _falling(range(-1, 2))),
-    "TQ2_0": Lattice(256, _falling(range(-1, 2))),
-    "MXFP4": Lattice(32, _falling(MXFP4_VALUES), is_power=True),
-    "Q4_0": Lattice(32, _falling(range(-8, 8))),
-    "IQ4_NL": Lattice(32, _falling(IQ4_NL_VALUES)),
-    "Q4_1": Lattice(32, _falling(range(-15, 16)), window=_WINDOW),
-    "Q5_0": Lattice(32, _falling(range(-16, 16))),
-    "Q8_0": Lattice(32, _falling(range(-128, 128))),
-}
 
 
 @dataclass(frozen=True)
@@ -98,38 +49,52 @@ class Blocks:
 def holding(
     types: Iterable[str], data: NDArray[np.generic], dtype: str
 ) -> tuple[str, ...]:
-    """Those of some types that hold some weights exactly.
+    """Keep the types that hold all of some weights exactly.
 
     Args:
-        types: of `LATTICES`, all with blocks that divide the weights.
-        data: (n,) as for `intervals`.
-        dtype: as for `intervals`.
+        types: Candidates from `LATTICE_TYPES`, whose blocks divide the weights.
+        data: (n,) weights as `intervals` takes them.
+        dtype: Their dtype in the checkpoint.
     """
-    found = tuple(types)
-    largest = max((LATTICES[name].block for name in found), default=1)
-    for part in (data[: _N_FIRST * largest], data[_N_FIRST * largest :]):
-        if not found or not part.size:
+    remaining = tuple(types)
+    n_first = _N_FIRST * max(map(block_size, remaining), default=1)
+    for part in (data[:n_first], data[n_first:]):
+        if not remaining or not part.size:
             break
         low, high = intervals(part, dtype)
         held: list[str] = []
-        for name in found:
-            is_known = any(_implies(smaller, name) for smaller in held)
-            if is_known or fit(name, low, high) is not None:
+        for name in remaining:
+            is_implied = any(_implies(smaller, name) for smaller in held)
+            if is_implied or fit(name, low, high) is not None:
                 held.append(name)
-        found = tuple(held)
-    return found
+        remaining = tuple(held)
+    return remaining
+
+
+def _lattice(name: str) -> Lattice:
+    lattice = TYPES[name].lattice
+    assert lattice is not None
+    return lattice
+
+
+def _rule(lattice: Lattice) -> Rule:
+    """The lattice as arrays, for the kernel."""
+    allowed = np.zeros(N_INTEGERS, np.bool_)
+    allowed[np.array(lattice.integers) + OFFSET] = True
+    largest = np.array([q for q in lattice.integers if q], np.float64)
+    return Rule(allowed, largest, lattice.is_power, lattice.window)
 
 
 @cache
 def _implies(small: str, large: str) -> bool:
     """Whether what one type holds another does too, with the same scales."""
-    one, two = LATTICES[small], LATTICES[large]
-    span = max(one.integers) - min(one.integers)
+    first, second = _lattice(small), _lattice(large)
+    span = max(first.integers) - min(first.integers)
     return (
-        one.is_power == two.is_power
-        and set(one.integers) <= set(two.integers)
-        and one.block >= two.block
-        and span <= two.window
+        first.is_power == second.is_power
+        and set(first.integers) <= set(second.integers)
+        and block_size(small) >= block_size(large)
+        and span <= second.window
     )
 
 
@@ -137,17 +102,17 @@ def fit(name: str, low: Floats, high: Floats) -> Blocks | None:
     """Weights as blocks of a type; None where a block is not on its lattice.
 
     Args:
-        name: of `LATTICES`.
-        low: (n,) from `intervals`, n a multiple of the block.
-        high: likewise.
+        name: A type from `LATTICE_TYPES`.
+        low: (n,) lower ends from `intervals`, n a multiple of the block.
+        high: (n,) upper ends.
     """
-    lattice = LATTICES[name]
-    n_blocks = low.size // lattice.block
-    blocks = Blocks(np.zeros(n_blocks), np.zeros((n_blocks, lattice.block), np.int8))
+    lattice, size = _lattice(name), block_size(name)
+    n_blocks = low.size // size
+    blocks = Blocks(np.zeros(n_blocks), np.zeros((n_blocks, size), np.int8))
     n_fitted = fit_blocks(
         low.reshape(n_blocks, -1),
         high.reshape(n_blocks, -1),
-        lattice.rule,
+        _rule(lattice),
         blocks.scales,
         blocks.integers,
     )

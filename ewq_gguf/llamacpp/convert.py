@@ -38,7 +38,7 @@ def base_type(checkpoint: Checkpoint) -> str:
     """The base GGUF's float type: the one most weights of the checkpoint have."""
     weights: Counter[str] = Counter()
     for _, tensor in checkpoint.tensors:
-        weights[ggml_types.base_type(tensor.dtype)] += tensor.n_weights
+        weights[ggml_types.type_of_dtype(tensor.dtype)] += tensor.n_weights
     return weights.most_common(1)[0][0]
 
 

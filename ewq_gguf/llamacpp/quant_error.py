@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ewq_gguf.checkpoint.gguf_file import GgufTensor
 from ewq_gguf.errors import InputError
-from ewq_gguf.ggml_types import row_bytes
+from ewq_gguf.ggml_types import TYPES, row_bytes
 from ewq_gguf.llamacpp.floats import as_float
 from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
 from ewq_gguf.records.quant_error import QuantError
@@ -24,10 +24,7 @@ from ewq_gguf.records.quant_error import QuantError
 STAGE = "plan"
 #: Rows of a tensor at least: its error is then known to a few percent.
 _MIN_ROWS = 64
-#: Types whose quantiser searches a grid; it is ten times slower than the others.
-SLOW_TYPES = frozenset(
-    {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
-)
+#: Share of the sampled rows that types with a slow quantiser are tried on.
 _SLOW_SHARE = 0.25
 
 
@@ -198,7 +195,7 @@ def _tensor_errors(
     found = []
     for ggml_type in types:
         n_rows = len(sampled.rows)
-        if ggml_type in SLOW_TYPES:
+        if TYPES[ggml_type].is_slow:
             n_rows = max(min(_MIN_ROWS, n_rows), round(_SLOW_SHARE * n_rows))
         error, stderr, plain = error_of(ggml, _first(sampled, n_rows), ggml_type)
         found.append(

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ewq_gguf.ggml_types import FLOAT_TYPES
+
 Float64Array = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 Tensors = dict[str, tuple[Bytes | NDArray[np.float32], str]]
@@ -233,7 +235,7 @@ def random_blocks(
     from gguf.quants import quantize
 
     number = GGMLQuantizationType[ggml_type]
-    if ggml_type in {"F32", "F16", "BF16"}:
+    if ggml_type in FLOAT_TYPES:
         values = (standard_deviation * rng.standard_normal(shape)).astype(np.float32)
         if ggml_type == "F32":
             return values

@@ -21,6 +21,7 @@ from ewq_gguf.checkpoint.reader import BUFFER_BYTES, RangeReader
 from ewq_gguf.checkpoint.regions import parts_of
 from ewq_gguf.entropy.codes import code_values
 from ewq_gguf.errors import VerificationError
+from ewq_gguf.ggml_types import FLOAT_TYPES
 from ewq_gguf.llamacpp.floats import as_bytes, as_float
 from ewq_gguf.llamacpp.ggml import Float32Array
 from ewq_gguf.records import Source
@@ -94,7 +95,7 @@ class ValueCheck:
         with self._path.open("rb") as file:
             file.seek(tensor.offset)
             data = file.read(tensor.size_bytes)
-        if tensor.ggml_type in ("F32", "F16", "BF16"):
+        if tensor.ggml_type in FLOAT_TYPES:
             return as_float(data, tensor.ggml_type).ravel().copy()
         raw = np.frombuffer(data, np.uint8)
         values = dequantize(raw, GGMLQuantizationType[tensor.ggml_type])

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from math import prod
 
-from ewq_gguf.ggml_types import bits_per_weight, n_dims, tensor_bytes, written_type
+from ewq_gguf.ggml_types import (
+    QUANTISED_TYPES,
+    bits_per_weight,
+    n_dims,
+    tensor_bytes,
+    written_type,
+)
 from ewq_gguf.plan.assemble import header_of
 from ewq_gguf.plan.importance import needs_entry
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
-from ewq_gguf.records.plan import TYPES
 from ewq_gguf.tensor_names import is_quantizable, role
 
 #: Types of fewer bits than this share of the file's mean bits are left out: a tensor
@@ -105,7 +110,7 @@ def keeps_bounds(
         types: Type of each quantisable tensor.
         raw_type: The type that `raw` stands for.
     """
-    is_narrow = bool(set(TYPES) - set(policy.types))
+    is_narrow = bool(set(QUANTISED_TYPES) - set(policy.types))
     return all(
         (not is_narrow or ggml_type == raw_type or ggml_type in policy.types)
         and _is_allowed(policy, role(name), ggml_type, raw_type)

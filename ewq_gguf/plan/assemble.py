@@ -26,14 +26,6 @@ from ewq_gguf.records import (
 from ewq_gguf.records.plan import Thresholds
 from ewq_gguf.tensor_names import is_quantizable, layer_idx, role
 
-#: Base types of llama-quantize that are not named like their main ggml type.
-_FTYPES = {
-    "Q3_K": "Q3_K_M",
-    "Q4_K": "Q4_K_M",
-    "Q5_K": "Q5_K_M",
-    "MXFP4": "MXFP4_MOE",
-}
-
 
 def assemble(
     model: ModelTensors,
@@ -188,7 +180,7 @@ def ftype_of(tensors: Iterable[PlanTensor]) -> str:
     if not quantised:
         return next(iter(weights)) if len(weights) == 1 else "Q8_0"
     most = max(quantised, key=lambda name: (weights[name], name))
-    return _FTYPES.get(most, most)
+    return ggml_types.TYPES[most].ftype or most
 
 
 def totals_of(tensors: Sequence[PlanTensor], header: int | None) -> Totals:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError
 from ewq_gguf.plan.assemble import ftype_of, layers_of, plan_tensor, totals_of
-from ewq_gguf.plan.lattice import EXACT_TYPES
 from ewq_gguf.records import LayoutTensor, Placement, Plan, PlanTensor, Totals
 
 
@@ -103,7 +102,7 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, pointer: str) -> None:
         LayoutTensor(name=tensor.name, shape=tensor.shape, ggml_type=base),
         asked,
         tensor.entropy,
-        is_exact=tensor.is_exact and asked in EXACT_TYPES,
+        is_exact=tensor.is_exact and asked in ggml_types.LATTICE_TYPES,
     )
     for key in PlanTensor.model_fields:
         found, needed = getattr(tensor, key), getattr(made, key)

@@ -12,11 +12,6 @@ from collections.abc import Iterable, Mapping
 from ewq_gguf.ggml_types import tensor_bytes, written_type
 from ewq_gguf.records import LayoutTensor, PlanTensor, Scan
 
-#: Types that can hold a tensor exactly (entropy.lattice.LATTICES).
-EXACT_TYPES = (
-    "TQ1_0", "TQ2_0", "MXFP4", "Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q8_0",
-)  # fmt: skip
-
 #: By tensor, the types that hold it exactly, small to large.
 Lattices = Mapping[str, tuple[str, ...]]
 

@@ -102,7 +102,7 @@ def _raw_type(scan: Scan) -> str:
     """
     weights: Counter[str] = Counter()
     for tensor in scan.tensors:
-        weights[ggml_types.base_type(tensor.dtype)] += tensor.n_weights
+        weights[ggml_types.type_of_dtype(tensor.dtype)] += tensor.n_weights
     base = weights.most_common(1)[0][0]
     if base in ("F16", "BF16"):
         return base
@@ -137,6 +137,6 @@ def layout_tensor(
     return LayoutTensor(
         name=name,
         shape=shape,
-        ggml_type=ggml_types.base_type(dtype) if quantizable else "F32",
+        ggml_type=ggml_types.type_of_dtype(dtype) if quantizable else "F32",
         sources=tuple(Source(hf_name=hf_name) for hf_name in hf_names),
     )

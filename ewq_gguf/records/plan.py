@@ -6,18 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from ewq_gguf.ggml_types import QUANTISED_TYPES
 from ewq_gguf.records.base import Part, Record
 from ewq_gguf.records.model import ModelIdentity
 from ewq_gguf.records.placement import Placement
 from ewq_gguf.records.search import Search
-
-#: What policy `optimal` may give; in ternary types only weights that were trained to be
-#: ternary lose little.
-TYPES = (
-    "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "MXFP4", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0",
-    "IQ1_M", "TQ1_0", "IQ1_S",
-)  # fmt: skip
 
 
 class EwqPolicy(Part):
@@ -114,7 +107,7 @@ class OptimalPolicy(Part):
     """
 
     name: Literal["optimal"] = "optimal"
-    types: tuple[str, ...] = TYPES
+    types: tuple[str, ...] = QUANTISED_TYPES
     floors: dict[str, str] = {}
     ceilings: dict[str, str] = {}
     min_tps: float | None = None

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ewq_gguf.errors import printable
-from ewq_gguf.ggml_types import bits_per_weight
+from ewq_gguf.ggml_types import TERNARY_TYPES, bits_per_weight
 from ewq_gguf.plan.ewq import z_score
 from ewq_gguf.records import (
     Budget,
@@ -36,8 +36,6 @@ from ewq_gguf.report.text import (
     type_style,
 )
 from ewq_gguf.size_text import size_text
-
-_TERNARY = frozenset({"TQ1_0", "TQ2_0"})
 
 
 def plan_view(plan: Plan) -> RenderableType:
@@ -86,13 +84,13 @@ def notes(plan: Plan) -> list[str]:
             f"{exact} of {count} matrices are quantised already, in values of the type "
             "that they get: nothing of them is lost"
         )
-    if any(t.is_exact and t.written_type in _TERNARY for t in plan.tensors):
+    if any(t.is_exact and t.written_type in TERNARY_TYPES for t in plan.tensors):
         lines.append(
             "llama.cpp has no CUDA kernels for TQ1_0 and TQ2_0: there the CPU computes "
             "these matrices (--no-lattice plans them like any others)"
         )
     types = {t.ggml_type for t in plan.tensors if t.is_quantizable and not t.is_exact}
-    if ternary := types & _TERNARY:
+    if ternary := types & TERNARY_TYPES:
         lines.append(
             f"{' and '.join(sorted(ternary))} is for weights trained to be ternary; "
             "others lose nearly all of their meaning in it"
