@@ -16,6 +16,7 @@ from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.imatrix import importance_values
 from ewq_gguf.llamacpp.perturb import Perturbed
 from ewq_gguf.llamacpp.quant_error import error_of, quant_errors, sample
+from ewq_gguf.optimal.error_table import error_table
 from tests.gguf_files import Tiny
 
 pytest_plugins = ["tests.toolchain_fixtures"]
@@ -158,6 +159,23 @@ def test_errors_of_sampled_rows_are_those_of_all_within_their_own_error(deep, gg
         for ggml_type in types
     }
     assert sorted(by_type.values()) == list(by_type.values())
+
+
+def test_an_abort_of_ggml_is_an_error_that_names_the_tensor_and_the_type(
+    deep, toolchain, own_cache
+):
+    """ggml asserts that IQ2_XXS has an importance matrix."""
+    names = [t.name for t in read_gguf(deep.base).tensors if "ffn_up" in t.name][:2]
+    types = {names[0]: ["Q8_0"], names[1]: ["Q8_0", "IQ2_XXS"]}
+
+    with pytest.raises(ChildError, match="SIGABRT") as caught:
+        error_table(deep.base, types, toolchain.lib_dir)
+
+    assert f"{names[1]} as IQ2_XXS" in str(caught.value)
+    # What was measured is kept.
+    types[names[1]].remove("IQ2_XXS")
+    table = error_table(deep.base, types, toolchain.lib_dir)
+    assert 0.0 < table[names[1]]["Q8_0"].error < 1e-3
 
 
 def test_a_base_is_moved_to_what_a_type_holds_and_back(tiny: Tiny, ggml, tmp_path):

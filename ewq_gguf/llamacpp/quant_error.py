@@ -53,6 +53,7 @@ def quant_errors(
     share: float,
     importance: Mapping[str, Float32Array] | None = None,
     n_threads: int = 1,
+    on_begin: Callable[[str, str], None] = lambda _name, _type: None,
 ) -> Iterator[QuantError]:
     """Measure tensors in types, the largest tensor first.
 
@@ -63,6 +64,7 @@ def quant_errors(
         share: of the rows, at least 64 rows.
         importance: (matrices, columns) mean squared activations by tensor.
         n_threads: tensors side by side.
+        on_begin: called with a tensor's name and a type before its quantiser runs.
 
     Yields:
         Each as it is known.
@@ -87,6 +89,7 @@ def quant_errors(
                 tensor.name,
                 types,
                 ggml,
+                on_begin,
             )
             for tensor, types in order
         ]
@@ -189,7 +192,11 @@ def _ratio(
 
 
 def _tensor_errors(
-    read: Callable[[], Sample], name: str, types: Sequence[str], ggml: Ggml
+    read: Callable[[], Sample],
+    name: str,
+    types: Sequence[str],
+    ggml: Ggml,
+    on_begin: Callable[[str, str], None],
 ) -> list[QuantError]:
     sampled = read()
     found = []
@@ -197,6 +204,7 @@ def _tensor_errors(
         n_rows = len(sampled.rows)
         if TYPES[ggml_type].is_slow:
             n_rows = max(min(_MIN_ROWS, n_rows), round(_SLOW_SHARE * n_rows))
+        on_begin(name, ggml_type)
         error, stderr, plain = error_of(ggml, _first(sampled, n_rows), ggml_type)
         found.append(
             QuantError(

@@ -1,103 +1,136 @@
-"""How far every type moves every tensor: measured once per base, kept in the cache."""
+"""The error of each tensor in each type: measured once per base, kept in the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
+from ewq_gguf.bench.job import Failure
 from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.errors import ChildError
 from ewq_gguf.ggml_types import FLOAT_TYPES
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
-from ewq_gguf.llamacpp.ggml import Ggml
-from ewq_gguf.llamacpp.imatrix import importance_values
-from ewq_gguf.llamacpp.quant_error import quant_errors
-from ewq_gguf.records import open_journal, read_journal
+from ewq_gguf.llamacpp.logs import child_log
+from ewq_gguf.optimal.error_table_child import BEGIN, DONE, ErrorJob
+from ewq_gguf.process import python_argv, run
+from ewq_gguf.records import read_journal
 from ewq_gguf.records.quant_error import QuantError
 from ewq_gguf.stages.options import SILENT, Options, Progress
 
 STAGE = "plan"
-#: Weights that are tried, at most; but 2 % of a large model's.
+#: Weights that are sampled at most, and the least share of a large model's.
 _MAX_SAMPLED = 40_000_000
-_LEAST_SHARE = 0.02
+_MIN_SHARE = 0.02
 
 
 def error_table(
     base: Path,
-    menus: Mapping[str, Sequence[str]],
+    types: Mapping[str, Sequence[str]],
     lib_dir: Path,
     *,
     options: Options | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, dict[str, QuantError]]:
-    """What each tensor loses in each type of its menu.
+    """Measure how far each type moves each tensor.
 
-    A run that was killed goes on where it was; another menu adds what it lacks.
+    A run that was killed goes on where it was; other types add what is missing.
 
     Args:
-        base: the base GGUF.
-        menus: types by tensor; float types lose nothing worth counting.
-        lib_dir: holds ggml's quantisers.
-        options: for the whole run; its matrix weighs columns.
-        progress: who is told.
+        base: The base GGUF.
+        types: Types by tensor; the error of float types counts as nothing.
+        lib_dir: Folder of ggml's quantisers.
+        options: Settings of the run; its importance matrix weighs columns.
+        progress: Gets the share of the errors that are measured.
 
     Raises:
         InputError: the base or the matrix cannot be read.
+        ChildError: ggml ended the process that measures.
     """
     options = options or Options()
-    tensors = {t.name: t for t in read_gguf(base).tensors if t.name in menus}
-    n_weights = sum(prod(tensor.shape) for tensor in tensors.values())
-    share = min(max(_MAX_SAMPLED / n_weights, _LEAST_SHARE), 1.0)
-    matrix = options.imatrix
-    weighed = store.sha256_file(matrix) if matrix else None
-    made_by = f"{identify(base).sha256} {weighed} {LLAMA_CPP_COMMIT} {share}"
-    journal = store.cache_dir("errors") / f"{store.sha256_text(made_by)}.journal"
-    wanted = {
-        name: [ggml_type for ggml_type in menu if ggml_type not in FLOAT_TYPES]
-        for name, menu in menus.items()
+    quantised = {
+        name: [ggml_type for ggml_type in of_tensor if ggml_type not in FLOAT_TYPES]
+        for name, of_tensor in types.items()
     }
+    sizes = {tensor.name: prod(tensor.shape) for tensor in read_gguf(base).tensors}
+    n_weights = sum(sizes[name] for name in types)
+    share = min(max(_MAX_SAMPLED / n_weights, _MIN_SHARE), 1.0)
+    matrix = store.sha256_file(options.imatrix) if options.imatrix else None
+    made_by = f"{identify(base).sha256} {matrix} {LLAMA_CPP_COMMIT} {share}"
+    journal = store.cache_dir("errors") / f"{store.sha256_text(made_by)}.journal"
     with store.locked(journal, stage=STAGE, wait=True):
-        known = read_journal(journal, QuantError)
-        todo = [
-            (
-                tensors[name],
-                [ggml_type for ggml_type in menu if f"{name} {ggml_type}" not in known],
+        errors = read_journal(journal, QuantError)
+        missing = {
+            name: tuple(t for t in of_tensor if f"{name} {t}" not in errors)
+            for name, of_tensor in quantised.items()
+        }
+        n_missing = sum(map(len, missing.values()))
+        if n_missing:
+            job = ErrorJob(
+                base=str(base.absolute()),
+                lib_dir=str(lib_dir.absolute()),
+                imatrix=str(options.imatrix.absolute()) if options.imatrix else None,
+                types={name: left for name, left in missing.items() if left},
+                share=share,
+                n_threads=options.n_threads,
+                journal=str(journal),
+                failure=str(journal.with_suffix(".failure")),
             )
-            for name, menu in wanted.items()
-        ]
-        n_todo = sum(len(menu) for _, menu in todo)
-        if n_todo:
-            with (
-                progress.stage(f"errors of {n_todo} types") as tell,
-                open_journal(journal) as keep,
-            ):
-                found = quant_errors(
-                    base,
-                    [one for one in todo if one[1]],
-                    Ggml(lib_dir),
-                    share=share,
-                    importance=importance_values(matrix) if matrix else None,
-                    n_threads=options.n_threads,
-                )
-                for i, error in enumerate(found):
-                    keep(error)
-                    known[error.name] = error
-                    tell((i + 1) / n_todo)
+            with progress.stage(f"errors of {n_missing} types") as tell:
+                _run(job, lambda n_done: tell(n_done / n_missing))
+            errors = read_journal(journal, QuantError)
     return {
         name: {
-            ggml_type: known[f"{name} {ggml_type}"]
-            if ggml_type in wanted[name]
-            else _nothing(name, ggml_type)
-            for ggml_type in menu
+            ggml_type: _lossless(name, ggml_type)
+            if ggml_type in FLOAT_TYPES
+            else errors[f"{name} {ggml_type}"]
+            for ggml_type in of_tensor
         }
-        for name, menu in menus.items()
+        for name, of_tensor in types.items()
     }
 
 
-def _nothing(name: str, ggml_type: str) -> QuantError:
-    """What a float type loses: nothing worth counting."""
+def _run(job: ErrorJob, tell: Callable[[int], None]) -> None:
+    """Run the child that measures.
+
+    Raises:
+        EwqError: the child's own, or what ended it and at which tensor and type.
+    """
+    running: dict[str, str] = {}
+    done: set[str] = set()
+
+    def hear(line: str) -> None:
+        if line.startswith(BEGIN):
+            name, _, ggml_type = line.removeprefix(BEGIN).rpartition(" ")
+            running[name] = ggml_type
+        elif line.startswith(DONE):
+            done.add(line)
+            running.pop(line.removeprefix(DONE).rpartition(" ")[0], None)
+            tell(len(done))
+
+    base, failure = Path(job.base), Path(job.failure)
+    failure.unlink(missing_ok=True)  # of a run whose parent was killed
+    with store.work_dir(Path(job.journal), stage=STAGE) as folder:
+        file = folder / "job.json"
+        file.write_text(job.model_dump_json(), encoding="utf-8")
+        argv = python_argv("ewq_gguf.optimal.error_table_child", file)
+        try:
+            with child_log("errors", base) as log_path:
+                run(argv, stage=STAGE, log_path=log_path, on_line=hear)
+        except ChildError as error:
+            if failure.exists():
+                said = Failure.model_validate_json(failure.read_bytes())
+                failure.unlink()
+                raise said.error() from error
+            if running:
+                pairs = ", ".join(f"{name} as {t}" for name, t in running.items())
+                error.subject = f"ggml, quantising {pairs}"
+            raise
+
+
+def _lossless(name: str, ggml_type: str) -> QuantError:
     return QuantError(
         name=f"{name} {ggml_type}",
         error=0.0,
