@@ -20,8 +20,13 @@ from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.records.plan import PlanTensor
 from ewq_gguf.report.placement_view import placement_view
 from ewq_gguf.rpc.commands import rpc_commands, rpc_flags
+from ewq_gguf.rpc.context_memory import (
+    compute_bytes,
+    context_bytes,
+    kv_bytes,
+    padded_context,
+)
 from ewq_gguf.rpc.machines import check_machines, machines_of_tables, parse_machine
-from ewq_gguf.rpc.memory import compute_bytes, context_bytes, kv_bytes, padded_context
 from ewq_gguf.rpc.placement import can_place, place
 from ewq_gguf.tensor_names import layer_idx, role
 

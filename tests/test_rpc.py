@@ -19,7 +19,7 @@ from ewq_gguf.process import run
 from ewq_gguf.records.placement import Machine
 from ewq_gguf.records.plan import PlanTensor
 from ewq_gguf.rpc.commands import rpc_commands, rpc_flags
-from ewq_gguf.rpc.memory import compute_bytes, kv_bytes
+from ewq_gguf.rpc.context_memory import compute_bytes, kv_bytes
 from ewq_gguf.rpc.placement import place
 from ewq_gguf.tensor_names import layer_idx, role
 from tests.gguf_files import using_cache

@@ -9,7 +9,7 @@ from math import prod
 
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import LayoutTensor, Machine
-from ewq_gguf.rpc.memory import context_bytes, kv_bytes
+from ewq_gguf.rpc.context_memory import context_bytes, kv_bytes
 from ewq_gguf.size_text import parse_size
 
 _NUMBER = re.compile(r"[0-9]{1,30}(\.[0-9]{1,30})?")

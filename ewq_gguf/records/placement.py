@@ -1,4 +1,4 @@
-"""Placement: which machine of a cluster holds which layers."""
+"""Placement: the layers that each machine of a cluster holds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ class Machine(Part):
     """One machine, as the user describes it.
 
     Attributes:
-        name: of a worker its address, `host` or `host:port`; the first one's is free.
-        memory_bytes: for the model: weights, KV cache and compute buffer.
-        disk_bytes: for the weights; None is no limit.
-        bytes_per_second: weights it reads from memory; None where it is not known.
+        name: a worker's address, `host` or `host:port`; any name for the main machine.
+        memory_bytes: memory for the weights, KV cache and compute buffer.
+        disk_bytes: disk space for the weights; None for no limit.
+        bytes_per_second: speed at which it reads weights from memory, or None.
     """
 
     name: str
@@ -22,15 +22,15 @@ class Machine(Part):
 
 
 class Stage(Part):
-    """What one machine holds: a run of layers.
+    """The run of layers that one machine holds.
 
     Attributes:
         machine: its name.
-        first_layer: None where it holds no layer.
-        last_layer: inclusive; None where it holds no layer.
-        weight_bytes: of its tensors.
-        kv_bytes: of its layers' KV cache.
-        compute_bytes: allowed for its compute buffer.
+        first_layer: its first layer; None where it holds no layer.
+        last_layer: its last layer; None where it holds no layer.
+        weight_bytes: bytes of its tensors.
+        kv_bytes: bytes of its layers' KV cache.
+        compute_bytes: bytes allowed for its compute buffer.
         has_output: whether the output head is here: on the last stage.
     """
 
@@ -55,12 +55,12 @@ class Placement(Part):
 
     Attributes:
         machines: all that were given; the first is the main one.
-        n_ctx: tokens of context that there is room for.
+        n_ctx: tokens of context that fit beside the weights.
         hops: how often a token's activations change machines on their way through the
             layers.
-        seconds_per_token: of reading the weights once, of the input embedding only a
-            row; None where a speed is missing.
-        stages: in the order of the layers; the first is the main machine's.
+        seconds_per_token: time to read all weights once, but only a row of the input
+            embedding; None where a speed is missing.
+        stages: runs of layers in order; the first is the main machine's.
     """
 
     machines: tuple[Machine, ...]

@@ -43,11 +43,11 @@ def rpc_flags(placement: Placement) -> tuple[str, ...]:
 
 
 def rpc_commands(gguf: str, placement: Placement, *, allow_public: bool = False) -> str:
-    """What to run on which machine, as shell lines with comments.
+    """Shell lines, with comments, that say what to run on which machine.
 
     Args:
         gguf: the file's name on the main machine.
-        placement: of its tensors.
+        placement: placement of its tensors.
         allow_public: whether workers may have addresses that the internet reaches.
 
     Raises:

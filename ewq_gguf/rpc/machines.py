@@ -77,18 +77,18 @@ def endpoints(workers: Iterable[str]) -> list[tuple[str, int]]:
         UsageError: one is no address, or two are the same: llama.cpp would use it
             twice.
     """
-    found: list[tuple[str, int]] = []
+    addresses: list[tuple[str, int]] = []
     for name in workers:
         host, port = _endpoint(name)
-        if (host, port) in found:
+        if (host, port) in addresses:
             raise UsageError(
                 "plan",
                 f"{host}:{port}",
                 "is two workers' address",
                 "name each worker once",
             )
-        found.append((host, port))
-    return found
+        addresses.append((host, port))
+    return addresses
 
 
 def _endpoint(name: str) -> tuple[str, int]:

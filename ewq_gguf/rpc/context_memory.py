@@ -1,11 +1,11 @@
-"""What a model needs in memory beside its weights, from its tensors' shapes alone.
+"""Memory that a context takes beside the weights: KV cache and compute buffers.
 
 llama.cpp allocates two things when it loads a model for a context of n tokens: the KV
 cache (llama-kv-cache.cpp) and compute buffers for the activations of one micro-batch
-(llama-context.cpp, sched_reserve). The first is counted exactly, the second estimated
-from above: small models of 58 families and wide synthetic ones took between a third and
-all of it. Assumed are llama.cpp's defaults: a cache of F16, flash attention, one
-sequence, micro-batches of 512 tokens.
+(llama-context.cpp, sched_reserve). Both follow from the tensors' shapes. The first is
+counted exactly, the second estimated from above: small models of 58 families and wide
+synthetic ones took between a third and all of it. Assumed are llama.cpp's defaults: a
+cache of F16, flash attention, one sequence, micro-batches of 512 tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Tensor(Protocol):
 
 
 def padded_context(n_ctx: int) -> int:
-    """Tokens that llama.cpp makes room for when asked for `n_ctx`."""
+    """Tokens of context that llama.cpp allocates when asked for `n_ctx`."""
     return -(-n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP
 
 
@@ -72,15 +72,15 @@ def compute_bytes(
     """Bytes of one device's compute buffer, estimated from above.
 
     Args:
-        tensors: of the whole model.
+        tensors: tensors of the whole model.
         n_ctx: tokens of context.
         has_output: whether the device computes logits.
     """
-    known = tuple(tensors)
+    tensors = tuple(tensors)
     n_cells = padded_context(n_ctx)
     n_tokens = min(_N_UBATCH, n_cells)
-    n_vocab, n_embd = _embedding_shape(known)
-    widest = max(map(_output_width, _layer_shapes(known).values()), default=0)
+    n_vocab, n_embd = _embedding_shape(tensors)
+    widest = max(map(_output_width, _layer_shapes(tensors).values()), default=0)
     # Logits come last, when the layers' results are gone.
     n_values = 2 * n_embd + max(widest, n_vocab if has_output else 0)
     masks = _N_MASKS * n_cells * _F16_BYTES
@@ -93,19 +93,19 @@ def context_bytes(tensors: Iterable[Tensor], n_ctx: int, *, n_devices: int = 1) 
     The KV cache, and each device's compute buffer: an upper bound, for only one of them
     computes logits.
     """
-    known = tuple(tensors)
-    buffers = n_devices * compute_bytes(known, n_ctx)
-    return sum(kv_bytes(known, n_ctx).values()) + buffers
+    tensors = tuple(tensors)
+    buffers = n_devices * compute_bytes(tensors, n_ctx)
+    return sum(kv_bytes(tensors, n_ctx).values()) + buffers
 
 
 def _layer_shapes(tensors: Iterable[Tensor]) -> dict[int, dict[str, _Shape]]:
     """Shapes of each layer's weights, by role."""
-    found: dict[int, dict[str, _Shape]] = defaultdict(dict)
+    shapes: dict[int, dict[str, _Shape]] = defaultdict(dict)
     for tensor in tensors:
         idx = layer_idx(tensor.name)
         if idx is not None:
-            found[idx][role(tensor.name)] = tensor.shape
-    return found
+            shapes[idx][role(tensor.name)] = tensor.shape
+    return shapes
 
 
 def _cached_width(shapes: Mapping[str, _Shape]) -> int:
