@@ -10,7 +10,6 @@ import pytest
 from ewq_gguf import api
 from ewq_gguf.api import Options, make_gguf
 from ewq_gguf.cli import main
-from ewq_gguf.pipeline import planning
 from ewq_gguf.plan.size_target import SizeTarget, parse_bpw, parse_budget
 from ewq_gguf.records import (
     EwqPolicy,
@@ -20,6 +19,8 @@ from ewq_gguf.records import (
     UniformPolicy,
     load_record,
 )
+from ewq_gguf.stages import finished_plan
+from tests.checkpoints import write_llama
 
 pytest_plugins = ["tests.toolchain_fixtures"]
 pytestmark = [pytest.mark.llamacpp, pytest.mark.slow]
@@ -71,7 +72,7 @@ def test_a_classifiers_plan_can_be_given_and_needs_no_scan(
     own_cache, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "scan", None)  # would be called for weights
+    monkeypatch.setattr(finished_plan, "scan", None)  # would be called for weights
     budget = parse_budget("60%")
     plan = api.plan(api.Run("demo"), FastEwqPolicy(), budget=budget)
 
@@ -338,3 +339,21 @@ def test_a_classifier_decides_alike_from_model_and_scan(own_cache, tmp_path, cap
         plans.append(load_record(Plan, out, "test"))
 
     assert plans[0] == plans[1]
+
+
+def test_a_budget_counts_the_header_that_ones_own_llama_cpp_writes(
+    own_cache, toolchain, tmp_path
+):
+    folder = write_llama(tmp_path / "fresh", n_layers=4, hidden=256, ffn=256)
+    options, budget = Options(llama_cpp=toolchain.bin_dir), parse_budget("60%")
+    run = api.Run(str(folder), options)
+
+    fast = api.plan(run, FastEwqPolicy(), budget=budget)
+    assert fast.budget is not None
+    assert fast.totals.header_bytes is not None
+    assert fast.totals.file_size_bytes <= fast.budget.limit_bytes
+
+    scan = api.Run(api.scan(run), options)
+    for policy in (FastEwqPolicy(), EwqPolicy()):
+        by_scan = api.plan(scan, policy, budget=budget)
+        assert by_scan == api.plan(run, policy, budget=budget)

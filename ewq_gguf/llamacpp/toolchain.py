@@ -166,6 +166,16 @@ def find_toolchain(llama_cpp: Path | None = None) -> Toolchain:
     return found
 
 
+def toolchain_key(llama_cpp: Path | None = None) -> str:
+    """The key of the llama.cpp that `find_toolchain` finds; ours need not be built.
+
+    Raises:
+        ToolError: a user's own is named, and cannot be used.
+    """
+    chosen = llama_cpp or os.environ.get("EWQ_LLAMA_CPP")
+    return find_toolchain(llama_cpp).key if chosen else LLAMA_CPP_COMMIT
+
+
 def test_toolchain() -> SelfTest:
     """Run the self-test of our build anew.
 

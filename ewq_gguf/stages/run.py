@@ -15,11 +15,10 @@ from ewq_gguf.checkpoint.leftovers import check_names
 from ewq_gguf.checkpoint.lora.merge import open_merged
 from ewq_gguf.checkpoint.source import Opening
 from ewq_gguf.errors import InputError, ToolError
-from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.converter import converter_architectures
 from ewq_gguf.llamacpp.imatrix import read_imatrix
 from ewq_gguf.llamacpp.layout import cached_layout, layout_of
-from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
+from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain, toolchain_key
 from ewq_gguf.plan.importance import Importance
 from ewq_gguf.records import Layout, ModelIdentity, Scan
 from ewq_gguf.stages.choosing import naming_the_nearest, say_fit, with_choices
@@ -136,7 +135,13 @@ class Run:
     @property
     def known_layout(self) -> Layout | None:
         """The layout where one was made before; the converter is not asked."""
-        return cached_layout(self.identity.fingerprint, LLAMA_CPP_COMMIT)
+        if "unchecked_layout" in vars(self):
+            return self.unchecked_layout
+        try:
+            key = toolchain_key(self.options.llama_cpp)
+        except ToolError:
+            return None
+        return cached_layout(self.identity.fingerprint, key)
 
     @cached_property
     def importance(self) -> Importance | None:
