@@ -24,9 +24,18 @@ from ewq_gguf.pipeline.planning import (
 from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records import Plan, RulePolicy
 from ewq_gguf.stages.calibrating import make_imatrix, with_imatrix
-from ewq_gguf.stages.companions import companion_contents
-from ewq_gguf.stages.converting import base_file, check_base, convert_model
-from ewq_gguf.stages.finished_plan import as_planned, check_plan, check_weights
+from ewq_gguf.stages.commands import (
+    choices_given,
+    convert_commands,
+    quantize_commands,
+)
+from ewq_gguf.stages.converting import base_file, convert_model
+from ewq_gguf.stages.finished_plan import (
+    as_planned,
+    check_given,
+    check_plan,
+    check_weights,
+)
 from ewq_gguf.stages.importing import import_plan
 from ewq_gguf.stages.options import SILENT, Options, Progress, Silent
 from ewq_gguf.stages.presets import check_presets, preset_plans
@@ -45,13 +54,14 @@ __all__ = [
     "PlanSpec",
     "as_planned",
     "base_file",
-    "check_base",
+    "check_given",
     "check_layout",
+    "choices_given",
     "check_plan",
     "check_presets",
     "check_weights",
-    "companion_contents",
     "compare",
+    "convert_commands",
     "convert_model",
     "for_transformers",
     "import_plan",
@@ -66,6 +76,7 @@ __all__ = [
     "planned_file",
     "policy_measures",
     "preset_plans",
+    "quantize_commands",
     "scan",
     "with_imatrix",
 ]

@@ -17,6 +17,7 @@ from ewq_gguf.llamacpp.imatrix import importance_values
 from ewq_gguf.llamacpp.perturb import Perturbed
 from ewq_gguf.llamacpp.quant_error import error_of, quant_errors, sample
 from ewq_gguf.optimal.error_table import error_table
+from tests.checkpoints import write_llama
 from tests.gguf_files import Tiny
 
 pytest_plugins = ["tests.toolchain_fixtures"]
@@ -94,6 +95,27 @@ def test_the_command_takes_a_text_or_the_models_own_and_gives_the_same_bytes_aga
     assert main(argv) == 2
     assert "exists" in capsys.readouterr().err
     assert main([*given, "-o", str(text), "--calibration", str(text), "--force"]) == 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["imatrix", "M", "-o", "o.gguf"],
+        ["gguf", "M", "-o", "o.gguf", "--policy", "optimal", "--budget", "60%"],
+        ["plan", "M", "-o", "o.json", "--policy", "optimal", "--budget", "60%"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_text_that_is_not_there_is_said_before_any_work(
+    argv, own_cache, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "M")
+
+    assert main([*argv, "--calibration", "missing.txt"]) == 3
+
+    assert "missing.txt: cannot be read (No such file" in capsys.readouterr().err
+    assert not list(own_cache.glob("*/M-*.gguf"))
 
 
 # ggml's quantisers, errors, and bases that are moved.

@@ -272,7 +272,7 @@ def test_a_header_that_is_another_checkpoints_is_found(gemma, gemma_layout, tmp_
 def test_weights_that_are_split_and_unrolled_are_compared_as_well(toolchain, tmp_path):
     """Qwen2.5-VL: one qkv makes three tensors, one 3-D convolution two."""
     model = vision.write_qwen25vl(tmp_path / "qwen")
-    (beside,) = api.convert_model(api.Run(str(model)), tmp_path / "q.gguf", "BF16")
+    _, (beside,) = api.convert_model(api.Run(str(model)), tmp_path / "q.gguf", "BF16")
 
     assert (beside.found.n_sources, beside.found.n_tensors) == (42, 55)
     assert beside.found.n_equal == 55

@@ -354,7 +354,7 @@ def test_a_preset_as_a_plan_has_the_very_tensors_of_llama_quantize(
     out, own = tmp_path / "planned.gguf", tmp_path / "own.gguf"
     plan = api.plan(api.Run(deep.checkpoint), PresetPolicy(preset=preset))
     options = api.Options(load=False, n_threads=1)
-    api.planned_file(api.Run(deep.checkpoint, options), plan, deep.base, out)
+    api.planned_file(api.Run(deep.checkpoint, options), plan, out, base=deep.base)
     argv = [toolchain.tool("llama-quantize"), deep.base, own, preset]
     run(argv, stage="test", log_path=tmp_path / "log")
 

@@ -18,6 +18,7 @@ from ewq_gguf import api, store
 from ewq_gguf.api import Made, Options, make_gguf
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.checkpoint.source import open_checkpoint
+from ewq_gguf.cli import main
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.layout import cached_layout
 from ewq_gguf.process import run
@@ -491,3 +492,67 @@ def test_a_file_that_was_not_loaded_yet_is_loaded_when_it_is_asked_for(tiny, emp
     again = make_gguf(str(tiny.folder), out, policy)
     assert (first.verification.answer, again.is_reused) == (None, True)
     assert again.verification.answer is not None
+
+
+def test_a_file_whose_answer_was_empty_is_not_loaded_again(tiny, empty, own_cache):
+    out, policy = empty / "out.gguf", UniformPolicy(ggml_type="Q5_K")
+    first = make_gguf(str(tiny.folder), out, policy)
+    silent = first.verification.model_copy(update={"answer": ""})
+    record = own_cache / "verifications" / f"{first.plan.sha256}.json"
+    record.write_text(silent.to_json())
+
+    again = make_gguf(str(tiny.folder), out, policy)
+
+    assert (again.is_reused, again.verification.answer) == (True, "")
+
+
+def test_quantize_uses_a_file_again_as_gguf_does(tiny, empty, capsys):
+    out, plan = empty / "out.gguf", empty / "plan.json"
+    argv = ["quantize", "plan.json", str(tiny.base), "-o", "out.gguf", "--no-load"]
+    plan.write_text(tiny.plan("Q8_0").to_json())
+    assert main(argv) == 0
+    before = identity(out)
+
+    assert main(argv) == 0
+    assert "was there already, still valid" in capsys.readouterr().err
+    assert identity(out) == before
+
+    plan.write_text(tiny.plan("Q4_0").to_json())
+    assert main(argv) == 2
+    assert "made from another plan" in capsys.readouterr().err
+    assert identity(out) == before
+    assert main([*argv, "--force"]) == 0
+    assert out.stat().st_size < before[2]
+
+
+#: What a run is told beside the policy, and the commands that are told it too.
+REPEATED = {
+    "--threads 1": {"plan", "quantize"},
+    "--allow-nonfinite": {"plan"},
+    "--llama-cpp": {"convert", "plan", "quantize"},
+    "--no-load": {"convert", "quantize"},
+}
+
+
+def test_a_dry_run_prints_every_option_that_its_commands_take(
+    tmp_path, own_cache, toolchain, capsys
+):
+    folder = write_llama(tmp_path / "m", hidden=256, ffn=256)
+    argv = ["gguf", str(folder), "-q", "--dry-run", "--policy", "uniform:Q4_0"]
+    argv += ["--threads", "1", "--allow-nonfinite", "--no-load"]
+    argv += ["--llama-cpp", str(toolchain.bin_dir)]
+
+    assert main(argv) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    commands = {
+        line.split()[1]: line
+        for line in lines
+        if line.startswith("ewq ") and not line.startswith("ewq plan export ")
+    }
+    for option, names in REPEATED.items():
+        for name in names & commands.keys():
+            assert option in commands[name]
+    assert commands.keys() == {"convert", "plan"}
+    assert lines[-1].startswith(str(toolchain.bin_dir))
+    assert lines[-1].endswith(" 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isnan
 from pathlib import Path
@@ -30,7 +30,6 @@ from rich.progress import (
 from ewq_gguf.api import Options
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.cli import silence
-from ewq_gguf.plan.importance import IMATRIX_FILE
 from ewq_gguf.records import Record
 from ewq_gguf.size_text import size_text
 
@@ -158,6 +157,8 @@ imatrix_option = click.option(
     metavar="FILE",
     help="An importance matrix of the model, as llama-imatrix writes it.",
 )
+#: Options of one command's own output, and the model's adapters.
+_OWN = {"out", "force", "quiet", "as_json", "dry_run", "adapters"}
 #: What the converter is told beside the checkpoint's files.
 CHOICES = ("chat_template", "pre", "mtp")
 choice_options = all_of(
@@ -208,19 +209,24 @@ def explicit(names: Iterable[str]) -> list[str]:
     ]
 
 
-def chosen_options(options: Options, names: Iterable[str] = CHOICES) -> list[str]:
-    """Those of a run's choices that are not the defaults, each as a shell takes it."""
-    default = Options()
-    return [
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-        for name in names
-        if (value := getattr(options, name)) != getattr(default, name)
-    ]
+def typed_options(command: click.Command, without: Collection[str] = ()) -> str:
+    """The options that were given and another command takes too, for a shell.
 
-
-def imatrix_link(path: Path) -> str:
-    """The shell command that gives an importance matrix its name in every file."""
-    return shlex.join(["ln", "-s", str(path), IMATRIX_FILE])
+    Args:
+        command: the other command.
+        without: names of parameters that are not repeated; what a command writes,
+            forces or prints never is.
+    """
+    context, words = click.get_current_context(), list[str]()
+    for param in command.params:
+        name = str(param.name)
+        is_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if not is_given or name in {*without, *_OWN}:
+            continue
+        value = context.params[name]
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [max(param.opts, key=len), *([] if each is True else [str(each)])]
+    return "".join(f" {word}" for word in map(shlex.quote, words))
 
 
 def options_of(values: dict[str, Any]) -> Options:

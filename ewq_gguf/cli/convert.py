@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ewq_gguf import api, store
+from ewq_gguf import api
 from ewq_gguf.cli.common import (
     BarProgress,
     adapter_option,
     choice_options,
-    chosen_options,
     force_option,
     llama_cpp_option,
     mmproj_option,
@@ -22,9 +20,6 @@ from ewq_gguf.cli.common import (
     out_option,
     quiet_option,
 )
-from ewq_gguf.llamacpp.convert import base_type, convert_argv
-from ewq_gguf.llamacpp.converter import content_flags
-from ewq_gguf.llamacpp.convertible import check_is_no_gguf
 from ewq_gguf.report.companion_view import companion_line
 
 
@@ -54,28 +49,11 @@ def convert(
     A model that reads images or hears sounds gets its mmproj beside it.
     """
     progress = BarProgress(quiet=values["quiet"])
-    options = options_of(values)
-    run = api.Run(model, options, progress)
-    toolchain, checkpoint = run.toolchain, run.checkpoint
-    check_is_no_gguf(checkpoint)
-    ggml_type = base_type(checkpoint) if outtype == "auto" else outtype.upper()
-    name = checkpoint.identity.name
-    out = out or Path(f"{name}-{ggml_type}.gguf")
+    run = api.Run(model, options_of(values), progress)
     if dry_run:
-        flags = content_flags(checkpoint, "text")
-        argv = convert_argv(toolchain, checkpoint.folder, name, ggml_type, out, flags)
-        for option in chosen_options(options, ("chat_template", "pre")):
-            click.echo(f"# the converter has no option for {option}")
-        click.echo(shlex.join(["python3", *argv]))
-        for content in api.companion_contents(run):
-            click.echo(f"# and again with --{content} for what goes beside it")
+        click.echo("\n".join(api.convert_commands(run, out, outtype)))
         return
-    store.check_writable(out, "convert")
-    if not checkpoint.is_mapped_by_name:  # whether it is whole, before the long work
-        _ = run.layout
-    api.check_base(run, ggml_type)
-    if out.exists() and not values["force"]:
-        raise store.already_exists(out, "convert")
-    for each in api.convert_model(run, out, ggml_type):
+    out, companions = api.convert_model(run, out, outtype)
+    for each in companions:
         progress.note(companion_line(each.path, each.found))
     click.echo(out)

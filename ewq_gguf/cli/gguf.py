@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from ewq_gguf.cli.common import (
     BarProgress,
     adapter_option,
     choice_options,
-    chosen_options,
     console,
     explicit,
     force_option,
-    imatrix_link,
     imatrix_option,
     json_option,
     lattice_option,
@@ -32,7 +29,10 @@ from ewq_gguf.cli.common import (
     out_option,
     quiet_option,
     threads_option,
+    typed_options,
 )
+from ewq_gguf.cli.convert import convert
+from ewq_gguf.cli.plan import make as plan_command
 from ewq_gguf.cli.policy import (
     POLICY_OPTIONS,
     ask_of,
@@ -40,15 +40,13 @@ from ewq_gguf.cli.policy import (
     policy_options,
     raw_type_of,
 )
+from ewq_gguf.cli.quantize import quantize
 from ewq_gguf.llamacpp.export_script import exact_comment
-from ewq_gguf.llamacpp.quantize import quantize_argv
-from ewq_gguf.llamacpp.toolchain import find_toolchain
 from ewq_gguf.records import OptimalPolicy, Plan, RulePolicy, load_record
 from ewq_gguf.report.made_view import made_view
 
-#: What `ewq convert` and `ewq plan` are told too, beside the policy.
+#: Choices that `ewq convert` is told; a plan has those that it was made with.
 _CONVERTING = (*CHOICES, "mmproj")
-_PLANNING = ("no_lattice", "allow_nonfinite", "llama_cpp")
 
 
 @click.command()
@@ -141,12 +139,12 @@ def _dry_run(
             run, policy, raw_type=raw_type_of(params), budget=ask_of(params)
         )
         path = str(api.plan_file(plan))
-        typed = _typed((*POLICY_OPTIONS, *CHOICES, "imatrix", *_PLANNING))
+        typed = typed_options(plan_command)
         lines = [
             *_making_base(model, plan, given),
             f"ewq plan {_quoted(model, given)}{typed} -o {shlex.quote(path)}",
         ]
-    return "\n".join([*lines, *_making_file(model, out, plan, path, run.options)])
+    return "\n".join([*lines, *_making_file(run, model, out, plan, path)])
 
 
 def _quoted(model: str, options: api.Options) -> str:
@@ -160,48 +158,20 @@ def _making_base(model: str, plan: Plan, options: api.Options) -> list[str]:
     size = f"# {totals.file_size_bytes} bytes, {totals.bpw:.3f} bits per weight"
     if plan.model.is_gguf:
         return [size]
-    chosen = "".join(f" {each}" for each in chosen_options(options, _CONVERTING))
-    typed = _typed(("llama_cpp", "no_load"))
+    chosen = "".join(f" {each}" for each in api.choices_given(options, _CONVERTING))
+    typed = typed_options(convert, without=_CONVERTING)
     return [size, f"ewq convert {_quoted(model, options)}{chosen}{typed} -o base.gguf"]
 
 
 def _making_file(
-    model: str, out: Path | None, plan: Plan, path: str, options: api.Options
+    run: api.Run, model: str, out: Path | None, plan: Plan, path: str
 ) -> list[str]:
     """The commands from a plan and its base to the file."""
     base = model if plan.model.is_gguf else "base.gguf"
     to = str(out or "out.gguf")
-    if any(tensor.is_exact for tensor in plan.tensors):
-        imatrix = ["--imatrix", str(options.imatrix)] if plan.imatrix else []
-        command = shlex.join(["ewq", "quantize", path, base, "-o", to, *imatrix])
-        typed = _typed(("threads", "llama_cpp", "no_load"))
-        return [*exact_comment(plan).splitlines(), f"{command}{typed}"]
-    argv = quantize_argv(
-        plan,
-        find_toolchain(options.llama_cpp).tool("llama-quantize"),
-        base=base,
-        types="tensor-types.txt",
-        out=to,
-        n_threads=options.n_threads,
-    )
-    return [
-        f"ewq plan export {shlex.quote(path)} --format tensor-type-file "
-        "-o tensor-types.txt",
-        *([imatrix_link(options.imatrix)] if plan.imatrix and options.imatrix else []),
-        shlex.join(argv),
-    ]
-
-
-def _typed(names: Iterable[str]) -> str:
-    """Those of some options that were given, as they are typed."""
-    params = click.get_current_context().params
-    return "".join(
-        f" {name}" if value is True else f" {name} {shlex.quote(str(value))}"
-        for name in explicit(names)
-        for value in _each(params[name[2:].replace("-", "_")])
-    )
-
-
-def _each(value: Any) -> tuple[Any, ...]:
-    """The values of an option that may be given several times."""
-    return value if isinstance(value, tuple) else (value,)
+    if not any(tensor.is_exact for tensor in plan.tensors):
+        return api.quantize_commands(run, plan, path, base, to)
+    imatrix = ["--imatrix", str(run.options.imatrix)] if plan.imatrix else []
+    command = shlex.join(["ewq", "quantize", path, base, "-o", to, *imatrix])
+    typed = typed_options(quantize, without=["imatrix"])
+    return [*exact_comment(plan).splitlines(), f"{command}{typed}"]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ewq_gguf import store
+from ewq_gguf import api
 from ewq_gguf.cli.common import (
     PATH,
     BarProgress,
     force_option,
-    imatrix_link,
     imatrix_option,
     json_option,
     llama_cpp_option,
@@ -22,12 +20,6 @@ from ewq_gguf.cli.common import (
     quiet_option,
     threads_option,
 )
-from ewq_gguf.llamacpp.export_script import exact_comment
-from ewq_gguf.llamacpp.imatrix import check_imatrix
-from ewq_gguf.llamacpp.quantize import quantize as quantize_plan
-from ewq_gguf.llamacpp.quantize import quantize_argv
-from ewq_gguf.llamacpp.toolchain import find_toolchain
-from ewq_gguf.plan.check import check_sound
 from ewq_gguf.records import Plan, load_record
 from ewq_gguf.report.made_view import exact_lines
 
@@ -53,42 +45,17 @@ def quantize(
     **values: Any,
 ) -> None:
     """Write the GGUF of PLAN from BASE, and verify it; prints its path."""
-    options = options_of(values)
-    record = load_record(Plan, plan_path, "quantize")
-    check_sound(record)
     progress = BarProgress(quiet=values["quiet"])
-    if note := check_imatrix(record, options.imatrix):
-        progress.note(note)
-    toolchain = find_toolchain(options.llama_cpp)
+    run = api.Run(str(base), options_of(values), progress)
+    plan = load_record(Plan, plan_path, "quantize")
+    api.check_given(run, plan)
     if dry_run:
-        argv = quantize_argv(
-            record,
-            toolchain.tool("llama-quantize"),
-            base=str(base),
-            types="tensor-types.txt",
-            out=str(out),
-            n_threads=options.n_threads,
-        )
-        export = shlex.join(["ewq", "plan", "export", str(plan_path)])
-        click.echo(f"{export} --format tensor-type-file -o tensor-types.txt")
-        if options.imatrix:
-            click.echo(imatrix_link(options.imatrix))
-        click.echo(f"{exact_comment(record)}{shlex.join(argv)}")
+        paths = (str(plan_path), str(base), str(out))
+        click.echo("\n".join(api.quantize_commands(run, plan, *paths)))
         return
-    store.check_writable(out, "quantize")
-    if out.exists() and not options.force:
-        raise store.already_exists(out, "quantize")
-    with store.locked(out, stage="quantize"), progress.stage("quantize") as share:
-        verification = quantize_plan(
-            record,
-            base,
-            out,
-            toolchain,
-            n_threads=options.n_threads,
-            load=options.load,
-            imatrix=options.imatrix,
-            on_progress=share,
-        )
+    verification, is_reused = api.planned_file(run, plan, out, base=base)
+    if is_reused:
+        progress.note(f"{out} was there already, still valid")
     for line in exact_lines(verification):
         progress.note(line)
     click.echo(verification.to_json() if as_json else out, nl=not as_json)

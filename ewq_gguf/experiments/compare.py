@@ -121,7 +121,7 @@ def compare(
                     stage="plan",
                     force=options.force,
                 )
-                planned_file(run, version.plan, base, one.path)
+                planned_file(run, version.plan, one.path, base=base)
             _measure(one, options, progress)
             made.append(one)
         results = _timed(made, folder, options, progress)

@@ -86,7 +86,7 @@ def make_gguf(
     if isinstance(policy, Plan):
         run = as_planned(run, policy)
     else:
-        check_wish(policy, budget, has_imatrix=run.options.imatrix is not None)
+        check_wish(run.options, policy, budget)
     _ = run.toolchain  # a missing one is said before a model is downloaded
     check_is_local(run.checkpoint)
     inputs = [shard.path for shard in run.checkpoint.shards]
@@ -105,7 +105,7 @@ def make_gguf(
     presets = _preset_bytes(run)
     out = out or _file_name(made_plan, presets)
     store.check_distinct(out, inputs, "gguf")
-    verification, is_reused = _make(run, made_plan, out, plan_path)
+    verification, is_reused = planned_file(run, made_plan, out, plan_path=plan_path)
     return Made(
         path=out,
         plan=made_plan,
@@ -132,34 +132,38 @@ def _file_name(plan: Plan, preset_bytes: dict[str, int]) -> Path:
     return Path(f"{plan.model.name}-EWQ-{preset}.gguf")
 
 
-def _make(
-    run: Run, plan: Plan, out: Path, plan_path: Path | None
+def planned_file(
+    run: Run,
+    plan: Plan,
+    out: Path,
+    *,
+    base: Path | None = None,
+    plan_path: Path | None = None,
 ) -> tuple[Verification, bool]:
-    """The verified file of a plan, and whether it was there; the plan is written."""
-    with store.locked(out, stage="gguf"):
-        verification = _existing(plan, out, run.options)
-        if plan_path is not None:
-            force = run.options.force
-            store.write_text(plan_path, plan.to_json(), stage="plan", force=force)
-        if verification is not None:
-            return verification, True
-        return _quantized(run, plan, base_file(run), out), False
-
-
-def planned_file(run: Run, plan: Plan, base: Path, out: Path) -> Verification:
-    """The verified file of a plan, made from its base where it is not there yet.
+    """Make the verified file of a plan where it is not there yet.
 
     Args:
-        run: the options, with the plan's importance matrix.
-        plan: a plan of the base's model.
-        base: the base GGUF.
+        run: the model and the options, with the plan's importance matrix.
+        plan: a plan of the model.
         out: path of the file.
+        base: the base GGUF; None for the model's own, made on first use.
+        plan_path: where the plan is written; None writes none.
+
+    Returns:
+        What was checked in the file, and whether it was there already.
 
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
+    force = run.options.force
+    store.check_writable(out, "gguf")
     with store.locked(out, stage="gguf"):
-        return _existing(plan, out, run.options) or _quantized(run, plan, base, out)
+        verification = _existing(plan, out, run.options)
+        if plan_path is not None:
+            store.write_text(plan_path, plan.to_json(), stage="plan", force=force)
+        if verification is not None:
+            return verification, True
+        return _quantized(run, plan, base or base_file(run), out), False
 
 
 def layout_bytes(layout: Layout) -> int:
@@ -177,11 +181,13 @@ def _existing(plan: Plan, out: Path, options: Options) -> Verification | None:
         return None
     try:
         if read_gguf(out).kv.get("ewq.plan.sha256") == plan.sha256:
-            known = load_cached(Verification, _verification_path(plan), "verify")
-            is_damaged = known and known.file_sha256 != store.sha256_file(out)
+            verified = load_cached(Verification, _verification_path(plan), "verify")
+            is_damaged = verified and verified.file_sha256 != store.sha256_file(out)
             must_load = options.load and can_load()
-            if known and not is_damaged and (known.answer or not must_load):
-                return known
+            # An answer may be empty: the file was loaded, and is not again.
+            was_loaded = verified is not None and verified.answer is not None
+            if verified and not is_damaged and (was_loaded or not must_load):
+                return verified
             if not is_damaged:
                 return _keep(plan, verify_file(plan, out, load=options.load))
     except (VerificationError, InputError):

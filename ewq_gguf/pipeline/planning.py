@@ -32,7 +32,7 @@ from ewq_gguf.records import (
     Scan,
     UniformPolicy,
 )
-from ewq_gguf.stages.calibrating import with_imatrix
+from ewq_gguf.stages.calibrating import check_calibration, with_imatrix
 from ewq_gguf.stages.converting import check_planned
 from ewq_gguf.stages.options import Options
 from ewq_gguf.stages.presets import check_presets, preset_plan
@@ -66,7 +66,7 @@ def plan(
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
-    check_wish(policy, budget, has_imatrix=run.options.imatrix is not None)
+    check_wish(run.options, policy, budget)
     check_importance(run)
     if isinstance(policy, OptimalPolicy):
         assert budget is not None
@@ -80,17 +80,19 @@ def plan(
     return made
 
 
-def check_wish(
-    policy: RulePolicy, budget: SizeTarget | None, *, has_imatrix: bool
-) -> None:
+def check_wish(options: Options, policy: RulePolicy, budget: SizeTarget | None) -> None:
     """Refuse what a policy cannot do without, before any work.
 
     Raises:
         UsageError: it lacks a size, a matrix, or is a preset that nobody knows.
+        InputError: the text that an importance matrix is computed on cannot be read.
     """
+    has_imatrix = options.imatrix is not None
     check_policy(policy, has_budget=budget is not None, has_imatrix=has_imatrix)
     if isinstance(policy, PresetPolicy):
         check_presets([policy.preset], has_imatrix=has_imatrix)
+    if options.calibration is not None and not has_imatrix:
+        check_calibration(options.calibration)
 
 
 def check_importance(run: Run) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.bench.runner import CPU_SETUP
 from ewq_gguf.bench.writing import written_text
+from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.calibrate import STAGE, calibrate
 from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.llamacpp.imatrix import read_imatrix
@@ -39,6 +40,8 @@ def make_imatrix(
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
+    if calibration is not None:
+        check_calibration(calibration)
     checkpoint, toolchain, options = run.checkpoint, run.toolchain, run.options
     check_is_local(checkpoint)
     base = base_file(run)
@@ -69,6 +72,20 @@ def make_imatrix(
             with store.replacing(out, stage=STAGE) as temporary:
                 shutil.copyfile(path, temporary)
     return out or path, importance
+
+
+def check_calibration(text: Path) -> None:
+    """Refuse a text that cannot be read, before any work.
+
+    Raises:
+        InputError: there is no such file, or it cannot be opened.
+    """
+    try:
+        with text.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise InputError(STAGE, text, problem, "check the path") from error
 
 
 def with_imatrix(run: Run) -> Run:

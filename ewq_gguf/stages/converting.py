@@ -15,6 +15,7 @@ from ewq_gguf.checkpoint.overflow import (
 )
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.llamacpp.convert import base_type, convert, header_of
+from ewq_gguf.llamacpp.convertible import check_is_no_gguf
 from ewq_gguf.records import Plan, Scan
 from ewq_gguf.stages.choosing import naming_the_nearest
 from ewq_gguf.stages.companions import needs_companions, plan_companions
@@ -41,17 +42,46 @@ def base_file(run: Run) -> Path:
     return path
 
 
-def convert_model(run: Run, out: Path, outtype: str) -> tuple[CompanionFile, ...]:
+def base_target(run: Run, out: Path | None, outtype: str) -> tuple[Path, str]:
+    """Where a base GGUF is written, and its type.
+
+    Args:
+        run: the model and the options.
+        out: path of the base GGUF; None for `NAME-TYPE.gguf`.
+        outtype: `F16`, `BF16`, `F32`, or `auto` for the checkpoint's own.
+
+    Raises:
+        InputError: the model is a GGUF already.
+    """
+    check_is_no_gguf(run.checkpoint)
+    ggml_type = outtype.upper() if outtype != "auto" else base_type(run.checkpoint)
+    return out or Path(f"{run.identity.name}-{ggml_type}.gguf"), ggml_type
+
+
+def convert_model(
+    run: Run, out: Path | None = None, outtype: str = "auto"
+) -> tuple[Path, tuple[CompanionFile, ...]]:
     """Write the base GGUF and its companions.
 
     Args:
         run: the model and the options.
-        out: path of the base GGUF.
-        outtype: `F16`, `BF16` or `F32`.
+        out: path of the base GGUF; None for `NAME-TYPE.gguf`.
+        outtype: `F16`, `BF16`, `F32`, or `auto` for the checkpoint's own.
+
+    Returns:
+        The base GGUF, and the files beside it.
 
     Raises:
         EwqError: of the stage that failed, with what to do.
     """
+    _ = run.toolchain  # a missing one is said before a model is downloaded
+    out, outtype = base_target(run, out, outtype)
+    store.check_writable(out, "convert")
+    if not run.checkpoint.is_mapped_by_name:
+        _ = run.layout  # whether it is whole, before the long work
+    check_base(run, outtype)
+    if out.exists() and not run.options.force:
+        raise store.already_exists(out, "convert")
     companions = []
     if needs_companions(run):
         companions = plan_companions(run, run.layout)
@@ -60,7 +90,7 @@ def convert_model(run: Run, out: Path, outtype: str) -> tuple[CompanionFile, ...
         warnings = _convert(run, out, outtype)
     for warning in warnings:
         run.progress.note(f"llama.cpp's converter: {warning}")
-    return place_companions(run, companions, out)
+    return out, place_companions(run, companions, out)
 
 
 def _convert(run: Run, out: Path, outtype: str) -> list[str]:

@@ -20,10 +20,19 @@ def as_planned(run: Run, plan: Plan) -> Run:
         InputError: the plan contradicts itself, or its chat template or importance
             matrix is not given.
     """
+    check_given(run, plan)
+    return chosen_as(run, plan)
+
+
+def check_given(run: Run, plan: Plan) -> None:
+    """Refuse a plan that contradicts itself, or any importance matrix but its own.
+
+    Raises:
+        InputError: naming what is wrong, or missing.
+    """
     check_sound(plan)
     if note := check_imatrix(plan, run.options.imatrix):
         run.progress.note(note)
-    return chosen_as(run, plan)
 
 
 def chosen_as(run: Run, plan: Plan) -> Run:
