@@ -150,15 +150,16 @@ def test_rounding_is_what_a_file_loses_beyond_its_values(
     prober = Prober(tiny.base, request_, toolchain.lib_dir, Options(), SILENT)
     subject = replace(subject_of(tiny), raw_type=raw_type)
     ups = [t.name for t in tiny.layout.tensors if "ffn_up" in t.name]
-    tried = {name: [raw_type, "Q8_0", "Q4_0", "Q4_K"] for name in ups}
+    tried = {name: [raw_type, "Q8_0", "Q4_0", "NVFP4", "Q4_K"] for name in ups}
 
     assert measured_rounding(prober, toolchain, subject, tried, 0.0) == {}
     found = measured_rounding(prober, toolchain, subject, tried, 600.0)
 
     assert found.keys() == set(ups)
     for one in found.values():
-        assert one.keys() == {"Q8_0", "Q4_0", "Q4_K"}  # 16 bits are not rounded
-        assert one["Q8_0"] == one["Q4_0"]
+        assert one.keys() == {"Q8_0", "Q4_0", "NVFP4", "Q4_K"}  # 16 bits are not
+        # NVFP4 has blocks of 64, its input is rounded as that of types of 32.
+        assert one["Q8_0"] == one["Q4_0"] == one["NVFP4"]
     # All of the role: one file of llama-quantize beside one probe. What other 16 bits
     # than the base's cost all the other tensors is no role's.
     raw = {tensor.name: raw_type for tensor in quantizable(subject)}

@@ -1,8 +1,8 @@
 """What rounding a layer's input costs, beside what the weights lose.
 
-llama.cpp rounds the input of quantised weights to 8 bits: on a CPU by blocks of 32 for
-types of such blocks, and of 256 for the others, where one massive activation costs all
-its neighbours more. A file that has one group of tensors in a type that holds its
+llama.cpp rounds the input of quantised weights to 8 bits: on a CPU by blocks of 256 for
+types of such blocks, where one massive activation costs all its neighbours more, and of
+32 for the others. A file that has one group of tensors in a type that holds its
 weights nearly exactly shows that, beside the same values in a base of 16 bits.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ewq_gguf.errors import ResourceError
-from ewq_gguf.ggml_types import block_size
+from ewq_gguf.ggml_types import activation_block, finest_types
 from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.optimal.candidate_types import quantizable
 from ewq_gguf.optimal.probes import Prober
@@ -25,8 +25,8 @@ from ewq_gguf.stages.candidate_files import measure_plans, types_sha256
 
 Rounding = dict[str, dict[str, float]]
 
-#: By the length of its blocks: the type that holds weights best.
-_FINEST = {32: "Q8_0", 256: "Q6_K"}
+#: The type whose weights are nearest to exact, by activations that share a scale.
+_FINEST = finest_types()
 #: A group that costs less of the whole is not looked into.
 _LEAST_SHARE = 0.04
 #: Groups that are halved before the clock is looked at again.
@@ -105,14 +105,14 @@ def measured_rounding(
     rounding: Rounding = {}
     for (group, finest), cost in leaves.items():
         for name in group:
-            types = _fitting(tried[name], block_size(finest))
+            types = _fitting(tried[name], activation_block(finest))
             known = dict.fromkeys(types, cost / len(group))
             rounding[name] = rounding.get(name, {}) | known
     return rounding
 
 
 def _fitting(types: Collection[str], length: int) -> list[str]:
-    return [ggml_type for ggml_type in types if block_size(ggml_type) == length]
+    return [ggml_type for ggml_type in types if activation_block(ggml_type) == length]
 
 
 def _costs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -66,20 +66,18 @@ def error_table(
             name: tuple(t for t in of_tensor if f"{name} {t}" not in errors)
             for name, of_tensor in quantised.items()
         }
-        n_missing = sum(map(len, missing.values()))
-        if n_missing:
-            job = ErrorJob(
-                base=str(base.absolute()),
-                lib_dir=str(lib_dir.absolute()),
-                imatrix=str(options.imatrix.absolute()) if options.imatrix else None,
-                types={name: left for name, left in missing.items() if left},
-                share=share,
-                n_threads=options.n_threads,
-                journal=str(journal),
-                failure=str(journal.with_suffix(".failure")),
-            )
-            with progress.stage(f"errors of {n_missing} types") as tell:
-                _run(job, lambda n_done: tell(n_done / n_missing))
+        job = ErrorJob(
+            base=str(base.absolute()),
+            lib_dir=str(lib_dir.absolute()),
+            imatrix=str(options.imatrix.absolute()) if options.imatrix else None,
+            types={name: left for name, left in missing.items() if left},
+            share=share,
+            n_threads=options.n_threads,
+            journal=str(journal),
+            failure=str(journal.with_suffix(".failure")),
+        )
+        if job.types:
+            _run(job, progress)
             errors = read_journal(journal, QuantError)
     return {
         name: {
@@ -92,27 +90,32 @@ def error_table(
     }
 
 
-def _run(job: ErrorJob, tell: Callable[[int], None]) -> None:
+def _run(job: ErrorJob, progress: Progress) -> None:
     """Run the child that measures.
 
     Raises:
         EwqError: the child's own, or what ended it and at which tensor and type.
     """
+    n_types = sum(map(len, job.types.values()))
     running: dict[str, str] = {}
-    done: set[str] = set()
+    n_done = 0
 
     def hear(line: str) -> None:
+        nonlocal n_done
         if line.startswith(BEGIN):
             name, _, ggml_type = line.removeprefix(BEGIN).rpartition(" ")
             running[name] = ggml_type
         elif line.startswith(DONE):
-            done.add(line)
+            n_done += 1
             running.pop(line.removeprefix(DONE).rpartition(" ")[0], None)
-            tell(len(done))
+            tell(n_done / n_types)
 
     base, failure = Path(job.base), Path(job.failure)
     failure.unlink(missing_ok=True)  # of a run whose parent was killed
-    with store.work_dir(Path(job.journal), stage=STAGE) as folder:
+    with (
+        progress.stage(f"errors of {n_types} types") as tell,
+        store.work_dir(Path(job.journal), stage=STAGE) as folder,
+    ):
         file = folder / "job.json"
         file.write_text(job.model_dump_json(), encoding="utf-8")
         argv = python_argv("ewq_gguf.optimal.error_table_child", file)

@@ -26,7 +26,7 @@ BEGIN, DONE = "begin ", "done "
 
 
 class ErrorJob(Part):
-    """What the child is to measure.
+    """Tensors and types that the child measures.
 
     Attributes:
         base: Path of the base GGUF.

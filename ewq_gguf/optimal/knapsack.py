@@ -255,11 +255,9 @@ class _BranchAndBound:
             gains[:, :-1][items[:, None] == items] = np.inf
             if not gains.size or gains.min() >= 0:
                 break
-            first, second = np.unravel_index(gains.argmin(), gains.shape)
-            for move in (
-                moves[[first, second]] if second < len(moves) else [moves[first]]
-            ):
-                options[move // n_options] = move % n_options
+            pair = np.unravel_index(gains.argmin(), gains.shape)
+            chosen = [int(i) for i in pair if i < len(moves)]
+            options[items[chosen]] = new[chosen]
         cost = float(self._costs[rows, options].sum())
         if cost < self.best_cost and all(
             usage[rows, options].sum() <= limit
