@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ewq_gguf import disk
-from ewq_gguf.errors import ChildError, ResourceError, ToolError, printable
+from ewq_gguf.errors import ChildError, ResourceError, ToolError, UsageError, printable
 
 LOG_TAIL_LINES = 20
 
@@ -30,6 +30,9 @@ N_CPUS = (
     if hasattr(os, "sched_getaffinity")
     else os.cpu_count() or 1
 )
+#: Seconds that a child may take without progress, in the environment.
+TIMEOUT_VARIABLE = "EWQ_CHILD_TIMEOUT"
+_TIMEOUT_SECONDS = 1800.0
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 #: ggml starts a debugger where it aborts, which would have the last word.
 _NO_DEBUGGER = {"GGML_NO_BACKTRACE": "1"}
@@ -37,6 +40,29 @@ _CGROUP = Path("/sys/fs/cgroup")
 _STOP_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _CRASH = "Fatal Python error: "
+
+
+def stall_seconds(stage: str) -> float:
+    """Seconds that a child may take without progress: EWQ_CHILD_TIMEOUT, else 1800.
+
+    A forward pass of a large model takes minutes on a slow machine.
+
+    Args:
+        stage: the stage that an error is reported under.
+
+    Raises:
+        UsageError: the variable holds no number above 0.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE) or str(_TIMEOUT_SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(
+            stage, TIMEOUT_VARIABLE, f"{text!r} is no time", "give seconds, as in 7200"
+        )
+    return seconds
 
 
 def run(

@@ -146,21 +146,25 @@ def test_what_was_finished_before_a_worker_died_is_kept(tiny, text, toolchain):
 @pytest.mark.fault(79)
 def test_a_child_without_progress_is_ended(monkeypatch, bench):
     """It waits for a worker that never answers: a second instead of half an hour."""
-
-    def argv(_module, job):
-        code = (
-            "import sys; from pathlib import Path; from ewq_gguf.bench import child; "
-            f"child._STALL_SECONDS = 1; sys.exit(child.main(Path({str(job)!r})))"
-        )
-        return [sys.executable, "-c", code]
-
-    monkeypatch.setattr(runner, "python_argv", argv)
+    monkeypatch.setenv("EWQ_CHILD_TIMEOUT", "1")
     with answering(b"") as address:
         code, err = bench("--rpc", address)
 
     assert code == 5
-    assert "made no progress for 0:00:01 and was ended" in err.splitlines()[0]
+    first, *_ = err.splitlines()
+    assert "made no progress for 0:00:01 and was ended" in first
+    assert "set EWQ_CHILD_TIMEOUT to more seconds" in first
     assert not psutil.Process().children()
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-5", "nan", "inf"])
+def test_a_timeout_that_is_no_time_is_refused_at_once(monkeypatch, bench, value):
+    monkeypatch.setenv("EWQ_CHILD_TIMEOUT", value)
+
+    code, err = bench()
+
+    assert code == 2
+    assert f"EWQ_CHILD_TIMEOUT: {value!r} is no time" in err
 
 
 @pytest.mark.fault(80)

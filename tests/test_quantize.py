@@ -379,6 +379,15 @@ def test_a_file_that_cannot_be_loaded_is_found(mixed, made, tmp_path):
     assert "log is " in caught.value.remedy
 
 
+@pytest.mark.fault(79)
+def test_loading_a_file_that_never_ends_is_ended(mixed, made, monkeypatch):
+    monkeypatch.setenv("EWQ_CHILD_TIMEOUT", "0.01")
+
+    with pytest.raises(ChildError, match="took longer than") as caught:
+        verify_file(mixed, made)
+    assert "EWQ_CHILD_TIMEOUT" in caught.value.remedy
+
+
 @pytest.mark.fault(59)
 def test_weights_that_are_nan_are_found_by_loading(tiny, toolchain, tmp_path):
     plan = tiny.plan("F16")

@@ -17,9 +17,10 @@ import pytest
 from numpy.typing import NDArray
 
 from ewq_gguf.api import Run, base_file
+from ewq_gguf.bench import reference_run
 from ewq_gguf.bench.engines.scorer import Batch
 from ewq_gguf.bench.reference_file import KEY, read_reference
-from ewq_gguf.bench.reference_run import make_reference
+from ewq_gguf.bench.reference_run import cached_reference, make_reference
 from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.bench.texts.quality import Named, check_stored, score_text
 from ewq_gguf.bench.texts.scoring import divergence, largest_error
@@ -341,6 +342,54 @@ def test_a_truncated_reference_is_refused(tiny, made, request_, tmp_path):
     path.write_bytes(made.read_bytes()[:-100])
     with pytest.raises(VerificationError, match="truncated"):
         bench_file(tiny.base, replace(request_, base=path), silent)
+
+
+class Making:
+    """Counts how often a reference has to be made."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    @contextmanager
+    def __call__(self):
+        self.n += 1
+        yield silent
+
+
+def test_the_cache_keeps_a_reference_by_what_it_depends_on(
+    tiny, request_, tmp_path, own_cache, monkeypatch
+):
+    monkeypatch.setenv("EWQ_CACHE", str(tmp_path))
+    making = Making()
+    path = cached_reference(tiny.base, request_, making)
+
+    other = replace(
+        request_, tasks=("perplexity", "kld"), base=tiny.base, n_repeats=9, n_prompt=7
+    )
+    assert cached_reference(tiny.base, other, making) == path
+    assert making.n == 1
+    shorter = replace(request_, n_chunks=5)
+    assert cached_reference(tiny.base, shorter, making) != path
+    assert making.n == 2
+
+
+def test_a_refusal_is_forgotten_with_the_llama_cpp_that_gave_it(
+    tiny, request_, tmp_path, own_cache, monkeypatch
+):
+    monkeypatch.setenv("EWQ_CACHE", str(tmp_path))
+
+    def refuse(*_args):
+        raise InputError("bench", "base", "cannot be recomputed", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_run, "make_reference", refuse)
+        assert cached_reference(tiny.base, request_, Making()) is None
+    making = Making()
+    assert cached_reference(tiny.base, request_, making) is None
+    assert making.n == 0  # it would take a whole pass to find out
+    monkeypatch.setattr(reference_run, "LLAMA_CPP_COMMIT", "another")
+    cached_reference(tiny.base, request_, making)
+    assert making.n == 1
 
 
 def rewritten(path: Path, out: Path, change) -> Path:

@@ -17,6 +17,7 @@ import psutil
 from ewq_gguf.bench.engines.llama import LlamaModel, Log
 from ewq_gguf.bench.engines.load import load
 from ewq_gguf.bench.engines.nvml import gpu_bytes
+from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.job import (
     Failure,
     Job,
@@ -41,6 +42,7 @@ from ewq_gguf.errors import EwqError, VerificationError, printable
 from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.imatrix import importance_values
 from ewq_gguf.llamacpp.perturb import Perturbed
+from ewq_gguf.process import stall_seconds
 from ewq_gguf.records import (
     Result,
     RunPart,
@@ -48,9 +50,6 @@ from ewq_gguf.records import (
 )
 from ewq_gguf.records.base import Part
 from ewq_gguf.records.probe import ProbePart
-
-#: The longest without progress: a forward pass of a large model on a slow machine.
-_STALL_SECONDS = 1800
 
 
 def main(path: Path) -> int:
@@ -156,7 +155,7 @@ def _reference(job: Job, asked: ReferenceRequest, model: LlamaModel) -> None:
 
 def _tell(share: float) -> None:
     """Say how far it is; and end the process, should it never say so again."""
-    faulthandler.dump_traceback_later(_STALL_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(stall_seconds(STAGE), exit=True)
     rss_bytes = psutil.Process().memory_info().rss
     sys.stdout.write(progress_line(share, rss_bytes, gpu_bytes()))
     sys.stdout.flush()

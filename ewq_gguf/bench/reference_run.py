@@ -14,8 +14,12 @@ from ewq_gguf.bench.job import Job, ReferenceRequest
 from ewq_gguf.bench.reference_file import is_made_of, read_reference
 from ewq_gguf.bench.runner import OnProgress, Request, run_job
 from ewq_gguf.errors import InputError, VerificationError
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.records import BenchParameters, Reference
+
+#: Fields of BenchParameters that a reference depends on, as `is_made_of` compares them.
+_MATTERS = {"setup", "texts", "n_ctx", "n_chunks", "is_lines"}
 
 
 def make_reference(
@@ -72,7 +76,9 @@ def cached_reference(
         EwqError: as of `make_reference`.
     """
     asked, model = _asked(request), identify(base)
-    key = store.sha256_text(f"{model.sha256} {asked.model_dump_json()}")
+    # Only what the file depends on, so that every command finds the same one.
+    matters = asked.model_dump_json(include=_MATTERS)
+    key = store.sha256_text(f"{model.sha256} {LLAMA_CPP_COMMIT} {matters}")
     path = store.cache_dir("references") / f"{key[:32]}.gguf"
     with store.locked(path, stage=STAGE, wait=True):
         try:

@@ -38,7 +38,13 @@ from ewq_gguf.errors import (
 from ewq_gguf.llamacpp.failures import explain_failure
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.verify import check_bindings
-from ewq_gguf.process import N_CPUS, python_argv, run
+from ewq_gguf.process import (
+    N_CPUS,
+    TIMEOUT_VARIABLE,
+    python_argv,
+    run,
+    stall_seconds,
+)
 from ewq_gguf.records import (
     BenchedFile,
     BenchParameters,
@@ -184,6 +190,7 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
         ResourceError: memory ran out.
     """
     check_bindings(STAGE)
+    stall_seconds(STAGE)  # a wrong one is said before anything is read
     asked = request.parameters()
     file = identify(path, request.plan)
     base = _base(request, asked)
@@ -320,6 +327,9 @@ def run_job(job: Job, on_progress: OnProgress) -> None:
             log = error.log_path.read_text(errors="replace") if error.log_path else ""
             if stalled := stalled_for(log):
                 error.problem = f"made no progress for {stalled} and was ended"
+                error.remedy = (
+                    f"where the machine is slow, set {TIMEOUT_VARIABLE} to more seconds"
+                )
             workers = ", ".join(job.parameters.setup.rpc)
             if workers:
                 error.problem += f"; its RPC workers: {workers}"

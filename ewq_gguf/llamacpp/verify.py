@@ -14,12 +14,14 @@ from ewq_gguf.llamacpp.failures import explain_failure
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.self_test import can_load as can_load
 from ewq_gguf.plan.importance import file_keys
-from ewq_gguf.process import python_argv, run
+from ewq_gguf.process import TIMEOUT_VARIABLE, python_argv, run, stall_seconds
 from ewq_gguf.records import Exactness, Plan, Verification, VerifiedTensor
 
 #: What a file is asked when it is loaded.
 PROMPT = "The capital of France is"
 _N_TOKENS = 8
+#: Bytes per second that a file is read at, at least.
+_SLOWEST_DISK = 20e6
 
 
 def verify_file(
@@ -135,9 +137,13 @@ def _answer(path: Path) -> str:
                 stage="verify",
                 log_path=log_path,
                 env={"PYTHONSAFEPATH": "1"},  # the working folder may hold any code
+                timeout_seconds=stall_seconds("verify")
+                + path.stat().st_size / _SLOWEST_DISK,
             )
     except ChildError as error:
         error.subject = printable(path)
+        if "took longer" in error.problem:
+            error.remedy = f"set {TIMEOUT_VARIABLE} to more seconds, or check the disk"
         error.problem = f"is what its plan says, and does not load: {error.problem}"
         raise explain_failure(error) from error
     result = json.loads(next(x for x in reversed(text.splitlines()) if x[:1] == "{"))
