@@ -77,9 +77,10 @@ def gemma_layout(gemma, session_cache, toolchain) -> CompanionLayout:
 
 def left_out(model: Path, layout=None, **options) -> list[str]:
     """What is said of a checkpoint whose images go nowhere."""
-    notes = Notes()
-    run = api.Run(str(model), Options(**options), notes)
-    assert plan_companions(run, layout or run.layout) == []
+    run, notes = api.Run(str(model), Options(**options)), Notes()
+    layout = layout or run.layout
+    run.progress = notes
+    assert plan_companions(run, layout) == []
     return notes.texts
 
 
