@@ -20,6 +20,7 @@ from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.process import run
 from ewq_gguf.records import AdapterIdentity, ModelIdentity, UniformPolicy
 from ewq_gguf.stages.companions import say_heads
+from ewq_gguf.tensor_names import ARCHITECTURES
 from tests.checkpoints import write_llama
 from tests.families import FAMILIES, write_family
 
@@ -450,6 +451,33 @@ def test_heads_that_config_promises_and_nobody_has_are_left_out(
     assert found == dropped == apart
 
 
+def test_heads_that_nobody_has_need_no_llama_cpp_where_names_say_all(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("EWQ_CACHE", str(tmp_path / "empty"))
+    model = write_llama(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 1
+    (model / "config.json").write_text(json.dumps(config))
+
+    assert api.scan(api.Run(str(model))).model.chosen == {}
+
+
+def test_no_family_that_is_mapped_by_name_has_a_converter_of_heads(toolchain, tmp_path):
+    code = (
+        "import sys\nfrom conversion import get_model_class\n"
+        "print([n for n in sys.argv[1:] if get_model_class(n).supports_mtp_export])"
+    )
+    text = run(
+        [sys.executable, "-c", code, *ARCHITECTURES],
+        stage="test",
+        log_path=tmp_path / "log",
+        env=toolchain.converter_env(),
+    )
+
+    assert text.splitlines()[-1] == "[]"
+
+
 def test_heads_that_the_converter_cannot_set_apart_are_said(toolchain, tmp_path):
     model = write_family(tmp_path / "model", "DeepSeek V3")
 
@@ -467,6 +495,20 @@ def test_a_model_without_heads_has_none_to_drop(tmp_path):
 
 
 # What is kept of a choice.
+
+
+def test_what_changes_no_tensor_scans_nothing_again(tmp_path, own_cache, toolchain):
+    model, template = write_llama(tmp_path / "model"), tmp_path / "mine.jinja"
+    template.write_text(TEMPLATE)
+    first = api.scan(api.Run(str(model)))
+    scans = sorted((own_cache / "scans").iterdir())
+
+    options = Options(chat_template=template, pre="qwen2")
+    second = api.scan(api.Run(str(model), options))
+
+    assert sorted((own_cache / "scans").iterdir()) == scans
+    assert second.model.chosen.keys() == {"chat_template", "pre"}
+    assert second == first.model_copy(update={"model": second.model})
 
 
 def test_a_model_without_a_choice_is_recorded_as_before():

@@ -78,6 +78,14 @@ def with_choices(
     return replace(checkpoint, identity=identity, small_files=files, opened="")
 
 
+def same_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with those choices alone that decide which tensors there are."""
+    chosen = {k: v for k, v in checkpoint.identity.chosen.items() if k == "mtp"}
+    files = {k: v for k, v in checkpoint.small_files.items() if k != _TEMPLATE_NAME}
+    identity = checkpoint.identity.model_copy(update={"chosen": chosen})
+    return replace(checkpoint, identity=identity, small_files=files, opened="")
+
+
 @contextmanager
 def naming_the_nearest(
     checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress
@@ -137,6 +145,8 @@ def _leaves_heads_out(
         progress.note(f"--mtp {options.mtp}: the model has no heads to leave out")
     if (heads and options.mtp == "keep") or not (heads or n_promised):
         return False
+    if not heads and checkpoint.is_mapped_by_name:
+        return False  # no converter of these families writes heads
     can = can_leave_heads_out(checkpoint, toolchain())
     if not heads:
         if can:

@@ -19,6 +19,7 @@ from ewq_gguf.records import (
     open_journal,
     read_journal,
 )
+from ewq_gguf.stages.choosing import same_tensors
 from ewq_gguf.stages.run import Run
 
 
@@ -48,13 +49,14 @@ def scan(
     checkpoint, measures = run.checkpoint, measures or Measures()
     layout = None if checkpoint.is_mapped_by_name else run.layout
     key = store.sha256_text(
-        f"{__version__} {checkpoint.signature} {measures.model_dump_json()} "
+        f"{__version__} {same_tensors(checkpoint).signature} "
+        f"{measures.model_dump_json()} "
         f"{run.options.allow_nonfinite} {part} {run.toolchain.key if layout else ''}"
     )
     path = store.cache_dir("scans") / f"{key[:32]}.json"
     with store.locked(path, stage="scan", wait=True):
         if (cached := load_cached(Scan, path, "scan")) is not None:
-            return cached
+            return cached.model_copy(update={"model": checkpoint.identity})
         journal = path.with_suffix(".journal")
         measured = read_journal(journal, TensorScan)
         if measured:
