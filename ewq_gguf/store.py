@@ -11,15 +11,19 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
 from ewq_gguf.disk import advice, cache_root, is_full
 from ewq_gguf.errors import LockedError, ResourceError, UsageError
 
+F = TypeVar("F", bound=Callable[..., Any])
 _HASH_CHUNK_BYTES = 8 << 20
 _WRITABLE = "that can be written"
 
@@ -125,6 +129,47 @@ def sha256_file(path: Path) -> str:
 def sha256_text(text: str) -> str:
     """SHA-256 of a text in UTF-8, as hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_key(*parts: object) -> str:
+    """SHA-256 over everything that a cached file depends on, as hexadecimal."""
+    return sha256_text(" ".join(map(str, parts)))
+
+
+#: Two writes within the tick of a file system's clock leave a file the same times.
+_CLOCK_TICK_NS = 2_000_000_000
+
+
+def read_once(maxsize: int) -> Callable[[F], F]:
+    """Let a function that reads a file remember its result while the file stays so.
+
+    A file that was written a moment ago is read again: another write may leave it the
+    same size and times.
+
+    Args:
+        maxsize: files whose results are remembered, the latest.
+    """
+
+    def decorate(read: F) -> F:
+        @lru_cache(maxsize)
+        def remembered(_state: object, path: Path, **more: Any) -> Any:
+            return read(path, **more)
+
+        @wraps(read)
+        def read_or_remember(path: Path, **more: Any) -> Any:
+            try:
+                found = path.stat()
+            except OSError:
+                return read(path, **more)
+            times = found.st_mtime_ns, found.st_ctime_ns
+            if time.time_ns() - max(times) < _CLOCK_TICK_NS:
+                return read(path, **more)
+            state = (path.absolute(), found.st_ino, found.st_size, times)
+            return remembered(state, path, **more)
+
+        return cast(F, read_or_remember)
+
+    return decorate
 
 
 def write_text(path: Path, text: str, *, stage: str, force: bool = False) -> bool:

@@ -466,3 +466,41 @@ def test_what_is_no_regular_file_is_never_replaced(folder, kind):
     assert path.lstat().st_ino == before.st_ino
     if kind == "link":
         assert (folder / "a.json").read_text() == "old"
+
+
+# What is remembered of a file.
+
+
+def test_an_unchanged_file_is_read_once_and_another_content_again(
+    tmp_path, monkeypatch
+):
+    reads = []
+
+    @store.read_once(4)
+    def read(path, *, upper=False):
+        reads.append(path.name)
+        return path.read_text().upper() if upper else path.read_text()
+
+    file, later = tmp_path / "file", time.time_ns() + 60_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    file.write_text("one")
+    assert [read(file), read(file), read(file, upper=True)] == ["one", "one", "ONE"]
+    assert len(reads) == 2
+
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    time.sleep(0.05)  # more than a tick of the file system's clock
+    file.write_text("two")
+    os.utime(file, ns=times)
+    assert read(file) == "two"
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        read(file)
+
+
+def test_a_file_that_was_written_a_moment_ago_is_read_again(tmp_path):
+    (tmp_path / "file").write_text("one")
+    read = store.read_once(4)(Path.read_text)
+
+    assert read(tmp_path / "file") == "one"
+    (tmp_path / "file").write_text("two")
+    assert read(tmp_path / "file") == "two"

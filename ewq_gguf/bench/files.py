@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from pathlib import Path
 
 from ewq_gguf import store
@@ -97,14 +96,10 @@ def identify_base(path: Path, asked: BenchParameters) -> BenchedFile:
 
 def _hashed(path: Path) -> BenchedFile:
     parts = parts_of(path)
-    stats = [part.stat() for part in parts]
-    hashes = [
-        _sha256(part, stat.st_size, stat.st_mtime_ns)
-        for part, stat in zip(parts, stats, strict=True)
-    ]
+    hashes = [_sha256(part) for part in parts]
     return BenchedFile(
         name=path.name,
-        size_bytes=sum(stat.st_size for stat in stats),
+        size_bytes=sum(part.stat().st_size for part in parts),
         sha256=hashes[0] if len(hashes) == 1 else store.sha256_text(" ".join(hashes)),
     )
 
@@ -115,11 +110,7 @@ def _identify_folder(path: Path) -> BenchedFile:
     if not weights or not (path / "config.json").is_file():
         problem = "holds no config.json, or no *.safetensors"
         raise InputError(STAGE, path, problem, "give the folder of a checkpoint")
-    stats = [file.stat() for file in files]
-    hashes = [
-        f"{file.name} {_sha256(file, stat.st_size, stat.st_mtime_ns)}"
-        for file, stat in zip(files, stats, strict=True)
-    ]
+    hashes = [f"{file.name} {_sha256(file)}" for file in files]
     return BenchedFile(
         name=model_name(path),
         size_bytes=sum(file.stat().st_size for file in weights),
@@ -127,10 +118,8 @@ def _identify_folder(path: Path) -> BenchedFile:
     )
 
 
-@lru_cache(maxsize=64)
-def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
-    """The base of many files is hashed once."""
-    return store.sha256_file(path)
+#: The base of many files is hashed once.
+_sha256 = store.read_once(64)(store.sha256_file)
 
 
 def parts_of(path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
-from ewq_gguf import ggml_types
+from ewq_gguf import ggml_types, store
 from ewq_gguf.errors import VerificationError, printable
 
 _SCALARS = {
@@ -108,8 +108,9 @@ class GgufFile:
         return min(n_tokens, self.n_ctx_train or n_tokens)
 
 
+@store.read_once(16)
 def read_gguf(path: Path, *, header_only: bool = False) -> GgufFile:
-    """Read and check a GGUF file's header.
+    """Read and check a GGUF file's header; of an unchanged file once.
 
     Args:
         path: the file.

@@ -35,8 +35,9 @@ _REMEDY = (
 )
 
 
+@store.read_once(4)
 def read_imatrix(path: Path) -> Importance:
-    """Read and check an importance matrix.
+    """Read, check and hash an importance matrix; of an unchanged file once.
 
     Raises:
         InputError: it is none, or llama-quantize could not use it.

@@ -111,8 +111,9 @@ def preset_types(
         ToolError, InputError, ChildError: as of `layout_of`.
     """
     matrix = store.sha256_file(imatrix) if imatrix else None
-    key = f"{checkpoint.identity.fingerprint} {toolchain.key} {matrix} {presets}"
-    path = store.cache_dir("layouts") / f"{store.sha256_text(key)[:32]}.json"
+    fingerprint = checkpoint.identity.fingerprint
+    key = store.cache_key(fingerprint, toolchain.key, matrix, presets)
+    path = store.cache_dir("layouts") / f"{key[:32]}.json"
     if (known := load_cached(PresetTypes, path, "plan")) is not None:
         return known.types
     with _header(checkpoint, toolchain) as base:
@@ -223,7 +224,7 @@ def cached_layout(model_fingerprint: str, toolchain_key: str) -> Layout | None:
 
 def layout_path(model_fingerprint: str, toolchain_key: str) -> Path:
     """Where a layout is cached."""
-    name = store.sha256_text(f"{model_fingerprint} {toolchain_key}")[:32]
+    name = store.cache_key(model_fingerprint, toolchain_key)[:32]
     return store.cache_dir("layouts") / f"{name}.json"
 
 

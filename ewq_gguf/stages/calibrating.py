@@ -52,8 +52,8 @@ def make_imatrix(
         n_documents=N_DOCUMENTS,
         seed=seed,
     )
-    asked = f"{checkpoint.signature} {store.sha256_file(text)} {n_chunks}"
-    key = store.sha256_text(f"{asked} {toolchain.key}")
+    inputs = (checkpoint.signature, store.sha256_file(text), n_chunks)
+    key = store.cache_key(*inputs, toolchain.key)
     path = store.cache_dir("imatrix") / f"{checkpoint.identity.name}-{key[:16]}.gguf"
     with store.locked(path, stage=STAGE, wait=True):
         if not path.exists():

@@ -32,7 +32,7 @@ def base_file(run: Run) -> Path:
         checkpoint.check_unchanged("quantize")
         return checkpoint.shards[0].path
     outtype = base_type(checkpoint)
-    key = store.sha256_text(f"{checkpoint.signature} {outtype} {toolchain.key}")
+    key = store.cache_key(checkpoint.signature, outtype, toolchain.key)
     name = f"{checkpoint.identity.name}-{outtype}-{key[:16]}.gguf"
     path = store.cache_dir("base") / name
     with store.locked(path, stage="convert", wait=True):

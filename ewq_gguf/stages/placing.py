@@ -113,9 +113,9 @@ def _companion_path(run: Run, layout: CompanionLayout, folder: Path) -> Path:
 def _record_path(run: Run, layout: CompanionLayout, text_model: Path) -> Path:
     """Where it is kept what was verified of a companion and a text model."""
     stat = text_model.stat()
-    key = store.sha256_text(
-        f"{run.checkpoint.signature} {run.toolchain.key} {layout.header!r} "
-        f"{text_model.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+    key = store.cache_key(
+        *(run.checkpoint.signature, run.toolchain.key, repr(layout.header)),
+        *(text_model.absolute(), stat.st_size, stat.st_mtime_ns),
     )
     return store.cache_dir("verifications") / f"{layout.content}-{key[:32]}.json"
 

@@ -48,10 +48,9 @@ def scan(
     """
     checkpoint, measures = run.checkpoint, measures or Measures()
     layout = None if checkpoint.is_mapped_by_name else run.layout
-    key = store.sha256_text(
-        f"{__version__} {same_tensors(checkpoint).signature} "
-        f"{measures.model_dump_json()} "
-        f"{run.options.allow_nonfinite} {part} {run.toolchain.key if layout else ''}"
+    key = store.cache_key(
+        *(__version__, same_tensors(checkpoint).signature, measures.model_dump_json()),
+        *(run.options.allow_nonfinite, part, run.toolchain.key if layout else ""),
     )
     path = store.cache_dir("scans") / f"{key[:32]}.json"
     with store.locked(path, stage="scan", wait=True):
