@@ -148,10 +148,10 @@ plain_case(
     "unknown-policy-gguf", 2, "unknown policy", "gguf", "MODEL", "--policy", "best"
 )
 plain_case(
-    "policy-without-type", 2, "unknown policy", "plan", "SCAN", "--policy", "uniform:"
+    "policy-without-type", 2, "use uniform:TYPE", "plan", "SCAN", "--policy", "uniform:"
 )
 plain_case(
-    "policy-with-argument", 2, "unknown policy", "plan", "SCAN", "--policy", "ewq:1"
+    "policy-with-argument", 2, "is no parameter", "plan", "SCAN", "--policy", "ewq:1"
 )
 plain_case(
     "unknown-type", 2, "uniform: 'Q9_9' is not a ggml type; use raw or one of .*Q8_0",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ewq_gguf.cli.machines import machines_of
+from ewq_gguf.cli.budget import machines_of
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.records.layout import LayoutTensor

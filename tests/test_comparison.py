@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import StringIO
 from math import exp, log
 from statistics import fmean, pvariance, stdev
@@ -16,7 +17,7 @@ from ewq_gguf.bench.questions.mmlu_scores import mmlu_scores
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.statistics import paired_bootstrap
 from ewq_gguf.bench.tasks.speed import combined
-from ewq_gguf.cli.plan_words import parse_plans
+from ewq_gguf.cli.compare import parse_plans
 from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.comparison import across_models, estimates, pairs_of
 from ewq_gguf.experiments.comparison_record import (
@@ -37,12 +38,10 @@ from ewq_gguf.records import (
     Chunk,
     Engine,
     EwqPolicy,
-    FastEwqPolicy,
     ModelIdentity,
     Result,
     Speed,
     TextResult,
-    UniformPolicy,
 )
 from ewq_gguf.records.scores import MmluScores
 from tests.test_mmlu import outcome
@@ -262,19 +261,9 @@ def test_the_nearest_below_and_above_bracket_a_file(size, names):
     assert bracketing(size, sizes) == names
 
 
-@pytest.mark.parametrize(
-    ("text", "policy"),
-    [
-        ("ewq", EwqPolicy()),
-        ("ewq:tensor:x0.8", EwqPolicy(granularity="tensor", factor=0.8)),
-        ("ewq:histogram:q75", EwqPolicy(measure="histogram", rule="q75")),
-        ("ewq:eps0", EwqPolicy(epsilon=0.0)),
-        ("fastewq:train:low2", FastEwqPolicy(variant="train", n_low=2)),
-        ("uniform:q6_k", UniformPolicy(ggml_type="Q6_K")),
-    ],
-)
-def test_policies_in_a_few_words(text, policy):
-    (wanted,) = parse_plans([text])
+def test_plans_are_spelt_as_policies_are():
+    (wanted,) = parse_plans(["ewq:tensor:x0.8"])
+    policy = EwqPolicy(granularity="tensor", factor=0.8)
     assert (wanted.source, wanted.budget) == (policy, None)
 
 
@@ -286,11 +275,17 @@ def test_budgets_follow_an_at_sign():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["best", "ewq:", "ewq:x", "ewq:tensor3", "ewq:low2", "uniform", "ewq:x1.2.3"],
+    ("text", "words"),
+    [
+        ("best", "--plans: unknown policy 'best'"),
+        ("ewq:low2", "'low2' of 'ewq:low2' is no parameter of it"),
+        ("probe:layers:Q4_0", "policy probe tells where types came from"),
+        ("Q4_K_M", "is a preset; use --presets"),
+        ("ewq@big", "--budget: 'big' is no size"),
+    ],
 )
-def test_words_that_say_nothing_are_refused(text):
-    with pytest.raises(Exception, match="neither a plan's file nor a policy"):
+def test_plans_that_cannot_be_made_are_refused(text, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
         parse_plans([text])
 
 

@@ -156,7 +156,7 @@ def test_a_control_is_a_plan_like_any_other():
     control = controls(plan, VARIANCES, 1)[0]
 
     assert Plan.model_validate_json(control.to_json()) == control
-    assert plan_label(control) == f"control-random0-{plan.sha256[:8]}"
+    assert plan_label(control) == f"control-random-seed0-{plan.sha256[:8]}"
     changes = plan_diff_values(plan, control)
     gains = [one["size_bytes_difference"] for one in changes["layers"].values()]
     assert any(gains)
@@ -166,10 +166,8 @@ def test_a_control_is_a_plan_like_any_other():
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        pytest.param(0, "control: random, seed 0, the layer decisions of plan", id="0"),
-        pytest.param(
-            1, "control: inverted, the layer decisions of plan", id="inverted"
-        ),
+        pytest.param(0, "policy control:random:seed0:", id="0"),
+        pytest.param(1, "policy control:inverted:", id="inverted"),
     ],
 )
 def test_plan_show_says_what_a_control_is(number, said):
@@ -177,14 +175,14 @@ def test_plan_show_says_what_a_control_is(number, said):
 
     text = shown(controls(plan, VARIANCES, 1)[number])
 
-    assert f"{said} {plan.sha256[:12]}" in text
+    assert f"{said}{plan.sha256[:8]} " in text
     assert "layers 3 BF16 · 1 Q8_0 · 1 Q4_0" in text
 
 
 def test_plan_show_says_what_a_probe_is():
     made = {probe.part: probe.plan for probe in probes(planned(), "Q5_0")}
 
-    assert "policy probe: layer 3 at Q5_0" in shown(made["layer 3"])
+    assert "policy probe:layer 3:Q5_0 " in shown(made["layer 3"])
     assert plan_label(made["layer 3"]) == "probe-layer3-Q5_0"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from ewq_gguf.cli import ewq
+from ewq_gguf.cli.sections import SHOW_ALL
 
 ROOT = Path(__file__).parent.parent
 CLI_PAGE = ROOT / "docs" / "cli.md"
@@ -25,6 +26,7 @@ def help_texts(command: click.Command, path: str, parent: click.Context | None =
         path.split()[-1], [], parent=parent, resilient_parsing=True
     ) as ctx:
         ctx.terminal_width = ctx.max_content_width = 80
+        ctx.meta[SHOW_ALL] = True
         yield path, command.get_help(ctx)
         if isinstance(command, click.Group):
             for name in command.list_commands(ctx):

@@ -8,7 +8,7 @@ import pytest
 
 from ewq_gguf.bench.engines.nvml import used_bytes
 from ewq_gguf.bench.job import MemoryUse, progress_line, read_progress
-from ewq_gguf.cli.common import memory_text
+from ewq_gguf.cli.progress import memory_text
 
 MIB = 1 << 20
 

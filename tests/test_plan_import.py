@@ -337,7 +337,7 @@ def test_the_command_line_imports_quantises_and_verifies(
     assert out.stat().st_size == plan.totals.file_size_bytes
     assert main(["gguf", str(wide.folder), "--plan", str(path), "-q"]) == 0
     assert main(["plan", "show", str(path)]) == 0
-    assert "imported from quant_plan_0.json" in capsys.readouterr().out
+    assert "imported:poc:file=quant_plan_0.json:" in capsys.readouterr().out
 
 
 # Hostile files.

@@ -114,6 +114,22 @@ def test_the_command_line_reaches_every_parameter(own_cache, tmp_path, capsys):
     }  # fmt: skip
 
 
+def test_options_and_one_text_make_the_same_plan(own_cache, tmp_path, capsys):
+    plans: list[Plan] = []
+    for args in (
+        ["--policy", "ewq:x0.7:tensor:Q3_K+Q6_K+raw:embd=q8_0@50%"],
+        ["--factor", "0.7", "--granularity", "tensor", "--ladder", "Q3_K,Q6_K,raw",
+         "--embedding-type", "q8_0", "--budget", "50%"],
+        ["--policy", "ewq:x0.7:Q3_K+Q6_K+raw@50%", "--granularity", "tensor",
+         "--embedding-type", "q8_0", "--factor", "0.7"],
+    ):  # fmt: skip
+        out = tmp_path / f"{len(plans)}.json"
+        assert run(capsys, "demo", "-q", "-o", out, *args)[0] == 0
+        plans.append(load_record(Plan, out, "test"))
+
+    assert plans[0] == plans[1] == plans[2]
+
+
 def test_a_cluster_is_planned_and_shown(own_cache, tmp_path, capsys):
     out = tmp_path / "plan.json"
     machines = ["--machine", "main=60MB", "--machine", "10.0.0.2=190MB,1GB,50GB/s"]
@@ -207,8 +223,12 @@ def test_the_machines_own_memory_is_a_budget(own_cache, tmp_path, capsys):
         (["--policy", "fastewq", "--factor", "1"], 2, "--factor does not go"),
         (["--variant", "train"], 2, "--variant does not go"),
         (["--policy", "fast"], 2, "unknown policy"),
-        (["--policy", "fastewq:x"], 2, "unknown policy"),
-        (["--policy", "uniform"], 2, "unknown policy"),
+        (["--policy", "fastewq:x"], 2, "is no parameter of it; use fastewq[:train]"),
+        (["--policy", "uniform"], 2, "lacks its ggml_type; use uniform:TYPE"),
+        (["--policy", "ewq:x0.8", "--factor", "1"], 2, "--factor contradicts"),
+        (["--policy", "ewq@1GB", "--bpw", "4"], 2, "--bpw contradicts"),
+        (["--policy", "uniform:Q8_0@1GB"], 2, "has no types to choose from"),
+        (["--policy", "probe:layers:Q4_0"], 2, "tells where types came from"),
         (["--machine", "a"], 2, "a"),
         (["--machine", "a=1GB", "--machine", "a=2GB"], 2, "a"),
         (["--machine", "a=1GB", "--machine", "127.1=1GB"], 2, "address of a worker"),

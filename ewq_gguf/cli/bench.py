@@ -18,13 +18,11 @@ from ewq_gguf.bench.runner import Request, bench_file, is_result_of
 from ewq_gguf.cli.bench_options import bench_options, request_of, with_data
 from ewq_gguf.cli.common import (
     PATH,
-    BarProgress,
-    force_option,
     json_option,
-    options_of,
     out_option,
-    quiet_option,
+    run_options,
 )
+from ewq_gguf.cli.progress import BarProgress
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import Result, load_record
 from ewq_gguf.report.bench_view import bench_view
@@ -57,15 +55,14 @@ from ewq_gguf.report.bench_view import bench_view
     help="With bnb: write the quantised model there, and measure it from there.",
 )
 @bench_options
-@force_option
-@quiet_option
+@run_options("force")
 @json_option
 def bench(
     files: tuple[Path, ...],
     out: Path | None,
-    force: bool,
-    quiet: bool,
     as_json: bool,
+    options: api.Options,
+    progress: BarProgress,
     **values: Any,
 ) -> None:
     """Measure what GGUF files, or a plan with bitsandbytes, are worth, with error bars.
@@ -77,8 +74,7 @@ def bench(
     """
     request = request_of(values)
     request.check_base()
-    progress = BarProgress(quiet=quiet)
-    files, out, request = _resolved(files, out, request, values, force, progress)
+    files, out, request = _resolved(files, out, request, values, options, progress)
     for file in files:
         identify(file)
         check_measurable(file, request.n_ctx)
@@ -90,7 +86,7 @@ def bench(
     outs = _outs(files, out)
     # What would be refused is refused before the first file is measured.
     known = [
-        _existing(path, file, request, force=force)
+        _existing(path, file, request, force=options.force)
         for path, file in zip(outs, files, strict=True)
     ]
     results = []
@@ -113,7 +109,7 @@ def _resolved(
     out: Path | None,
     request: Request,
     values: dict[str, Any],
-    force: bool,
+    options: api.Options,
     progress: BarProgress,
 ) -> tuple[tuple[Path, ...], Path | None, Request]:
     """What is measured, and where its result goes; for bnb the checkpoint's folder.
@@ -136,13 +132,15 @@ def _resolved(
         raise UsageError(STAGE, "MODEL", problem, "measure them one by one")
     if folder and not plan:
         raise UsageError(STAGE, "--save", "needs a plan", "name it with --plan")
-    options = options_of({**values, "force": force})
+    options = replace(options, n_threads=request.setup.n_threads)
     model = api.for_transformers(api.Run(str(files[0]), options, progress), plan)
     out = out or Path("results") / f"{model.name}.json"
     if not folder:
         return (model.folder,), out, replace(request, plan=model.plan)
     assert model.plan is not None
-    if save_quantised(model.folder, model.plan, request.setup, folder, force=force):
+    if save_quantised(
+        model.folder, model.plan, request.setup, folder, force=options.force
+    ):
         progress.note(f"wrote {folder}")
     return (folder,), out, request
 

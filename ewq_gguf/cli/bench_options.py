@@ -15,8 +15,10 @@ from ewq_gguf.bench.runner import CACHE_TYPES, Request
 from ewq_gguf.bench.task import TaskOption
 from ewq_gguf.bench.tasks import all_tasks, task_names, tasks_of
 from ewq_gguf.checkpoint.texts import wikitext
-from ewq_gguf.cli.common import all_of, options_of, threads_option
+from ewq_gguf.cli.common import threads_option
+from ewq_gguf.cli.sections import all_of
 from ewq_gguf.errors import UsageError
+from ewq_gguf.process import N_CPUS
 from ewq_gguf.records import BenchSetup
 from ewq_gguf.rpc.commands import server_address
 
@@ -170,7 +172,7 @@ def setup_of(values: dict[str, Any]) -> BenchSetup:
             server_address(server, allow_public=values["allow_public"])
             for server in comma_list(values["rpc"])
         ),
-        n_threads=options_of(values).n_threads,
+        n_threads=values["n_threads"] or N_CPUS,
         cache_type_k=values["cache_type_k"],
         cache_type_v=values["cache_type_v"],
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,22 @@ from ewq_gguf import api
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.cli.bench_options import bench_options, comma_list, request_of, with_data
 from ewq_gguf.cli.common import (
+    CHOICES,
     PATH,
-    BarProgress,
-    DefaultGroup,
-    adapter_option,
-    choice_options,
-    force_option,
-    imatrix_option,
     json_option,
-    llama_cpp_option,
-    nonfinite_option,
-    options_of,
     out_option,
-    quiet_option,
+    run_options,
     show_record,
 )
-from ewq_gguf.cli.plan_words import HELP, parse_plans
+from ewq_gguf.cli.policy import rule_of
+from ewq_gguf.cli.progress import BarProgress
+from ewq_gguf.cli.sections import DefaultGroup, option
+from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.comparison import across_models
 from ewq_gguf.experiments.comparison_record import Comparison
 from ewq_gguf.experiments.comparison_view import across_view, comparison_view
-from ewq_gguf.records import load_record
+from ewq_gguf.plan.size_target import parse_budget
+from ewq_gguf.records import Plan, PresetPolicy, load_record
 
 
 @click.group(cls=DefaultGroup, default="make")
@@ -42,36 +40,30 @@ def compare() -> None:
 
 @compare.command(name="make", hidden=True)
 @click.argument("model")
-@adapter_option
-@click.option(
+@option(
     "--plans",
     multiple=True,
     default=("ewq",),
-    show_default=True,
     metavar="LIST",
-    help=HELP,
+    help="Plans to compare, separated by commas: files of plans, or policies with "
+    "parameters and budgets, such as ewq:tensor:x0.8 or fastewq@80%; '' for none.",
 )
 @click.option(
     "--presets",
     multiple=True,
     metavar="LIST",
-    help="Such as Q4_K_M,Q8_0. The presets between which a plan's size lies, or the "
-    "one of its size, and the base are always there.",
+    help="Presets to compare with besides those nearest to each plan in size, such as "
+    "Q4_K_M,Q8_0; the base is always compared.",
 )
-@imatrix_option
 @out_option("files, plans, results and comparison.json.  [default: compare/NAME]")
 @click.option(
     "--keep-files/--delete-files",
     default=True,
     show_default=True,
-    help="Whether the GGUF files stay when all is measured.",
+    help="Keep or delete the GGUF files when all are measured.",
 )
 @bench_options
-@nonfinite_option
-@choice_options
-@llama_cpp_option
-@force_option
-@quiet_option
+@run_options("adapters", "imatrix", "allow_nonfinite", *CHOICES, "llama_cpp", "force")
 @json_option
 def make(
     model: str,
@@ -80,6 +72,8 @@ def make(
     out: Path | None,
     keep_files: bool,
     as_json: bool,
+    options: api.Options,
+    progress: BarProgress,
     **values: Any,
 ) -> None:
     """Compare plans of MODEL with presets of the same size.
@@ -98,11 +92,33 @@ def make(
         request=request,
         keep_files=keep_files,
     )
-    progress = BarProgress(quiet=values["quiet"])
-    run = api.Run(model, options_of(values), progress)
-    found, path = api.compare(run, wanted, out)
+    options = replace(options, n_threads=request.setup.n_threads)
+    found, path = api.compare(api.Run(model, options, progress), wanted, out)
     progress.note(f"wrote {path}")
     show_record(found, comparison_view, as_json=as_json)
+
+
+def parse_plans(texts: Iterable[str]) -> tuple[api.PlanSpec, ...]:
+    """The plans of `--plans`: files of plans, and policies with their budgets.
+
+    Raises:
+        InputError: a file is no plan.
+        UsageError: there is no such policy, or a budget is none.
+    """
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    return tuple(_plan_spec(part) for part in parts if part)
+
+
+def _plan_spec(text: str) -> api.PlanSpec:
+    path = Path(text)
+    if path.suffix == ".json" or path.is_file():
+        plan = load_record(Plan, path, STAGE)
+        # `ewq plan` calls it NAME.POLICY.json.
+        return api.PlanSpec(plan, name=path.stem.removeprefix(f"{plan.model.name}."))
+    policy, budget = rule_of(text, "--plans")
+    if isinstance(policy, PresetPolicy):
+        raise UsageError("plan", "--plans", f"{text} is a preset", "use --presets")
+    return api.PlanSpec(policy, budget=None if budget is None else parse_budget(budget))
 
 
 @compare.command()

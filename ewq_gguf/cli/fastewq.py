@@ -9,11 +9,11 @@ import click
 
 from ewq_gguf.cli.common import (
     PATH,
-    BarProgress,
     json_option,
     quiet_option,
     show_record,
 )
+from ewq_gguf.cli.progress import BarProgress
 from ewq_gguf.fastewq import evaluation, rows
 from ewq_gguf.fastewq.records import Added
 from ewq_gguf.fastewq.view import added_view, evaluation_view, training_view

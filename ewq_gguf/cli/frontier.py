@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ewq_gguf import api, store
 from ewq_gguf.cli.bench_options import comma_list
 from ewq_gguf.cli.common import PATH
-from ewq_gguf.cli.policy import optimal_options, optimal_policy_of
-from ewq_gguf.cli.study import run, study_options
+from ewq_gguf.cli.policy import parameter_options
+from ewq_gguf.cli.sections import option
+from ewq_gguf.cli.study import StudyOptions, run, study_options
 from ewq_gguf.experiments.frontier import study_frontier
 from ewq_gguf.experiments.frontier_view import draw_frontier
 from ewq_gguf.experiments.study import STAGE, StudySpec
 from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.size_target import SizeTarget, parse_budget
+from ewq_gguf.records import OptimalPolicy
 
 _PRESETS = "Q6_K,Q5_K_M,Q5_K_S,Q4_K_M,Q4_K_S,Q3_K_M,IQ4_XS"
 
 
 @click.command()
 @click.argument("model")
-@click.option(
+@option(
     "--budgets",
     metavar="LIST",
-    help="Sizes with commas between them, such as 6GiB,5.5GB,30%.",
+    help="Sizes to find the best file of, with commas, such as 6GiB,5.5GB,30%.",
 )
-@click.option(
+@option(
     "--presets",
     metavar="LIST",
-    help=f"The sizes of these presets.  [default: {_PRESETS}]",
+    help=f"Presets whose sizes to find the best file of.  [default: {_PRESETS}]",
 )
-@click.option("--picture", type=PATH, metavar="FILE", help="Draw it: .png, .svg, .pdf.")
-@optimal_options
-@study_options
+@option(
+    "--picture",
+    type=PATH,
+    metavar="FILE",
+    help="File to draw the curve to: .png, .svg or .pdf.",
+)
+@parameter_options(OptimalPolicy)
+@study_options("calibration")
 def frontier(
     model: str,
     budgets: str | None,
     presets: str | None,
     picture: Path | None,
-    **values: Any,
+    policy: OptimalPolicy,
+    study: StudyOptions,
 ) -> None:
     """Draw MODEL's curve of size against KL divergence.
 
@@ -51,7 +58,6 @@ def frontier(
     """
     if budgets and presets:
         raise click.BadParameter("--budgets and --presets are sizes each; give one")
-    policy = optimal_policy_of(values)
     check_policy(policy, has_budget=True)
     if picture is not None:
         store.check_writable(picture, STAGE)
@@ -63,7 +69,7 @@ def frontier(
             asked = _preset_sizes(spec, comma_list(presets or _PRESETS))
         return study_frontier(spec, asked, policy)
 
-    found, _ = run("frontier", model, study_of, values)
+    found, _ = run("frontier", model, study_of, study)
     if picture is not None:
         with store.replacing(picture, stage=STAGE) as temporary:
             draw_frontier(found, temporary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -12,93 +11,80 @@ from ewq_gguf import api
 from ewq_gguf.cli.common import (
     CHOICES,
     PATH,
-    BarProgress,
-    adapter_option,
-    choice_options,
-    console,
-    explicit,
-    force_option,
-    imatrix_option,
     json_option,
-    lattice_option,
-    llama_cpp_option,
-    mmproj_option,
-    no_load_option,
-    nonfinite_option,
-    options_of,
     out_option,
-    quiet_option,
-    threads_option,
+    run_options,
     typed_options,
 )
 from ewq_gguf.cli.convert import convert
 from ewq_gguf.cli.plan import make as plan_command
 from ewq_gguf.cli.policy import (
-    POLICY_OPTIONS,
-    ask_of,
-    policy_of,
+    POLICY_FLAGS,
+    PolicyOptions,
     policy_options,
-    raw_type_of,
+    raw_type_option,
 )
+from ewq_gguf.cli.progress import BarProgress, console
 from ewq_gguf.cli.quantize import quantize
+from ewq_gguf.cli.sections import SectionedCommand, given_options, option
 from ewq_gguf.llamacpp.export_script import exact_comment
-from ewq_gguf.records import OptimalPolicy, Plan, RulePolicy, load_record
+from ewq_gguf.records import OptimalPolicy, Plan, load_record
 from ewq_gguf.report.made_view import made_view
 
 #: Choices that `ewq convert` is told; a plan has those that it was made with.
 _CONVERTING = (*CHOICES, "mmproj")
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model")
-@adapter_option
 @out_option("the GGUF.  [default: NAME-EWQ-<nearest preset>.gguf]")
 @policy_options
-@click.option(
-    "--plan", "plan_path", type=PATH, metavar="PLAN", help="Use a finished plan."
+@option(
+    "--plan",
+    "plan_path",
+    type=PATH,
+    metavar="PLAN",
+    help="Plan to follow, as `ewq plan` wrote it, in place of a policy.",
 )
-@imatrix_option
-@lattice_option
-@mmproj_option
-@choice_options
-@threads_option
-@nonfinite_option
-@llama_cpp_option
-@no_load_option
-@click.option("--dry-run", is_flag=True, help="Plan, print the commands, run none.")
-@force_option
-@quiet_option
+@option("--dry-run", is_flag=True, help="Plan, and print the commands; run none.")
+@raw_type_option
+@run_options(
+    "adapters", "imatrix", "calibration", "keep_lattice", "mmproj", *CHOICES,
+    "n_threads", "allow_nonfinite", "llama_cpp", "load", "force",
+)  # fmt: skip
 @json_option
 def gguf(
     model: str,
     out: Path | None,
+    policy: PolicyOptions,
     plan_path: Path | None,
+    raw_type: str,
     dry_run: bool,
     as_json: bool,
-    **values: Any,
+    options: api.Options,
+    progress: BarProgress,
 ) -> None:
     """Make a verified GGUF of MODEL: scan, plan, convert, quantise, verify.
 
     What is there already and still valid is used again. Prints the file's path.
     """
-    progress = BarProgress(quiet=values["quiet"])
-    if plan_path and (given := explicit((*POLICY_OPTIONS, "no_lattice"))):
-        raise click.BadParameter(f"{given[0]} is in the plan already; give one of them")
-    policy = load_record(Plan, plan_path, "gguf") if plan_path else policy_of(values)
-    options = options_of(values)
+    if plan_path and (given := given_options((*POLICY_FLAGS, "--no-lattice"))):
+        problem = f"{given[0].opts[0]} is in the plan already; give one of them"
+        raise click.BadParameter(problem)
     if dry_run:
-        click.echo(_dry_run(model, out, policy, plan_path, options, progress))
+        run = api.Run(model, options, progress)
+        click.echo(_dry_run(run, model, out, plan_path, policy, raw_type))
         return
     made = api.make_gguf(
         model,
         out,
-        policy,
-        raw_type=raw_type_of(values),
-        budget=ask_of(values),
+        load_record(Plan, plan_path, "gguf") if plan_path else policy.policy,
+        raw_type=raw_type,
+        budget=policy.budget.size_target(options),
         options=options,
         progress=progress,
     )
-    if not values["quiet"]:
+    if not progress.is_quiet:
         console().print(
             made_view(
                 made.path,
@@ -116,28 +102,24 @@ def gguf(
 
 
 def _dry_run(
+    run: api.Run,
     model: str,
     out: Path | None,
-    policy: RulePolicy | Plan,
     plan_path: Path | None,
-    options: api.Options,
-    progress: BarProgress,
+    policy: PolicyOptions,
+    raw_type: str,
 ) -> str:
     """The commands that do the same, for a shell; the plan is made to show its size."""
-    run = api.Run(model, options, progress)
-    if isinstance(policy, Plan):
-        plan, path = policy, str(plan_path)
+    if plan_path:
+        plan, path = load_record(Plan, plan_path, "gguf"), str(plan_path)
         run = api.as_planned(run, plan)
         api.check_weights(run, plan)
         lines = _making_base(model, plan, run.options)
     else:
-        given = options
-        if isinstance(policy, OptimalPolicy):
+        given, budget = run.options, policy.budget.size_target(run.options)
+        if isinstance(policy.policy, OptimalPolicy):
             run = api.with_imatrix(run)
-        params = click.get_current_context().params
-        plan = api.plan(
-            run, policy, raw_type=raw_type_of(params), budget=ask_of(params)
-        )
+        plan = api.plan(run, policy.policy, raw_type=raw_type, budget=budget)
         path = str(api.plan_file(plan))
         typed = typed_options(plan_command)
         lines = [

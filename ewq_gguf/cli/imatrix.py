@@ -3,52 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ewq_gguf import api, store
-from ewq_gguf.cli.common import (
-    PATH,
-    BarProgress,
-    adapter_option,
-    choice_options,
-    force_option,
-    json_option,
-    llama_cpp_option,
-    options_of,
-    quiet_option,
-    threads_option,
-)
+from ewq_gguf.cli.common import CHOICES, json_option, out_option, run_options
+from ewq_gguf.cli.progress import BarProgress
+from ewq_gguf.cli.sections import option
 from ewq_gguf.llamacpp.calibrate import STAGE
 
 
 @click.command()
 @click.argument("model")
-@adapter_option
-@click.option(
-    "-o", "--out", type=PATH, required=True, help="Where to write the matrix, a GGUF."
-)
-@click.option(
+@out_option("the importance matrix, a GGUF.", required=True)
+@option(
     "--calibration",
     metavar="FILE|self",
     default="self",
-    show_default=True,
-    help="The text; `self` is one that the model writes.",
+    help="Text to run through the model; self: a text that the model writes.",
 )
-@click.option(
+@option(
     "--chunks",
     type=click.IntRange(1),
-    help="Windows of 512 tokens.  [default: all]",
+    metavar="N",
+    help="Windows of 512 tokens to read of the text.  [default: all]",
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of `self`."
+@option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Seed of the text that the model writes.",
 )
-@threads_option
-@choice_options
-@llama_cpp_option
-@force_option
-@quiet_option
+@run_options("adapters", "n_threads", *CHOICES, "llama_cpp", "force")
 @json_option
 def imatrix(
     model: str,
@@ -57,15 +44,14 @@ def imatrix(
     chunks: int | None,
     seed: int,
     as_json: bool,
-    **values: Any,
+    options: api.Options,
+    progress: BarProgress,
 ) -> None:
-    """Weigh the columns of MODEL's matrices by what goes through them.
+    """Compute an importance matrix of MODEL (llama-imatrix).
 
     llama-imatrix reads a text; without one the model writes its own, sampled at several
     temperatures from many beginnings, the same whenever it is asked. Prints the path.
     """
-    options = options_of(values)
-    progress = BarProgress(quiet=values["quiet"])
     store.check_writable(out, STAGE)
     text = None if calibration == "self" else Path(calibration)
     if text is not None:

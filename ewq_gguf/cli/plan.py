@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -14,40 +13,40 @@ from ewq_gguf import api, store
 from ewq_gguf.cli.common import (
     CHOICES,
     PATH,
-    BarProgress,
-    DefaultGroup,
-    adapter_option,
-    choice_options,
-    explicit,
+    flag_of,
     force_option,
-    imatrix_option,
     json_option,
-    lattice_option,
-    llama_cpp_option,
-    nonfinite_option,
-    options_of,
     out_option,
-    quiet_option,
+    run_options,
     show_record,
-    stream_option,
-    threads_option,
 )
 from ewq_gguf.cli.policy import (
-    ask_of,
-    ewq_policy_of,
-    factors_of,
-    policy_of,
+    PolicyOptions,
+    factors_option,
+    parameter_options,
     policy_options,
-    raw_type_of,
     raw_type_option,
-    rule_options,
+)
+from ewq_gguf.cli.progress import BarProgress
+from ewq_gguf.cli.sections import (
+    DefaultGroup,
+    SectionedCommand,
+    given_options,
+    option,
 )
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.llamacpp.export_script import export_sh
 from ewq_gguf.llamacpp.quantize import tensor_types
 from ewq_gguf.plan.build import make_plan
 from ewq_gguf.plan.check import check_sound
-from ewq_gguf.records import FastEwqPolicy, Placement, Plan, Scan, load_record
+from ewq_gguf.records import (
+    EwqPolicy,
+    FastEwqPolicy,
+    Placement,
+    Plan,
+    Scan,
+    load_record,
+)
 from ewq_gguf.report.plan_csv import plan_csv
 from ewq_gguf.report.plan_diff_view import plan_diff_values, plan_diff_view
 from ewq_gguf.report.plan_view import plan_view
@@ -69,63 +68,65 @@ def plan() -> None:
     """Decide each tensor's type and predict the file's bytes."""
 
 
-@plan.command(name="make", hidden=True)
+@plan.command(name="make", hidden=True, cls=SectionedCommand)
 @click.argument("source", metavar="MODEL|SCAN")
-@adapter_option
-@policy_options
-@imatrix_option
-@lattice_option
 @out_option("the plan.  [default: plans/NAME.POLICY.json]")
-@stream_option
-@threads_option
-@nonfinite_option
-@choice_options
-@llama_cpp_option
-@force_option
-@quiet_option
+@policy_options
+@raw_type_option
+@run_options(
+    "adapters", "imatrix", "calibration", "keep_lattice", *CHOICES, "is_streamed",
+    "n_threads", "allow_nonfinite", "llama_cpp", "force",
+)  # fmt: skip
 @json_option
-def make(source: str, out: Path | None, as_json: bool, **values: Any) -> None:
+def make(
+    source: str,
+    out: Path | None,
+    policy: PolicyOptions,
+    raw_type: str,
+    as_json: bool,
+    options: api.Options,
+    progress: BarProgress,
+) -> None:
     """Decide each tensor's type and predict the file's bytes.
 
     The prediction is exact where the checkpoint and the toolchain are at hand, and
     marked as an estimate elsewhere. Prints the plan's path.
     """
-    policy, ask = policy_of(values), ask_of(values)
-    progress = BarProgress(quiet=values["quiet"])
+    budget = policy.budget.size_target(options)
     if out is not None:
         store.check_writable(out, "plan")
-    reads_weights = not isinstance(policy, FastEwqPolicy)
-    run = _run(source, options_of(values), progress, reads_weights=reads_weights)
-    result = api.plan(run, policy, raw_type=raw_type_of(values), budget=ask)
-    _written(result, out, force=values["force"], as_json=as_json)
+    reads_weights = not isinstance(policy.policy, FastEwqPolicy)
+    run = _run(source, options, progress, reads_weights=reads_weights)
+    result = api.plan(run, policy.policy, raw_type=raw_type, budget=budget)
+    _written(result, out, force=options.force, as_json=as_json)
 
 
 @plan.command(name="import")
 @click.argument("file", type=PATH)
 @click.argument("source", metavar="MODEL|SCAN")
-@adapter_option
 @raw_type_option
 @out_option("the plan.  [default: plans/NAME.imported-HASH.json]")
-@stream_option
-@choice_options
-@llama_cpp_option
-@force_option
-@quiet_option
+@run_options("adapters", "is_streamed", *CHOICES, "llama_cpp", "force")
 @json_option
 def import_(
-    file: Path, source: str, out: Path | None, as_json: bool, **values: Any
+    file: Path,
+    source: str,
+    raw_type: str,
+    out: Path | None,
+    as_json: bool,
+    options: api.Options,
+    progress: BarProgress,
 ) -> None:
     """Plan the types of FILE for MODEL; no weight is read.
 
     FILE is a quant_plan_*.json of the EWQ proof of concept, by layer or by tensor, or
     any GGUF of the same model. Prints the plan's path.
     """
-    progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "plan")
-    run = _run(source, options_of(values), progress, reads_weights=False)
-    result = api.import_plan(run, file, raw_type=raw_type_of(values))
-    _written(result, out, force=values["force"], as_json=as_json)
+    run = _run(source, options, progress, reads_weights=False)
+    result = api.import_plan(run, file, raw_type=raw_type)
+    _written(result, out, force=options.force, as_json=as_json)
 
 
 def _written(made: Plan, out: Path | None, *, force: bool, as_json: bool) -> None:
@@ -137,33 +138,33 @@ def _written(made: Plan, out: Path | None, *, force: bool, as_json: bool) -> Non
 
 @plan.command()
 @click.argument("source", metavar="MODEL|SCAN")
-@adapter_option
-@click.option(
-    "--factors",
-    default="0.3:1.5:0.05",
-    show_default=True,
-    metavar="FROM:TO:STEP",
-    help="Values of X, the last one included; or a list with commas.",
+@factors_option("0.3:1.5:0.05")
+@parameter_options(EwqPolicy, without=("factor",))
+@raw_type_option
+@run_options(
+    "adapters", "is_streamed", "n_threads", "allow_nonfinite", *CHOICES, "llama_cpp"
 )
-@rule_options
-@stream_option
-@threads_option
-@nonfinite_option
-@choice_options
-@llama_cpp_option
-@quiet_option
 @json_option
-def sweep(source: str, factors: str, as_json: bool, **values: Any) -> None:
+def sweep(
+    source: str,
+    factors: list[float],
+    policy: EwqPolicy,
+    raw_type: str,
+    as_json: bool,
+    options: api.Options,
+    progress: BarProgress,
+) -> None:
     """Plan with one factor after another: layers of each type, size and bits."""
-    policies = [
-        ewq_policy_of({**values, "factor": factor}) for factor in factors_of(factors)
-    ]
-    progress = BarProgress(quiet=values["quiet"])
-    run = _run(source, options_of(values), progress)
-    measured, layout = api.measured(run, policies[0])
+    run = _run(source, options, progress)
+    measured, layout = api.measured(run, policy)
     plans = [
-        make_plan(measured, policy, layout, raw_type=raw_type_of(values))
-        for policy in policies
+        make_plan(
+            measured,
+            policy.model_copy(update={"factor": factor}),
+            layout,
+            raw_type=raw_type,
+        )
+        for factor in factors
     ]
     if as_json:
         click.echo(json.dumps(sweep_rows(plans), indent=1, sort_keys=True))
@@ -200,9 +201,11 @@ def _run(
         if options.adapters:
             problem = "is a scan of weights as they are"
             raise UsageError("plan", path, problem, "give MODEL with --adapter")
-        if given := explicit(CHOICES):
+        if given := given_options(map(flag_of, CHOICES)):
             problem = "is a scan, which keeps the choices that it was made with"
-            raise UsageError("plan", path, problem, f"give MODEL with {given[0]}")
+            raise UsageError(
+                "plan", path, problem, f"give MODEL with {given[0].opts[0]}"
+            )
         return api.Run(load_record(Scan, path, "plan"), options, progress)
     return api.open_model(
         source, reads_weights=reads_weights, options=options, progress=progress
@@ -226,23 +229,24 @@ def diff(one: Path, two: Path, as_json: bool) -> None:
 
 @plan.command()
 @click.argument("plan_path", type=PATH, metavar="PLAN")
-@click.option(
+@option(
     "--format",
     "form",
     type=click.Choice([*_FORMATS, "rpc"]),
     default="sh",
-    show_default=True,
-    help="A script to run by hand, the lines of --tensor-type-file, a table of the "
-    "tensors, the plan itself, or the commands of a cluster's machines.",
+    help="Form to write: a shell script, llama-quantize's --tensor-type-file, a table "
+    "of the tensors, the plan itself, or the commands of a cluster's machines.",
 )
-@click.option(
-    "--gguf", metavar="FILE", help="rpc: the file's name.  [default: NAME.gguf]"
+@option(
+    "--gguf",
+    metavar="FILE",
+    help="File that the commands of --format rpc load.  [default: NAME.gguf]",
 )
 @click.option(
     "--allow-public",
     is_flag=True,
-    help="rpc: workers may have addresses that the internet reaches. Nobody who "
-    "connects is asked who they are.",
+    help="Let the RPC workers of --format rpc have public addresses: whoever reaches "
+    "them can use them.",
 )
 @out_option("it.  [default: stdout]")
 @force_option
@@ -255,8 +259,8 @@ def export(
     force: bool,
 ) -> None:
     """Write a plan in a form that other programs take."""
-    if form != "rpc" and (given := explicit(("gguf", "allow_public"))):
-        raise click.BadParameter(f"{given[0]} goes with --format rpc")
+    if form != "rpc" and (given := given_options(("--gguf", "--allow-public"))):
+        raise click.BadParameter(f"{given[0].opts[0]} goes with --format rpc")
     record = load_record(Plan, plan_path, "plan")
     check_sound(record)
     if form == "rpc":

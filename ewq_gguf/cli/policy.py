@@ -1,392 +1,199 @@
-"""The options that make a policy and a budget, of `ewq plan` and `ewq gguf`."""
+"""The options that make a policy and a budget, from the policies' own parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
+from dataclasses import dataclass
 from decimal import Decimal
 from math import inf
 from typing import Any
 
 import click
 
-from ewq_gguf.api import machine_budget
-from ewq_gguf.cli.common import PATH, F, all_of, explicit, options_of
-from ewq_gguf.cli.machines import machines_of
-from ewq_gguf.plan.size_target import SizeTarget, parse_bpw, parse_budget
+from ewq_gguf.cli.budget import BUDGET_OPTIONS, BudgetOptions
+from ewq_gguf.cli.sections import Decorator, collected, option
+from ewq_gguf.errors import UsageError
+from ewq_gguf.plan.grammar import RULES, SILENT, forms, parse, read, value_texts
 from ewq_gguf.records import (
     EwqPolicy,
-    FastEwqPolicy,
-    OptimalPolicy,
-    PresetPolicy,
+    GivenPolicy,
+    Measures,
     RulePolicy,
-    UniformPolicy,
 )
 
 _MAX_FACTORS = 1000
 
 
-def _option(*args: Any, default: Any = None, **kwargs: Any) -> Callable[[F], F]:
-    """An option whose default is shown."""
-    return click.option(
-        *args, default=default, show_default=default is not None, **kwargs
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What a command plans by.
+
+    Attributes:
+        policy: Policy with every parameter that was given.
+        budget: Options of the budget.
+    """
+
+    policy: RulePolicy
+    budget: BudgetOptions
+
+
+raw_type_option = option(
+    "--raw-type",
+    section="Conversion of the checkpoint",
+    type=click.Choice(["auto", "f16", "bf16"], case_sensitive=False),
+    default="auto",
+    callback=lambda ctx, param, value: value if value == "auto" else value.upper(),
+    help="Type of unquantised matrices; auto is the checkpoint's own.",
+)
+
+
+def _parameter_option(
+    rule: type[RulePolicy], name: str, section: str | None = None
+) -> Decorator:
+    """The option of a policy's parameter; its value is None where it is not given."""
+    field = rule.parameters()[name]
+
+    def value_of(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
+        texts = given if isinstance(given, tuple) else () if given is None else (given,)
+        try:
+            values = [read(field, text) for text in texts]
+        except ValueError as error:
+            raise click.BadParameter(f"{given} {error}") from None
+        if field.value_type is dict and values:
+            return {role: name for value in values for role, name in value.items()}
+        return values[0] if values else None
+
+    default = ""
+    if field.default not in SILENT:
+        default = f"  [default: {value_texts(field.default)[0].replace('+', ',')}]"
+    return option(
+        field.parameter.flag,
+        name,
+        section=section,
+        type=click.Choice(field.choices) if field.choices else None,
+        metavar=field.parameter.metavar or ("N" if field.is_number else None),
+        multiple=field.value_type is dict,
+        callback=value_of,
+        help=f"{field.parameter.help}{default}",
     )
 
 
-_POLICY = (
-    _option(
-        "--policy",
-        default="ewq",
-        help="ewq, fastewq, uniform:TYPE, preset:NAME, or optimal: the best file of a "
-        "size that can be found.",
-    ),
-)
-_MEASURE = (
-    _option(
-        "--measure",
-        type=click.Choice(["softmax", "histogram"]),
-        default="softmax",
-        help="Which entropy decides.",
-    ),
-    _option("--epsilon", type=float, default=0.01, help="Of the softmax measure."),
-    _option(
-        "--bins",
-        type=click.IntRange(2, 65536),
-        default=256,
-        help="Of the histogram measure.",
-    ),
-)
-_FACTOR = (
-    _option(
-        "--factor", type=float, default=1.0, help="X of the threshold mu - X sigma."
-    ),
-)
-_RULE = (
-    _option(
-        "--rule",
-        type=click.Choice(["mean", "q75"]),
-        default="mean",
-        help="Raw from the mean on, or from the 75th percentile on.",
-    ),
-    _option(
-        "--granularity",
-        type=click.Choice(["layer", "tensor"]),
-        default="layer",
-        help="Decide layers, or tensors within their role.",
-    ),
-)
-_FAST = (
-    _option(
-        "--variant",
-        type=click.Choice(["full", "train"]),
-        default="full",
-        help="fastewq: fitted on every row, or on 70 % of them.",
-    ),
-    _option(
-        "--low-layers",
-        type=click.IntRange(0, 10_000),
-        default=0,
-        help="fastewq: how many of the chosen layers, from the last one down, get the "
-        "third precision from the top.",
-    ),
-)
-_OPTIMAL = (
-    _option(
-        "--effort",
-        type=float,
-        default=20.0,
-        metavar="MINUTES",
-        help="optimal: that files may be measured for.",
-    ),
-    _option(
-        "--min-tps",
-        type=float,
-        metavar="X",
-        help="optimal: tokens per second that the file has to generate here.",
-    ),
-    _option(
-        "--calibration",
-        type=PATH,
-        metavar="FILE",
-        help="optimal: text for the importance matrix where none is given; without it "
-        "the model writes its own.",
-    ),
-    _option(
-        "--types",
-        metavar="T,T,...",
-        help="optimal: what tensors may be, besides raw.  [default: all]",
-    ),
-    _option(
-        "--floor",
-        multiple=True,
-        metavar="[ROLE=]TYPE",
-        help="optimal: at least as many bits, of a role such as attn_v or of all; "
-        "repeat.",
-    ),
-    _option(
-        "--ceiling",
-        multiple=True,
-        metavar="[ROLE=]TYPE",
-        help="optimal: at most as many bits, likewise.",
-    ),
-)
-_TYPES = (
-    _option(
-        "--ladder",
-        default="Q4_K,Q8_0,raw",
-        help="Precisions, low to high; those below the third from the top serve "
-        "budgets.",
-    ),
-    _option(
-        "--embedding-type",
-        default="auto",
-        help="Of the embedding: raw, a type, or auto: raw, with a budget the ladder's, "
-        "of policy uniform its own.",
-    ),
-    _option("--output-type", default="auto", help="Of the output head, likewise."),
-)
-_RAW_TYPE = (
-    _option(
-        "--raw-type",
-        type=click.Choice(["auto", "f16", "bf16"], case_sensitive=False),
-        default="auto",
-        help="What `raw` means; auto is the source's own type.",
-    ),
-)
-_BUDGET = (
-    _option(
-        "--budget",
-        metavar="SIZE|%|auto",
-        help="What the file may take: 6GiB, 5.5GB, 80% of the unquantised, or what "
-        "this machine has.",
-    ),
-    _option(
-        "--bpw", metavar="X", help="The same in bits per weight of the whole file."
-    ),
-    _option(
-        "--machine",
-        multiple=True,
-        metavar="NAME=MEM[,DISK][,SPEED]",
-        help="A machine of a cluster, the main one first, then RPC workers by address; "
-        "repeat. Such as gpu1=24GiB or 10.0.0.2:50052=64GB,100GB,200GB/s.",
-    ),
-    _option(
-        "--machines",
-        type=PATH,
-        metavar="FILE",
-        help="A TOML file of them: [[machine]] tables with name, memory, disk, speed.",
-    ),
-    _option(
-        "--ctx",
-        type=click.IntRange(1, 1 << 31),
-        default=4096,
-        help="Tokens of context that --budget auto and machines leave room for.",
-    ),
-    _option(
-        "--device",
-        default="auto",
-        help="Whose memory --budget auto means: cpu, a device of llama.cpp such as "
-        "CUDA0, or auto: every device, else the CPU's.",
-    ),
+def parameter_options(
+    rule: type[RulePolicy], *, without: Collection[str] = ()
+) -> Decorator:
+    """The options of one policy: the command takes `policy`."""
+    names = [
+        name
+        for name, field in rule.parameters().items()
+        if field.parameter.flag and name not in without
+    ]
+
+    def arguments(values: dict[str, Any]) -> dict[str, Any]:
+        given = {name: values.pop(name) for name in names}
+        policy = rule(**{n: v for n, v in given.items() if v is not None})
+        return {**values, "policy": policy}
+
+    return collected([_parameter_option(rule, name) for name in names], arguments)
+
+
+def _measures(values: dict[str, Any]) -> dict[str, Any]:
+    given = {name: values.pop(name) for name in ("epsilon", "n_bins")}
+    measures = Measures(**{n: v for n, v in given.items() if v is not None})
+    return {**values, "measures": measures}
+
+
+#: The options of the entropies: the command takes `measures`.
+measure_options = collected(
+    [_parameter_option(EwqPolicy, name) for name in ("epsilon", "n_bins")], _measures
 )
 
 
-#: What `policy_of`, `raw_type_of` and `ask_of` read.
-policy_options = all_of(
-    (
-        *_POLICY,
-        *_MEASURE,
-        *_FACTOR,
-        *_RULE,
-        *_FAST,
-        *_OPTIMAL,
-        *_TYPES,
-        *_RAW_TYPE,
-        *_BUDGET,
-    )  # fmt: skip
+def _every_parameter() -> dict[str, Decorator]:
+    """The option of each parameter of all policies, in the sections of the help."""
+    options = {}
+    for rule in RULES.values():
+        for name, field in rule.parameters().items():
+            users = [key for key, other in RULES.items() if name in other.parameters()]
+            if field.parameter.flag and name not in options:
+                section = f"Options of --policy {', '.join(users)}"
+                options[name] = _parameter_option(rule, name, section)
+    return options
+
+
+_PARAMETERS = _every_parameter()
+_POLICY = option(
+    "--policy",
+    default="ewq",
+    metavar="POLICY",
+    help="Rule that chooses the types: ewq, fastewq, uniform:TYPE, a preset such as "
+    "Q4_K_M, or optimal: the best file of the budget, found by measuring. With "
+    "parameters and budget: ewq:tensor:x0.8@6GiB.",
 )
-#: What `ewq_policy_of` and `raw_type_of` read, the factor left out.
-rule_options = all_of((*_MEASURE, *_RULE, *_TYPES, *_RAW_TYPE))
-#: What `optimal_policy_of` reads.
-optimal_options = all_of(_OPTIMAL)
-#: What `raw_type_of` reads.
-raw_type_option = all_of(_RAW_TYPE)
-
-_ENTROPY_NAMES = ("measure", "epsilon", "bins", "factor", "rule", "granularity")
-_FAST_NAMES = ("variant", "low_layers")
-_OPTIMAL_NAMES = ("effort", "min_tps", "calibration", "types", "floor", "ceiling")
-_TYPE_NAMES = ("ladder", "embedding_type", "output_type")
-_BUDGET_NAMES = ("budget", "bpw", "machine", "machines", "ctx", "device")
-POLICY_OPTIONS = (
-    "policy", *_ENTROPY_NAMES, *_FAST_NAMES, *_OPTIMAL_NAMES, *_TYPE_NAMES,
-    *_BUDGET_NAMES, "raw_type",
-)  # fmt: skip
-
-#: What a policy does not take.
-_FOREIGN = {
-    "ewq": (*_FAST_NAMES, *_OPTIMAL_NAMES),
-    "fastewq": (*_ENTROPY_NAMES, *_OPTIMAL_NAMES),
-    "uniform": (
-        *_ENTROPY_NAMES,
-        *_FAST_NAMES,
-        *_OPTIMAL_NAMES,
-        "ladder",
-        *_BUDGET_NAMES,
-    ),
-    "preset": (
-        *_ENTROPY_NAMES,
-        *_FAST_NAMES,
-        *_OPTIMAL_NAMES,
-        *_TYPE_NAMES,
-        *_BUDGET_NAMES,
-    ),
-    "optimal": (*_ENTROPY_NAMES, *_FAST_NAMES, *_TYPE_NAMES),
-}
 
 
-def policy_of(values: dict[str, Any]) -> RulePolicy:
-    """The policy that the command line asks for.
+def _policy(values: dict[str, Any]) -> dict[str, Any]:
+    """The policy and the budget of the command line.
 
     Raises:
-        click.BadParameter: there is no such policy, an option is another's, or a number
-            is none.
+        click.BadParameter: an option is another policy's, or contradicts the text.
+        UsageError: there is no such policy.
     """
-    name, colon, argument = values["policy"].partition(":")
-    has_argument = name in ("uniform", "preset")
-    if (
-        name not in _FOREIGN
-        or bool(colon) != has_argument
-        or bool(argument) != bool(colon)
-    ):
-        raise click.BadParameter(
-            f"unknown policy {values['policy']!r}; use ewq, fastewq, optimal, "
-            "uniform:TYPE such as uniform:Q8_0, or preset:NAME such as preset:Q4_K_M",
-            param_hint="--policy",
-        )
-    if given := explicit(_FOREIGN[name]):
-        raise click.BadParameter(
-            f"{given[0]} does not go with policy {values['policy']}"
-        )
-    if name == "preset":
-        return PresetPolicy(preset=argument.strip().upper())
-    if has_argument:
-        types = _types(values)
-        del types["ladder"]
-        return UniformPolicy(ggml_type=_type_name(argument), **types)
-    if name == "optimal":
-        return optimal_policy_of(values)
-    if name == "fastewq":
-        return FastEwqPolicy(
-            variant=values["variant"], n_low=values["low_layers"], **_types(values)
-        )
-    return ewq_policy_of(values)
+    text = values.pop("policy")
+    budget = BudgetOptions(**{n: values.pop(n) for n in vars(BudgetOptions())})
+    given = {name: values.pop(name) for name in _PARAMETERS}
+    rule, spelt_budget = rule_of(text, "--policy")
+    if budget.given() and (spelt_budget or rule.takes_budget == "never"):
+        problem = "contradicts" if spelt_budget else "does not go with"
+        raise click.BadParameter(f"{budget.given()[0]} {problem} policy {text}")
+    if spelt_budget:
+        budget = BudgetOptions(spelt_budget)
+    merged = {name: getattr(rule, name) for name in rule.model_fields_set}
+    for name, value in given.items():
+        if value is None:
+            continue
+        field = rule.parameters().get(name)
+        if field is None:
+            flag = _flag(name)
+            raise click.BadParameter(f"{flag} does not go with policy {text}")
+        if merged.setdefault(name, value) != value:
+            flag = field.parameter.flag
+            raise click.BadParameter(f"{flag} contradicts policy {text}")
+    policy = PolicyOptions(type(rule)(**merged), budget)
+    return {**values, "policy": policy}
 
 
-def optimal_policy_of(values: dict[str, Any]) -> OptimalPolicy:
-    """Policy `optimal` with the options that were given.
+def _flag(name: str) -> str:
+    """The option of a parameter, of whichever policy has it."""
+    fields = (rule.parameters().get(name) for rule in RULES.values())
+    return next(field.parameter.flag for field in fields if field is not None)
+
+
+#: All options of policies and budgets: the command takes `policy`, PolicyOptions.
+policy_options = collected([_POLICY, *BUDGET_OPTIONS, *_PARAMETERS.values()], _policy)
+#: The options that a finished plan has decided.
+POLICY_FLAGS = (
+    "--policy",
+    *map(_flag, _PARAMETERS),
+    "--calibration",
+    *(f"--{name}" for name in vars(BudgetOptions())),
+    "--raw-type",
+)
+
+
+def rule_of(text: str, flag: str) -> tuple[RulePolicy, str | None]:
+    """The policy and the budget of a text, of a policy that can be planned by.
 
     Raises:
-        click.BadParameter: the effort is no number.
+        UsageError: there is no such policy, or it only tells where types came from.
     """
-    if not 0 <= values["effort"] < inf:
-        raise click.BadParameter(
-            f"{values['effort']} is not a number from 0 up", param_hint="--effort"
-        )
-    min_tps, types = values["min_tps"], values["types"]
-    if min_tps is not None and not 0 < min_tps < inf:
-        raise click.BadParameter(
-            f"{min_tps} is not a number above 0", param_hint="--min-tps"
-        )
-    return OptimalPolicy(
-        types=OptimalPolicy().types if types is None else tuple(_type_names(types)),
-        effort_minutes=values["effort"],
-        min_tps=min_tps,
-        floors=_by_role(values["floor"]),
-        ceilings=_by_role(values["ceiling"]),
-    )
+    policy, budget = parse(text, flag)
+    if isinstance(policy, GivenPolicy):
+        problem = f"policy {policy.name} tells where types came from, and chooses none"
+        raise UsageError("plan", flag, problem, f"use {', '.join(forms())}")
+    return policy, budget
 
 
-def _by_role(given: tuple[str, ...]) -> dict[str, str]:
-    """`attn_v=Q5_0`, or a type alone for every role."""
-    pairs = (text.rpartition("=") for text in given)
-    return {of.strip() or "*": _type_name(ggml_type) for of, _, ggml_type in pairs}
-
-
-def _type_names(text: str) -> list[str]:
-    return [_type_name(part) for part in text.split(",")]
-
-
-def ewq_policy_of(values: dict[str, Any]) -> EwqPolicy:
-    """Policy `ewq` with the options that were given.
-
-    Raises:
-        click.BadParameter: a number is none.
-    """
-    for flag in ("epsilon", "factor"):
-        if not 0 <= values[flag] < float("inf"):
-            raise click.BadParameter(
-                f"{values[flag]} is not a number from 0 up", param_hint=f"--{flag}"
-            )
-    return EwqPolicy(
-        measure=values["measure"],
-        epsilon=values["epsilon"],
-        n_bins=values["bins"],
-        factor=values["factor"],
-        rule=values["rule"],
-        granularity=values["granularity"],
-        **_types(values),
-    )
-
-
-def _types(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "ladder": tuple(_type_names(values["ladder"])),
-        "embedding_type": _type_name(values["embedding_type"]),
-        "output_type": _type_name(values["output_type"]),
-    }
-
-
-def _type_name(text: str) -> str:
-    """`raw`, `auto`, or a ggml type in its own spelling."""
-    stripped = text.strip()
-    return stripped.lower() if stripped.lower() in {"raw", "auto"} else stripped.upper()
-
-
-def raw_type_of(values: dict[str, Any]) -> str:
-    """`auto`, `F16` or `BF16`."""
-    raw: str = values["raw_type"]
-    return raw if raw == "auto" else raw.upper()
-
-
-def ask_of(values: dict[str, Any]) -> SizeTarget | None:
-    """The budget that the command line asks for.
-
-    Raises:
-        click.BadParameter: there are two.
-        UsageError: it is no size, or there is no such device.
-        ToolError: a device is named and llama.cpp has none.
-    """
-    budget, bpw = values["budget"], values["bpw"]
-    has_machines = bool(values["machine"] or values["machines"])
-    if (budget is not None) + (bpw is not None) + has_machines > 1:
-        raise click.BadParameter(
-            "--budget, --bpw and --machine are budgets each; give one"
-        )
-    is_auto = budget == "auto"
-    needless = [] if is_auto else ["device"] if has_machines else ["ctx", "device"]
-    if given := explicit(needless):
-        raise click.BadParameter(f"{given[0]} goes with --budget auto")
-    if is_auto:
-        return machine_budget(values["ctx"], values["device"], options_of(values))
-    if has_machines:
-        machines = machines_of(values["machine"], values["machines"])
-        text = f"{len(machines)} machines"
-        return SizeTarget(text, machines=machines, n_ctx=values["ctx"], may_exceed=True)
-    if bpw is not None:
-        return parse_bpw(bpw)
-    return None if budget is None else parse_budget(budget)
-
-
-def factors_of(text: str) -> list[float]:
+def _factors_of(ctx: click.Context, param: click.Parameter, text: str) -> list[float]:
     """The factors of `FROM:TO:STEP`, both ends included, or of a list.
 
     Raises:
@@ -407,6 +214,16 @@ def factors_of(text: str) -> list[float]:
     except (ValueError, ArithmeticError):
         raise click.BadParameter(
             f"{text!r} is neither FROM:TO:STEP, such as 0.3:1.5:0.05, nor numbers with "
-            "commas between them",
-            param_hint="--factors",
+            "commas between them"
         ) from None
+
+
+def factors_option(default: str) -> Decorator:
+    """`--factors`: the command takes a list of numbers."""
+    return option(
+        "--factors",
+        default=default,
+        callback=_factors_of,
+        metavar="FROM:TO:STEP",
+        help="Factors X to plan with, TO included; or a list with commas.",
+    )

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ewq_gguf import api
-from ewq_gguf.cli.common import (
-    PATH,
-    BarProgress,
-    force_option,
-    imatrix_option,
-    json_option,
-    llama_cpp_option,
-    no_load_option,
-    options_of,
-    quiet_option,
-    threads_option,
-)
+from ewq_gguf.cli.common import PATH, json_option, out_option, run_options
+from ewq_gguf.cli.progress import BarProgress
 from ewq_gguf.records import Plan, load_record
 from ewq_gguf.report.made_view import exact_lines
 
@@ -27,14 +16,9 @@ from ewq_gguf.report.made_view import exact_lines
 @click.command()
 @click.argument("plan_path", type=PATH, metavar="PLAN")
 @click.argument("base", type=PATH)
-@click.option("-o", "--out", type=PATH, required=True, help="Where to write the GGUF.")
-@imatrix_option
-@llama_cpp_option
-@threads_option
-@no_load_option
-@click.option("--dry-run", is_flag=True, help="Print the command, run nothing.")
-@force_option
-@quiet_option
+@out_option("the GGUF.", required=True)
+@click.option("--dry-run", is_flag=True, help="Print the command without running it.")
+@run_options("imatrix", "llama_cpp", "n_threads", "load", "force")
 @json_option
 def quantize(
     plan_path: Path,
@@ -42,11 +26,11 @@ def quantize(
     out: Path,
     dry_run: bool,
     as_json: bool,
-    **values: Any,
+    options: api.Options,
+    progress: BarProgress,
 ) -> None:
     """Write the GGUF of PLAN from BASE, and verify it; prints its path."""
-    progress = BarProgress(quiet=values["quiet"])
-    run = api.Run(str(base), options_of(values), progress)
+    run = api.Run(str(base), options, progress)
     plan = load_record(Plan, plan_path, "quantize")
     api.check_given(run, plan)
     if dry_run:

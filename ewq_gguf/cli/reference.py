@@ -21,11 +21,11 @@ from ewq_gguf.cli.bench_options import (
 )
 from ewq_gguf.cli.common import (
     PATH,
-    BarProgress,
     force_option,
     json_option,
     quiet_option,
 )
+from ewq_gguf.cli.progress import BarProgress
 from ewq_gguf.errors import UsageError
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -13,24 +12,17 @@ from ewq_gguf import api, store
 from ewq_gguf.checkpoint.cluster import check_scheduler
 from ewq_gguf.checkpoint.scan import merge_scans
 from ewq_gguf.cli.common import (
+    CHOICES,
     PATH,
-    BarProgress,
-    DefaultGroup,
-    adapter_option,
-    bins_option,
-    choice_options,
-    epsilon_option,
     force_option,
     json_option,
-    llama_cpp_option,
-    nonfinite_option,
-    options_of,
     out_option,
-    quiet_option,
+    run_options,
     show_record,
-    stream_option,
-    threads_option,
 )
+from ewq_gguf.cli.policy import measure_options
+from ewq_gguf.cli.progress import BarProgress
+from ewq_gguf.cli.sections import DefaultGroup, option
 from ewq_gguf.records import Measures, Scan, load_record
 from ewq_gguf.report.scan_view import diff_values, diff_view, scan_view
 
@@ -56,52 +48,42 @@ def scan() -> None:
 
 @scan.command(name="make", hidden=True)
 @click.argument("model")
-@adapter_option
 @out_option("the scan.  [default: plans/NAME.scan.json]")
-@epsilon_option
-@bins_option
-@click.option(
+@measure_options
+@option(
     "--part",
     callback=lambda ctx, param, value: _part(value),
     metavar="I/N",
-    help="Only the I-th of N parts of about the same bytes; `merge` joins them.",
+    help="Scan only the I-th of N parts of about the same bytes; `ewq scan merge` "
+    "joins them.",
 )
-@click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Scan on the Dask cluster at tcp://HOST:PORT or tls://HOST:PORT. Plain tcp is "
-    "neither encrypted nor authenticated: for trusted networks only.",
-)
-@stream_option
-@threads_option
-@nonfinite_option
-@choice_options
-@llama_cpp_option
-@force_option
-@quiet_option
+@run_options(
+    "adapters", "scheduler", "is_streamed", "n_threads", "allow_nonfinite", *CHOICES,
+    "llama_cpp", "force",
+)  # fmt: skip
 @json_option
 def make(
     model: str,
     out: Path | None,
+    measures: Measures,
     part: tuple[int, int] | None,
     as_json: bool,
-    **values: Any,
+    options: api.Options,
+    progress: BarProgress,
 ) -> None:
     """Measure the entropy of every tensor of MODEL, by both measures.
 
     One pass over the weights; prints the scan's path.
     """
-    progress = BarProgress(quiet=values["quiet"])
     if out is not None:
         store.check_writable(out, "scan")
-    if values["scheduler"]:
-        check_scheduler(values["scheduler"])
-    run = api.open_model(model, options=options_of(values), progress=progress)
-    measures = Measures(epsilon=values["epsilon"], n_bins=values["bins"])
+    if options.scheduler:
+        check_scheduler(options.scheduler)
+    run = api.open_model(model, options=options, progress=progress)
     result = api.scan(run, measures, part=part)
     tag = f".{part[0]}-of-{part[1]}" if part else ""
     out = out or Path("plans") / f"{run.identity.name}{tag}.scan.json"
-    store.write_text(out, result.to_json(), stage="scan", force=values["force"])
+    store.write_text(out, result.to_json(), stage="scan", force=options.force)
     click.echo(result.to_json() if as_json else out, nl=not as_json)
 
 

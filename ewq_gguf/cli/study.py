@@ -1,8 +1,9 @@
-"""`ewq study`: what many throwaway files say about a way of planning."""
+"""`ewq study`: many candidate files of a model measured, to judge how EWQ plans."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,20 @@ from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.checkpoint.texts import wikitext
 from ewq_gguf.cli.bench_options import ctx_option, device_option, named_text
 from ewq_gguf.cli.common import (
-    BarProgress,
-    adapter_option,
-    all_of,
-    bins_option,
-    choice_options,
-    epsilon_option,
-    force_option,
-    imatrix_option,
+    CHOICES,
     json_option,
-    llama_cpp_option,
-    options_of,
     out_option,
-    quiet_option,
+    run_options,
     show_record,
-    threads_option,
 )
-from ewq_gguf.cli.policy import ewq_policy_of, factors_of, raw_type_of, rule_options
+from ewq_gguf.cli.policy import (
+    factors_option,
+    measure_options,
+    parameter_options,
+    raw_type_option,
+)
+from ewq_gguf.cli.progress import BarProgress
+from ewq_gguf.cli.sections import Decorator, all_of, collected, option
 from ewq_gguf.errors import InputError
 from ewq_gguf.experiments.study import (
     STAGE,
@@ -40,41 +38,74 @@ from ewq_gguf.experiments.study import (
 )
 from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.experiments.study_view import study_view
-from ewq_gguf.records import Measures, load_record
+from ewq_gguf.records import EwqPolicy, Measures, load_record
 
-#: What `run` reads.
-study_options = all_of(
-    (
-        adapter_option,
-        choice_options,
-        click.option(
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How the files of a study are measured, and where the study is written.
+
+    Attributes:
+        text: Text to score, NAME=FILE; None for wikitext.
+        chunks: Windows of the text.
+        ctx: Tokens of a window.
+        device: Device of the model.
+        out: File of the study; None for the default name.
+        as_json: Whether JSON is printed.
+        options: Settings of the run.
+        progress: Notes and bars.
+    """
+
+    text: str | None
+    chunks: int
+    ctx: int
+    device: str
+    out: Path | None
+    as_json: bool
+    options: api.Options
+    progress: BarProgress
+
+
+_RUN = ("adapters", *CHOICES, "imatrix", "n_threads", "llama_cpp", "force")
+
+
+def study_options(*names: str) -> Decorator:
+    """The options of every study: the command takes `study`, StudyOptions.
+
+    Args:
+        names: More fields of Options that the command can set.
+    """
+
+    def arguments(values: dict[str, Any]) -> dict[str, Any]:
+        own = {field.name: values.pop(field.name) for field in fields(StudyOptions)}
+        return {**values, "study": StudyOptions(**own)}
+
+    options = (
+        option(
             "--text",
             metavar="NAME=FILE",
-            help="The text to score.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
+            help="Text to score.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
         ),
-        click.option(
+        option(
             "--chunks",
             type=click.IntRange(1),
             default=8,
-            show_default=True,
-            help="Windows of it.",
+            metavar="N",
+            help="Windows of the text to score.",
         ),
         ctx_option,
         device_option,
-        imatrix_option,
         out_option("the study.  [default: results/NAME.STUDY.json]"),
-        threads_option,
-        llama_cpp_option,
-        force_option,
-        quiet_option,
         json_option,
     )
-)
+    run = run_options(*_RUN, *names)
+    # The run's options are collected first: `study` holds them.
+    return lambda function: all_of(options)(run(collected((), arguments)(function)))
 
 
 @click.group()
 def study() -> None:
-    """Measure what a way of planning is worth, with many throwaway files.
+    """Measure entropies, controls and factors of EWQ with many candidate files.
 
     Each file is made in the cache, measured and removed; a study that was killed goes
     on where it was.
@@ -83,18 +114,17 @@ def study() -> None:
 
 @study.command()
 @click.argument("model")
-@click.option(
+@option(
     "--type",
     "ggml_type",
     default="Q4_0",
-    show_default=True,
-    help="Of the part that is quantised.",
+    metavar="TYPE",
+    help="Type of the layer or role that is quantised.",
 )
-@epsilon_option
-@bins_option
-@study_options
+@measure_options
+@study_options()
 def sensitivity(
-    model: str, ggml_type: str, epsilon: float, bins: int, **values: Any
+    model: str, ggml_type: str, measures: Measures, study: StudyOptions
 ) -> None:
     """Quantise each layer and each role alone: which suffer, and what foretells it.
 
@@ -103,67 +133,63 @@ def sensitivity(
     run(
         "sensitivity",
         model,
-        lambda spec: study_sensitivity(
-            spec, ggml_type.upper(), Measures(epsilon=epsilon, n_bins=bins)
-        ),
-        values,
+        lambda spec: study_sensitivity(spec, ggml_type.upper(), measures),
+        study,
     )
 
 
 @study.command()
 @click.argument("model")
-@click.option(
+@option(
     "--permutations",
     type=click.IntRange(1, 10_000),
     default=5,
-    show_default=True,
-    help="Random ones; 19 are the fewest that can give p = 0.05.",
+    metavar="N",
+    help="Random permutations to measure; 19 are the fewest that can give p = 0.05.",
 )
-@click.option(
-    "--factor",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="X of the threshold mu - X sigma.",
-)
-@rule_options
-@study_options
-def controls(model: str, permutations: int, **values: Any) -> None:
+@parameter_options(EwqPolicy)
+@raw_type_option
+@study_options()
+def controls(
+    model: str,
+    permutations: int,
+    policy: EwqPolicy,
+    raw_type: str,
+    study: StudyOptions,
+) -> None:
     """Measure the EWQ plan beside others with as many layers of each type.
 
     Random permutations of its layer decisions, its inversion, a ranking by the
     variance of the weights, and one by depth from either end.
     """
-    policy = ewq_policy_of(values)
     run(
         "controls",
         model,
-        lambda spec: study_controls(
-            spec, policy, permutations, raw_type=raw_type_of(values)
-        ),
-        values,
+        lambda spec: study_controls(spec, policy, permutations, raw_type=raw_type),
+        study,
     )
 
 
 @study.command()
 @click.argument("model")
-@click.option(
-    "--factors",
-    default="0.5:1.5:0.1",
-    show_default=True,
-    metavar="FROM:TO:STEP",
-    help="Values of X, the last one included; or a list with commas.",
-)
-@rule_options
-@study_options
-def factor(model: str, factors: str, **values: Any) -> None:
+@factors_option("0.5:1.5:0.1")
+@parameter_options(EwqPolicy, without=("factor",))
+@raw_type_option
+@study_options()
+def factor(
+    model: str,
+    factors: list[float],
+    policy: EwqPolicy,
+    raw_type: str,
+    study: StudyOptions,
+) -> None:
     """Measure what one factor after another makes; equal plans once."""
-    policies = [ewq_policy_of({**values, "factor": x}) for x in factors_of(factors)]
+    policies = [policy.model_copy(update={"factor": x}) for x in factors]
     run(
         "factor",
         model,
-        lambda spec: study_factor(spec, policies, raw_type=raw_type_of(values)),
-        values,
+        lambda spec: study_factor(spec, policies, raw_type=raw_type),
+        study,
     )
 
 
@@ -171,35 +197,33 @@ def run(
     name: str,
     model: str,
     study_of: Callable[[StudySpec], Study],
-    values: dict[str, Any],
+    study: StudyOptions,
 ) -> tuple[Study, Path]:
     """Do a study, write it and show it; what was found, and where it was written."""
-    progress = BarProgress(quiet=values["quiet"])
-    options = options_of(values)
-    out: Path | None = values["out"]
+    options, progress, out = study.options, study.progress, study.out
     if out is not None:
         store.check_writable(out, STAGE)
-    text = named_text(values["text"]) if values["text"] else None
-    setup = {"device": values["device"], "n_threads": options.n_threads}
+    text = named_text(study.text) if study.text else None
+    setup = {"device": study.device, "n_threads": options.n_threads}
     request = Request(
         tasks=("perplexity",),
         texts=(text or ("wikitext", wikitext(STAGE)),),
         setup=CPU_SETUP.model_copy(update=setup),
-        n_ctx=values["ctx"],
-        n_chunks=values["chunks"],
+        n_ctx=study.ctx,
+        n_chunks=study.chunks,
     )
     opened = api.open_model(model, options=options, progress=progress)
     out = out or Path("results") / f"{opened.identity.name}.{name}.json"
     shards = opened.checkpoint.shards
     store.check_distinct(out, [shard.path for shard in shards], STAGE)
     spec = StudySpec(opened, request)
-    if out.exists() and not values["force"]:
+    if out.exists() and not options.force:
         _check_known(out, name, spec)
     with store.locked(out, stage=STAGE):
         result = study_of(spec)
-        store.write_text(out, result.to_json(), stage=STAGE, force=values["force"])
+        store.write_text(out, result.to_json(), stage=STAGE, force=options.force)
     progress.note(f"wrote {out}")
-    show_record(result, study_view, as_json=values["as_json"])
+    show_record(result, study_view, as_json=study.as_json)
     return result, out
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ewq_gguf.cli.common import PATH, json_option, no_load_option
+from ewq_gguf.cli.common import PATH, json_option
 from ewq_gguf.errors import InputError, printable
 from ewq_gguf.llamacpp.verify import verify_file
 from ewq_gguf.records import Plan, load_record
@@ -15,7 +15,11 @@ from ewq_gguf.records import Plan, load_record
 @click.command()
 @click.argument("plan_path", type=PATH, metavar="PLAN")
 @click.argument("file", type=PATH)
-@no_load_option
+@click.option(
+    "--no-load",
+    is_flag=True,
+    help="Skip the test that loads the file and generates text.",
+)
 @json_option
 def verify(plan_path: Path, file: Path, no_load: bool, as_json: bool) -> None:
     """Compare FILE with PLAN, tensor by tensor; exit 8 if it differs."""

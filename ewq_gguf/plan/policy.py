@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError, UsageError
 from ewq_gguf.records import (
     EwqPolicy,
+    FastEwqPolicy,
     GivenPolicy,
     OptimalPolicy,
     Policy,
     PresetPolicy,
-    UniformPolicy,
 )
+from ewq_gguf.records.parameter import TypeParameter
 
-#: Of precisions in a ladder; ggml has no more types that rise in size.
+#: Most precisions of a ladder; ggml has no more types that rise in size.
 _MAX_RUNGS = 12
 
 
@@ -28,38 +29,41 @@ def check_policy(
         UsageError: naming the parameter.
         InputError: a type needs an importance matrix.
     """
-    is_given = isinstance(policy, GivenPolicy)
-    if has_budget and (is_given or isinstance(policy, UniformPolicy | PresetPolicy)):
+    if has_budget and policy.takes_budget == "never":
         raise UsageError(
             "plan",
             "--budget",
             f"policy {policy.name} has no types to choose from",
             "use it with --policy ewq or fastewq",
         )
-    if isinstance(policy, GivenPolicy) or isinstance(policy, PresetPolicy):
+    if not has_budget and policy.takes_budget == "must":
+        raise UsageError(
+            "plan",
+            f"--policy {policy.name}",
+            "has no size to fill",
+            "give one, such as --budget 6GiB, --budget 30% or --bpw 4.5",
+        )
+    if isinstance(policy, GivenPolicy | PresetPolicy):
         return
+    for name, field in policy.parameters().items():
+        value, flag = getattr(policy, name), field.parameter.flag
+        if field.is_number and value is not None:
+            if problem := field.parameter.problem(value):
+                raise UsageError("plan", flag, f"{value} {problem}", "change it")
+        elif isinstance(field.parameter, TypeParameter):
+            # Policy optimal makes a matrix where none is given.
+            has_matrix = has_imatrix or isinstance(policy, OptimalPolicy)
+            for ggml_type in _types_of(value):
+                _check_type(flag or f"--policy {policy.name}", ggml_type, has_matrix)
     if isinstance(policy, OptimalPolicy):
-        _check_optimal(policy, has_budget)
-        return
-    for option, name in (
-        ("--embedding-type", policy.embedding_type),
-        ("--output-type", policy.output_type),
-    ):
-        if name != "auto":
-            _check_type(option, name, has_imatrix)
-    if isinstance(policy, UniformPolicy):
-        _check_type("--policy uniform", policy.ggml_type, has_imatrix)
-        return
-    for name in policy.ladder:
-        _check_type("--ladder", name, has_imatrix)
-    _check_ladder(policy.ladder)
-    if isinstance(policy, EwqPolicy):
-        _check_at_least("--factor", policy.factor, 0)
-        _check_at_least("--epsilon", policy.epsilon, 0)
-        _check_at_least("--bins", policy.n_bins, 2)
-    else:
-        _check_at_least("--low-layers", policy.n_low, 0)
-        if policy.n_low and len(policy.ladder) < 3:
+        _check_optimal(policy)
+    elif isinstance(policy, EwqPolicy | FastEwqPolicy):
+        _check_ladder(policy.ladder)
+        if (
+            isinstance(policy, FastEwqPolicy)
+            and policy.n_low
+            and len(policy.ladder) < 3
+        ):
             raise UsageError(
                 "plan",
                 "--low-layers",
@@ -68,37 +72,28 @@ def check_policy(
             )
 
 
-def _check_optimal(policy: OptimalPolicy, has_budget: bool) -> None:
-    if not has_budget:
-        raise UsageError(
-            "plan",
-            "--policy optimal",
-            "has no size to fill",
-            "give one, such as --budget 6GiB, --budget 30% or --bpw 4.5",
-        )
+def _types_of(value: str | tuple[str, ...] | dict[str, str]) -> Iterable[str]:
+    """The types of a parameter; `auto` is none."""
+    if isinstance(value, str):
+        return () if value == "auto" else (value,)
+    return value.values() if isinstance(value, dict) else value
+
+
+def _check_optimal(policy: OptimalPolicy) -> None:
     if not policy.types:
         raise UsageError("plan", "--types", "is empty", "name types, such as Q8_0,Q4_K")
-    # A matrix is made where none is given.
-    named = (
-        ("--types", policy.types),
-        ("--floor", policy.floors.values()),
-        ("--ceiling", policy.ceilings.values()),
-    )
-    for option, names in named:
-        for name in names:
-            _check_type(option, name, has_imatrix=True)
-    for of in {*policy.floors, *policy.ceilings}:
+    for role in {*policy.floors, *policy.ceilings}:
         floor, ceiling = (
-            named.get(of, named.get("*")) for named in (policy.floors, policy.ceilings)
+            by_role.get(role, by_role.get("*"))
+            for by_role in (policy.floors, policy.ceilings)
         )
         if floor and ceiling and _bits(floor) > _bits(ceiling):
             raise UsageError(
                 "plan",
                 "--floor",
-                f"{floor} has more bits than the ceiling {ceiling} of {of}",
+                f"{floor} has more bits than the ceiling {ceiling} of {role}",
                 "lower it, or raise the ceiling",
             )
-    _check_at_least("--effort", policy.effort_minutes, 0)
 
 
 def _check_ladder(ladder: Sequence[str]) -> None:
@@ -128,13 +123,6 @@ def _check_ladder(ladder: Sequence[str]) -> None:
 
 def _bits(name: str) -> float:
     return 16.0 if name == "raw" else ggml_types.bits_per_weight(name)
-
-
-def _check_at_least(flag: str, value: float, least: int) -> None:
-    if not value >= least:  # NaN is not
-        raise UsageError(
-            "plan", flag, f"{value} is not {least} or more", "give a larger number"
-        )
 
 
 def _check_type(option: str, name: str, has_imatrix: bool) -> None:

@@ -125,7 +125,7 @@ def weight_room(machines: Sequence[Machine]) -> int:
 
 
 def parse_budget(text: str) -> SizeTarget:
-    """`6GiB`, `5.5GB`, or `80%` of the unquantised file.
+    """`6GiB`, `5.5GB`, `80%` of the unquantised file, or `4.5bpw`.
 
     Raises:
         UsageError: it is none of these, or not above 0.
@@ -134,6 +134,8 @@ def parse_budget(text: str) -> SizeTarget:
     if stripped.endswith("%"):
         share = _positive(stripped[:-1], "--budget", "80%") / 100
         return SizeTarget(stripped, share=share)
+    if stripped.lower().endswith("bpw"):
+        return parse_bpw(stripped[:-3])
     return SizeTarget(stripped, n_bytes=parse_size(stripped, "--budget"))
 
 

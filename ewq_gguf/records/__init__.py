@@ -22,22 +22,24 @@ from ewq_gguf.records.model import AdapterIdentity, ModelIdentity, Shard
 from ewq_gguf.records.placement import Machine, Placement, Stage
 from ewq_gguf.records.plan import (
     Budget,
+    Imatrix,
+    Plan,
+    PlanLayer,
+    PlanTensor,
+    Thresholds,
+    Totals,
+)
+from ewq_gguf.records.policy import (
     ControlPolicy,
     EwqPolicy,
     FastEwqPolicy,
     GivenPolicy,
-    Imatrix,
     ImportedPolicy,
     OptimalPolicy,
-    Plan,
-    PlanLayer,
-    PlanTensor,
     Policy,
     PresetPolicy,
     ProbePolicy,
     RulePolicy,
-    Thresholds,
-    Totals,
     UniformPolicy,
 )
 from ewq_gguf.records.reference import HeadShape, Reference, ReferenceText

@@ -12,19 +12,15 @@ from rich.text import Text
 from ewq_gguf.errors import printable
 from ewq_gguf.ggml_types import TERNARY_TYPES, bits_per_weight
 from ewq_gguf.plan.ewq import z_score
+from ewq_gguf.plan.grammar import describe
 from ewq_gguf.records import (
     Budget,
-    ControlPolicy,
     EwqPolicy,
     FastEwqPolicy,
     Imatrix,
     ImportedPolicy,
-    OptimalPolicy,
     Plan,
     PlanTensor,
-    PresetPolicy,
-    ProbePolicy,
-    UniformPolicy,
 )
 from ewq_gguf.report.placement_view import placement_view
 from ewq_gguf.report.search_view import search_view
@@ -114,7 +110,7 @@ def _head(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     totals, policy = plan.totals, plan.policy
     table.add_row("model", Text(printable(plan.model.name)))
-    table.add_row("policy", Text(_policy_text(plan)))
+    table.add_row("policy", Text(printable(describe(policy))))
     if (limits := plan.thresholds.get("layer")) and isinstance(policy, EwqPolicy):
         unit = "nats" if policy.measure == "softmax" else "bits"
         high = f", 75th percentile {limits.high:.9g}" if policy.rule == "q75" else ""
@@ -162,43 +158,6 @@ def _budget_text(plan: Plan, budget: Budget) -> str:
     # A cluster's machines have more to hold than the file: their own table tells.
     unused = "" if plan.placement else f", {gap:,} unused"
     return f"{budget.asked}, {budget.limit_bytes:,} bytes{context}{unused}: {how}"
-
-
-def _policy_text(plan: Plan) -> str:
-    policy = plan.policy
-    if isinstance(policy, PresetPolicy):
-        return f"preset {printable(policy.preset)} of llama-quantize"
-    if isinstance(policy, UniformPolicy):
-        return f"uniform {policy.ggml_type}"
-    if isinstance(policy, ImportedPolicy):
-        return f"imported from {printable(policy.file_name)}"
-    if isinstance(policy, ProbePolicy):
-        return f"probe: {printable(policy.part)} at {policy.ggml_type}"
-    if isinstance(policy, ControlPolicy):
-        seed = "" if policy.seed is None else f", seed {policy.seed}"
-        return (
-            f"control: {policy.order}{seed}, the layer decisions of plan "
-            f"{printable(policy.plan_sha256[:12])}"
-        )
-    if isinstance(policy, OptimalPolicy):
-        return f"optimal, {policy.effort_minutes:g} minutes of measuring at most"
-    ladder = f"ladder {', '.join(policy.ladder)}"
-    for what, asked in (
-        ("embedding", policy.embedding_type),
-        ("output", policy.output_type),
-    ):
-        ladder += "" if asked == "auto" else f", {what} {asked}"
-    if isinstance(policy, FastEwqPolicy):
-        low = f", {policy.n_low} low" if policy.n_low else ""
-        return f"fastewq, variant {policy.variant}{low}, {ladder}"
-    measure = (
-        f"softmax, epsilon {policy.epsilon:g}"
-        if policy.measure == "softmax"
-        else f"histogram, {policy.n_bins} bins"
-    )
-    by = ", by tensor" if policy.granularity == "tensor" else ""
-    rule = f", rule {policy.rule}" if policy.rule != "mean" else ""
-    return f"ewq, {measure}{rule}, factor {policy.factor:g}{by}, {ladder}"
 
 
 def _layer_map(plan: Plan) -> Map:
