@@ -29,13 +29,13 @@ import numpy as np
 
 from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.engines.forward import prompt_tokens
-from ewq_gguf.bench.engines.llama import LlamaModel, LlamaScorer, Log
+from ewq_gguf.bench.engines.llama import LlamaModel, LlamaScorer
+from ewq_gguf.bench.engines.llama_log import Log
 from ewq_gguf.bench.engines.scorer import Batch
-from ewq_gguf.bench.questions.letters import N_PARALLEL, ask
+from ewq_gguf.bench.questions.letters import N_PARALLEL, ask, letter_tokens
 from ewq_gguf.bench.questions.mmlu_data import (
     MmluTask,
     Prompt,
-    letter_tokens,
     load_task,
 )
 from ewq_gguf.bench.questions.mmlu_scores import score_question

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ewq_gguf import store
-from ewq_gguf.bench import runner
+from ewq_gguf.bench import children
 from ewq_gguf.bench.job import MemoryUse, read_progress
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
 from ewq_gguf.cli import main
@@ -177,7 +177,7 @@ def test_a_child_that_was_killed_says_what_it_needs(bench, monkeypatch, tiny):
                 child.send_signal(signal.SIGKILL)
         return hear(line)
 
-    monkeypatch.setattr(runner, "read_progress", kill)
+    monkeypatch.setattr(children, "read_progress", kill)
     code, err = bench()
 
     assert code == 6

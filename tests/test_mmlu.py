@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ewq_gguf.bench.questions.letters import letter_tokens
 from ewq_gguf.bench.questions.mmlu_data import (
     Question,
     choose,
-    letter_tokens,
     load_task,
 )
 from ewq_gguf.bench.questions.mmlu_scores import (

@@ -15,12 +15,11 @@ from ewq_gguf.bench.answers.greedy import Texts, answer, chat_tokens, texts_for
 from ewq_gguf.bench.answers.scores import GenerationPrompt
 from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
 from ewq_gguf.bench.engines.scorer import Batch
-from ewq_gguf.bench.questions.letters import ask
+from ewq_gguf.bench.questions.letters import ask, letter_tokens
 from ewq_gguf.bench.questions.mmlu_data import (
     MmluTask,
     Prompt,
     Question,
-    letter_tokens,
     load_task,
 )
 from ewq_gguf.bench.questions.mmlu_files import LETTERS
@@ -326,7 +325,8 @@ def test_a_model_without_a_template_gets_the_prompts_as_they_are():
 
 
 def loaded(path: Path):
-    from ewq_gguf.bench.engines.llama import LlamaModel, Log
+    from ewq_gguf.bench.engines.llama import LlamaModel
+    from ewq_gguf.bench.engines.llama_log import Log
 
     setup = BenchSetup(
         device="cpu",

@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from ewq_gguf.bench.engines.llama import LlamaModel, Log
+from ewq_gguf.bench.engines.llama import LlamaModel
+from ewq_gguf.bench.engines.llama_log import Log
 from ewq_gguf.bench.engines.load import load
 from ewq_gguf.bench.engines.nvml import gpu_bytes
 from ewq_gguf.bench.engines.scorer import STAGE

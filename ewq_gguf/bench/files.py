@@ -1,4 +1,4 @@
-"""Which GGUF file or checkpoint is measured, all its parts included."""
+"""Identity of a GGUF file or checkpoint, all its parts included."""
 
 from __future__ import annotations
 

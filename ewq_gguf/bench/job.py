@@ -27,7 +27,7 @@ _STALLED = re.compile(r"^Timeout \((\d+:\d\d:\d\d)", re.M)
 
 
 class ReferenceRequest(Part):
-    """Which reference is written, and of what.
+    """A reference file that is to be written.
 
     Attributes:
         out: the file; absolute.
@@ -39,13 +39,13 @@ class ReferenceRequest(Part):
 
 
 class WritingRequest(Part):
-    """What a model writes of its own.
+    """A text that the model is to write itself.
 
     Attributes:
         out: gets the documents, an empty line between two; absolute.
         n_documents: how many.
-        n_tokens: of each, at most.
-        seed: of everything random.
+        n_tokens: longest document.
+        seed: start of everything random.
     """
 
     out: str
@@ -55,12 +55,12 @@ class WritingRequest(Part):
 
 
 class ProbingRequest(Part):
-    """Which tensors are moved; paths are absolute.
+    """Tensors that are to be moved; paths are absolute.
 
     Attributes:
         probes: in order.
         copy_path: where a copy of the base goes that is moved.
-        imatrix: that the quantisers weigh columns by, or None.
+        imatrix: importance matrix for the quantisers, or None.
         lib_dir: holds ggml's quantisers.
     """
 
@@ -164,10 +164,10 @@ def too_large(path: Path, problem: str) -> ResourceError:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a child has of memory.
+    """Memory of a child.
 
     Attributes:
-        rss_bytes: of the host's.
+        rss_bytes: on the host.
         gpu_bytes: on NVIDIA's GPUs; None where the driver does not tell.
     """
 

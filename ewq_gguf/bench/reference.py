@@ -40,11 +40,11 @@ class _Row:
 
 
 class ReferenceModel:
-    """What a base said about texts, and its output matrix.
+    """A base's hidden states for texts, and its output matrix.
 
     Args:
-        path: of the reference.
-        n_threads: of the product with the matrix.
+        path: the reference.
+        n_threads: threads for the product with the matrix.
 
     Raises:
         VerificationError: it is not a sound file.
@@ -77,7 +77,7 @@ class ReferenceModel:
 
     @property
     def engine(self) -> Engine:
-        """What computed the hidden states."""
+        """The library that computed the hidden states."""
         return self._file.record.engine
 
     def windows(self, text_sha256: str) -> Windows:

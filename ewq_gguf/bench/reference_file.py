@@ -42,8 +42,8 @@ class ReferenceFile:
     """A reference that was read and checked.
 
     Attributes:
-        path: of the file.
-        record: what it says of itself.
+        path: the file.
+        record: description in its header.
         tensors: by name.
     """
 
@@ -182,7 +182,7 @@ def write_header(path: Path, record: Reference, rows: Iterable[Row]) -> Referenc
     """Begin a file: everything but the tensors' data.
 
     Raises:
-        ResourceError: the disk has no room for them.
+        ResourceError: the disk is full.
     """
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_string(KEY, record.to_json())
@@ -207,7 +207,7 @@ def check_asked(file: ReferenceFile, asked: BenchParameters) -> None:
     """Refuse a reference that was made of something else than is asked.
 
     Raises:
-        InputError: of another text, context or cut; all that differ are named.
+        InputError: another text, context or cut; all that differ are named.
     """
     record = file.record
     wrong = []

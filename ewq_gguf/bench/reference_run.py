@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.children import OnProgress, run_job
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import Job, ReferenceRequest
 from ewq_gguf.bench.reference_file import is_made_of, read_reference
-from ewq_gguf.bench.runner import OnProgress, Request, run_job
+from ewq_gguf.bench.runner import Request
 from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.verify import check_bindings
@@ -38,7 +39,7 @@ def make_reference(
         InputError: a file is missing, or the base's logits cannot be recomputed.
         VerificationError: the base is no sound GGUF, or computes NaN.
         ChildError: the child crashed.
-        ResourceError: memory or the disk has no room.
+        ResourceError: memory or the disk is full.
     """
     check_bindings(STAGE)
     asked, model = _asked(request), identify(base)

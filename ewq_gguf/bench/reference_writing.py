@@ -51,7 +51,7 @@ def write_reference(
 
     Args:
         model: the base.
-        request: what is written.
+        request: the file, and the base's identity.
         asked: with the texts' names and hashes.
         texts: their windows.
         tell: told the share done.
@@ -59,7 +59,7 @@ def write_reference(
     Raises:
         InputError: its logits are not its output matrix times its hidden states.
         VerificationError: it computes NaN.
-        ResourceError: disk or memory has no room.
+        ResourceError: disk or memory is full.
     """
     weights, n_embd = _weights(model.path)
     n_ctx = max(asked.n_ctx, N_BATCH)
@@ -73,27 +73,10 @@ def write_reference(
         )
         maker = _Maker(model.path, scorer, n_embd, states_type(weights.ggml_type))
         shape = _shape(maker, weights, asked.setup.n_threads, batches[0][0])
-        record = Reference(
-            model=request.model,
-            tokenizer_sha256=_tokenizer_sha256(model.path),
-            engine=model.engine,
-            setup=asked.setup,
-            n_ctx=asked.n_ctx,
-            n_chunks=asked.n_chunks,
-            is_lines=asked.is_lines,
-            head=shape,
-            max_error_nats=MAX_ERROR_NATS,
-            texts=tuple(
-                _text(text.name, text.sha256, windows)
-                for text, windows in zip(asked.texts, texts, strict=True)
-            ),
-        )
-        rows = table(
-            record,
-            weights.ggml_type,
-            (len(weights.matrix), n_embd),
-            has_bias=weights.bias is not None,
-        )
+        record = _record(model, request, asked, texts, shape)
+        has_bias = weights.bias is not None
+        matrix_shape = (len(weights.matrix), n_embd)
+        rows = table(record, weights.ggml_type, matrix_shape, has_bias=has_bias)
         reference = write_header(Path(request.out), record, rows)
         head = stack.enter_context(
             open_head(weights, shape, n_embd, asked.setup.n_threads)
@@ -110,6 +93,30 @@ def write_reference(
                 n_done += len(batch)
                 tell(n_done / n_all)
         out.write(bytes(-out.tell() % _ALIGNMENT))
+
+
+def _record(
+    model: LlamaModel,
+    request: ReferenceRequest,
+    asked: BenchParameters,
+    texts: Sequence[Windows],
+    shape: HeadShape,
+) -> Reference:
+    return Reference(
+        model=request.model,
+        tokenizer_sha256=_tokenizer_sha256(model.path),
+        engine=model.engine,
+        setup=asked.setup,
+        n_ctx=asked.n_ctx,
+        n_chunks=asked.n_chunks,
+        is_lines=asked.is_lines,
+        head=shape,
+        max_error_nats=MAX_ERROR_NATS,
+        texts=tuple(
+            _text(text.name, text.sha256, windows)
+            for text, windows in zip(asked.texts, texts, strict=True)
+        ),
+    )
 
 
 class _Maker:
@@ -275,7 +282,7 @@ def _write_tokens(
 
 
 def _tokenizer_sha256(path: Path) -> str:
-    """Of the key-value pairs that say how text becomes tokens, as they are stored."""
+    """Hash of the key-value pairs that say how text becomes tokens, as stored."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(KV_OFFSET)

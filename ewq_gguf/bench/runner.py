@@ -6,43 +6,29 @@ A child that crashes costs the part it was at; the next run goes on after the ot
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ewq_gguf import store
+from ewq_gguf.bench.children import OnProgress, run_job
 from ewq_gguf.bench.engines.precision import AppliedPlan, engine_key
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify, identify_base
 from ewq_gguf.bench.job import (
-    Failure,
     Job,
-    MemoryUse,
-    is_out_of_memory,
-    read_progress,
-    stalled_for,
-    too_large,
 )
 from ewq_gguf.bench.task import Settings, Task, merge
 from ewq_gguf.bench.tasks import all_tasks, tasks_of
 from ewq_gguf.errors import (
-    ChildError,
     InputError,
-    ResourceError,
     UsageError,
-    printable,
 )
-from ewq_gguf.llamacpp.failures import explain_failure
-from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.process import (
     N_CPUS,
-    TIMEOUT_VARIABLE,
-    python_argv,
-    run,
     stall_seconds,
 )
 from ewq_gguf.records import (
@@ -54,15 +40,10 @@ from ewq_gguf.records import (
     read_journal,
 )
 
-#: The working folder may hold any code.
-_CHILD_ENV = {"PYTHONSAFEPATH": "1"}
 #: Types of a KV cache that llama.cpp takes (common/arg.cpp, kv_cache_types).
 CACHE_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
 )  # fmt: skip
-
-#: Told the share done, 0 to 1, and the child's memory.
-OnProgress = Callable[[float, MemoryUse], None]
 
 CPU_SETUP = BenchSetup(
     device="cpu",
@@ -77,22 +58,22 @@ CPU_SETUP = BenchSetup(
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of every file.
+    """Everything that is measured of each file, and how.
 
     Attributes:
         tasks: any of them.
-        base: what `kld` and `generation` compare with; not looked at without them.
-        reference: what the base said of the texts, so that it need not run for `kld`.
+        base: model to compare with, for `kld` and `generation`; ignored without them.
+        reference: the base's reference file, so that it need not run for `kld`.
         texts: files by the names they are reported under.
         setup: how models are loaded.
         n_ctx: tokens of a window.
-        n_chunks: of each text, at most.
+        n_chunks: windows of each text, at most.
         is_lines: each line is a document.
         n_prompt: tokens of the speed test's prompt.
         n_generated: tokens of its answer.
-        n_repeats: of it.
+        n_repeats: repeats of the speed test.
         settings: data of tasks, by their names.
-        plan: that bitsandbytes follows in a checkpoint; None without one.
+        plan: precisions that bitsandbytes applies to a checkpoint; None without one.
     """
 
     tasks: tuple[str, ...]
@@ -160,7 +141,7 @@ class Request:
         """`Settings.parameters` of a task, read once however many files are measured.
 
         Args:
-            name: of the task.
+            name: the task's.
 
         Returns:
             None where the task has no settings.
@@ -179,7 +160,7 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
 
     Args:
         path: the GGUF file, or the first part of a split one; or a checkpoint's folder.
-        request: what is asked.
+        request: tasks and their data.
         on_progress: told how far it is.
 
     Raises:
@@ -289,58 +270,6 @@ def _job(
         "failure": str(journal.with_suffix(".failure")),
     }
     return Job(**(fields | task.job_fields(request, base, asked)))
-
-
-def run_job(job: Job, on_progress: OnProgress) -> None:
-    """Run a child to its end.
-
-    Raises:
-        EwqError: the child's own, or what ended it.
-    """
-
-    def hear(line: str) -> None:
-        if (told := read_progress(line)) is not None:
-            on_progress(*told)
-
-    failure, model = Path(job.failure), Path(job.model)
-    failure.unlink(missing_ok=True)  # of a run whose parent was killed
-    with TemporaryDirectory(prefix="ewq-bench-") as folder:
-        file = Path(folder) / "job.json"
-        file.write_text(job.model_dump_json(), encoding="utf-8")
-        try:
-            with child_log("bench", model) as log_path:
-                run(
-                    python_argv("ewq_gguf.bench.child", file),
-                    stage=STAGE,
-                    log_path=log_path,
-                    env=_CHILD_ENV,
-                    on_line=hear,
-                )
-        except ChildError as error:
-            if failure.exists():
-                said = Failure.model_validate_json(failure.read_bytes())
-                failure.unlink()
-                raise explain_failure(said.error()) from error
-            if is_out_of_memory("\n".join(error.log_tail)):
-                raise too_large(model, "ran out of memory") from error
-            error.subject = printable(model)
-            log = error.log_path.read_text(errors="replace") if error.log_path else ""
-            if stalled := stalled_for(log):
-                error.problem = f"made no progress for {stalled} and was ended"
-                error.remedy = (
-                    f"where the machine is slow, set {TIMEOUT_VARIABLE} to more seconds"
-                )
-            workers = ", ".join(job.parameters.setup.rpc)
-            if workers:
-                error.problem += f"; its RPC workers: {workers}"
-            if job.reference is None:
-                error.remedy += "; what it finished is kept: run again to go on"
-            raise explain_failure(error) from error
-        except ResourceError as error:
-            needed = identify(model).size_bytes / 1e9
-            error.subject = printable(model)
-            error.problem += f"; its weights alone need {needed:.1f} GB"
-            raise
 
 
 def _share_of(on_progress: OnProgress, index: int, count: int) -> OnProgress:

@@ -36,7 +36,7 @@ class PairedT:
 
     Attributes:
         n: pairs.
-        mean: of first minus second.
+        mean: mean of first minus second.
         t: with n - 1 degrees of freedom.
         p: two-sided.
         cohens_d: mean over the pooled population standard deviation of both.
@@ -225,12 +225,12 @@ def spearman(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
 
 
 def accuracy_sentence(first: str, second: str, test: PairedAccuracy) -> str:
-    """What McNemar's test allows to say.
+    """A sentence that McNemar's test allows.
 
     Args:
         first: its name.
         second: its name.
-        test: of both.
+        test: result for both.
     """
     counts = (
         f"of {test.n} questions {first} alone answers {test.n_only_first} right and "
@@ -245,13 +245,13 @@ def accuracy_sentence(first: str, second: str, test: PairedAccuracy) -> str:
 
 
 def mean_sentence(name: str, first: str, second: str, test: PairedMean) -> str:
-    """What the bootstrap allows to say of a measure.
+    """A sentence about a measure that the bootstrap allows.
 
     Args:
-        name: of the measure, such as `KLD`.
+        name: the measure, such as `KLD`.
         first: a model's name.
         second: another's.
-        test: of both.
+        test: result for both.
     """
     if test.difference_low is None or test.difference_high is None:
         return f"{first} and {second} cannot be compared by {name}: one piece of text."

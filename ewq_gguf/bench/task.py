@@ -107,7 +107,7 @@ class Task(ABC):
     """Something that is measured of a model, in a child process of its own.
 
     Attributes:
-        name: of the task's process and settings.
+        name: key of the task's process and settings.
         names: the words of `--tasks` that ask for it.
         compared: those among them that compare with the base.
         options: for the command line; the first names the data, where there are any.
@@ -167,7 +167,7 @@ class Task(ABC):
             Fields of Result.
 
         Raises:
-            EwqError: what is wrong with the data or the model.
+            EwqError: the data or the model is at fault.
         """
 
     @abstractmethod

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.children import OnProgress, run_job
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import Job, WritingRequest
-from ewq_gguf.bench.runner import OnProgress, Request, run_job
+from ewq_gguf.bench.runner import Request
 from ewq_gguf.checkpoint.gguf_file import GgufFile, read_gguf
 from ewq_gguf.errors import InputError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
@@ -35,7 +36,7 @@ def written_text(
         base: the base GGUF.
         setup: how it is loaded.
         begin: gives who is told how far it is, where it has to be written.
-        n_documents: of 512 tokens, or the model's context, at most.
+        n_documents: documents of up to 512 tokens, or the model's context.
         seed: another text for each.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`ewq bench`: what files are worth."""
+"""`ewq bench`: PPL, KLD, questions, answers, speed and memory of files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ewq_gguf.report.bench_view import bench_view
 @click.option(
     "--base",
     type=PATH,
-    help="What to compare with: the base GGUF, its reference, or a checkpoint.",
+    help="The model to compare with: the base GGUF, its reference, or a checkpoint.",
 )
 @click.option(
     "--backend",
@@ -46,7 +46,7 @@ from ewq_gguf.report.bench_view import bench_view
 @click.option(
     "--plan",
     type=PATH,
-    help="With bnb: what becomes of MODEL's matrices.  [default: unquantised]",
+    help="With bnb: the plan for MODEL's matrices.  [default: unquantised]",
 )
 @click.option(
     "--save",
@@ -65,7 +65,7 @@ def bench(
     progress: BarProgress,
     **values: Any,
 ) -> None:
-    """Measure what GGUF files, or a plan with bitsandbytes, are worth, with error bars.
+    """Evaluate GGUF files, or a plan with bitsandbytes, with error bars.
 
     Perplexity as llama-perplexity counts it, the divergence from a base model, MMLU
     by letters, answers beside references and the base model's, and speed as
@@ -112,7 +112,7 @@ def _resolved(
     options: api.Options,
     progress: BarProgress,
 ) -> tuple[tuple[Path, ...], Path | None, Request]:
-    """What is measured, and where its result goes; for bnb the checkpoint's folder.
+    """The files to measure, and the result's place; for bnb the checkpoint's folder.
 
     Raises:
         UsageError: options that do not go together.

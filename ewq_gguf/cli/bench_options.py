@@ -1,4 +1,4 @@
-"""The options that say what is measured of every file, and how."""
+"""Options for tasks, texts and devices, shared by commands that measure."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ text_options = all_of(
             "--lines.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
         ),
         click.option(
-            "--chunks", type=click.IntRange(1), help="Windows per text.  [default: all]"
+            "--chunks",
+            type=click.IntRange(1),
+            help="Windows per text, at most.  [default: all]",
         ),
         ctx_option,
         click.option(
@@ -90,26 +92,36 @@ setup_options = all_of(
             "-ngl",
             "--gpu-layers",
             type=click.IntRange(0),
-            help="Layers on the devices.  [default: all]",
+            help="Layers to put on the devices.  [default: all]",
         ),
-        click.option("--tensor-split", metavar="LIST", help="Shares of the devices."),
-        click.option("--rpc", metavar="LIST", help="RPC workers, host:port."),
         click.option(
-            "--allow-public", is_flag=True, help="Also RPC workers on the internet."
+            "--tensor-split",
+            metavar="LIST",
+            help="Shares of the model on each device, such as 3,1.",
+        ),
+        click.option(
+            "--rpc",
+            metavar="LIST",
+            help="RPC workers of llama.cpp, as host:port,host:port.",
+        ),
+        click.option(
+            "--allow-public",
+            is_flag=True,
+            help="Allow RPC workers with public addresses; they are not encrypted.",
         ),
         click.option(
             "--cache-type-k",
             type=click.Choice(CACHE_TYPES),
             default="f16",
             show_default=True,
-            help="Type of the cached keys.",
+            help="ggml type of the KV cache's keys.",
         ),
         click.option(
             "--cache-type-v",
             type=click.Choice(CACHE_TYPES),
             default="f16",
             show_default=True,
-            help="Type of the cached values.",
+            help="ggml type of the KV cache's values.",
         ),
         threads_option,
     )
@@ -120,7 +132,7 @@ bench_options = all_of(
         click.option(
             "--tasks",
             metavar="LIST",
-            help=f"Of {','.join(task_names())}.  [default: all; kld with a base, "
+            help=f"Tasks: {','.join(task_names())}.  [default: all; kld with a base, "
             f"{_WITH_DATA}]",
         ),
         text_options,
@@ -131,7 +143,7 @@ bench_options = all_of(
 
 
 def request_of(values: dict[str, Any]) -> Request:
-    """What the command line asks of every file.
+    """The request that the command line makes of every file.
 
     Raises:
         UsageError: a task is unknown, or an option says nothing.
@@ -183,7 +195,7 @@ def with_data(request: Request, values: dict[str, Any]) -> Request:
 
     Raises:
         NetworkError, ResourceError: it cannot be fetched.
-        InputError: what was fetched is not what it was.
+        InputError: the fetched data are not the known ones.
     """
     texts = request.texts
     tasks = tasks_of(request.tasks)

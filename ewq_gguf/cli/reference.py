@@ -1,4 +1,4 @@
-"""`ewq reference`: a base's answers to texts, in one file."""
+"""`ewq reference`: a base's logits for texts, in one file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from ewq_gguf.errors import UsageError
 def reference(
     base: Path, out: Path, force: bool, quiet: bool, as_json: bool, **values: Any
 ) -> None:
-    """Run BASE over texts once and keep what `kld` compares with; prints the path.
+    """Store the base model's logits once, for KL divergence; prints the path.
 
     `ewq bench FILE --base REF` needs BASE no more then, also on another machine. The
     file has BASE's output matrix, and the hidden state before it of each scored token.

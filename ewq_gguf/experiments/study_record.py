@@ -8,8 +8,13 @@ from pydantic import Field
 
 from ewq_gguf.records.base import Part, Record
 from ewq_gguf.records.model import ModelIdentity
-from ewq_gguf.records.result import BenchedFile, BenchParameters, Engine, TextResult
+from ewq_gguf.records.result import (
+    BenchedFile,
+    BenchParameters,
+    Engine,
+)
 from ewq_gguf.records.scores import PairedMean, RankCorrelation
+from ewq_gguf.records.texts import TextResult
 
 
 class StudyFile(Part):

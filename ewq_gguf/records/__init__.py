@@ -48,16 +48,18 @@ from ewq_gguf.records.result import (
     BenchParameters,
     BenchSetup,
     BenchText,
-    Chunk,
     Engine,
-    Kld,
     Memory,
     Result,
     Speed,
-    TextResult,
 )
 from ewq_gguf.records.scan import LayerScan, Measures, Scan, Statistics, TensorScan
 from ewq_gguf.records.search import Search, SearchedFile
+from ewq_gguf.records.texts import (
+    Chunk,
+    Kld,
+    TextResult,
+)
 from ewq_gguf.records.verification import Exactness, Verification, VerifiedTensor
 
 __all__ = [

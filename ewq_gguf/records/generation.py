@@ -10,7 +10,7 @@ class TextOutcome(Part):
     """One answer beside its reference.
 
     Attributes:
-        id: of the prompt, `line 3`.
+        id: the prompt's, `line 3`.
         rouge_1: F1 of words.
         rouge_2: F1 of pairs of words.
         rouge_l: F1 of the longest common subsequence of words.
@@ -29,22 +29,22 @@ class TextScores(Part):
 
     Attributes:
         n: answers.
-        n_empty_answers: that are empty or white space; they score 0.
+        n_empty_answers: answers that are empty or white space; they score 0.
         n_empty_references: likewise; a pair with one scores 0.
         n_wordless: pairs of which one side has no word of a-z and 0-9, the only
             characters ROUGE sees; their ROUGE is 0 whatever they say.
-        bleu: of all answers together, 0 to 100.
+        bleu: BLEU of all answers together, 0 to 100.
         bleu_low: 2.5th percentile of the bootstrap over answers; None for one.
         bleu_high: 97.5th percentile.
         bleu_signature: sacrebleu's.
         rouge_1: mean F1, 0 to 1.
         rouge_1_stderr: sample deviation / sqrt(n); None for one answer.
         rouge_2: mean F1.
-        rouge_2_stderr: of it.
+        rouge_2_stderr: its standard error.
         rouge_l: mean F1.
-        rouge_l_stderr: of it.
+        rouge_l_stderr: its standard error.
         rouge_lsum: mean F1.
-        rouge_lsum_stderr: of it.
+        rouge_lsum_stderr: its standard error.
         rouge_signature: library, version and settings.
         outcomes: per answer.
     """
@@ -70,12 +70,12 @@ class TextScores(Part):
 
 
 class Answer(Part):
-    """What a model generated.
+    """An answer that a model generated.
 
     Attributes:
-        id: of the prompt, `line 3`.
+        id: the prompt's, `line 3`.
         text: without the prompt.
-        tokens: of it, without the end of text.
+        tokens: ids, without the end of text.
     """
 
     id: str
@@ -90,9 +90,9 @@ class Fidelity(Part):
         scores: with the base model's answers as references.
         n_identical: answers with the same tokens.
         common_prefix_tokens: per answer, before the first token that differs.
-        common_prefix_mean: of them.
+        common_prefix_mean: their mean.
         common_prefix_share: mean over the longer answer's length; 1 where identical.
-        common_prefix_share_stderr: of it; None for one answer.
+        common_prefix_share_stderr: its standard error; None for one answer.
     """
 
     scores: TextScores
@@ -107,7 +107,7 @@ class GenerationScores(Part):
     """Answers to a file of prompts.
 
     Attributes:
-        prompts_sha256: of the prompts as the model got them.
+        prompts_sha256: hash of the prompts as the model got them.
         n_prompts: in the file.
         has_chat_template: whether prompts went through the model's template.
         answers: in the file's order.

@@ -6,8 +6,9 @@ from typing import Any
 
 from ewq_gguf.records.base import Part
 from ewq_gguf.records.generation import Answer
-from ewq_gguf.records.result import Engine, TextResult
+from ewq_gguf.records.result import Engine
 from ewq_gguf.records.scores import ItemScore, MmluOutcome
+from ewq_gguf.records.texts import TextResult
 
 
 class ChunkPart(Part):
@@ -16,10 +17,10 @@ class ChunkPart(Part):
     Attributes:
         name: number of the text, and of the batch in it: `0/12`.
         lengths: scored tokens of each window or document.
-        nll_nats: of each token.
+        nll_nats: -ln p of each token.
         base_nll_nats: the base's, of each token; empty without one.
-        kld_nats: of each token; empty likewise.
-        is_same_top: of each token, whether both find the same one likeliest; likewise.
+        kld_nats: divergence at each token; empty likewise.
+        is_same_top: whether both find the same token likeliest; likewise.
     """
 
     name: str
@@ -35,7 +36,7 @@ class RunPart(Part):
 
     Attributes:
         name: the task's name.
-        engine: what computed.
+        engine: library that computed.
         fields: fields of Result, as JSON.
     """
 
@@ -61,7 +62,7 @@ class MmluPart(Part):
 
     Attributes:
         name: its id.
-        outcome: of it.
+        outcome: the answer.
     """
 
     name: str
@@ -85,7 +86,7 @@ class StudyPart(Part):
 
     Attributes:
         name: SHA-256 over its tensors' types.
-        engine: what computed.
+        engine: library that computed.
         quality: perplexity and divergence from the base.
     """
 

@@ -1,4 +1,4 @@
-"""What moving some tensors of a base costs, measured."""
+"""Probes: the divergence that quantising some tensors of a base costs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Probe(Part):
     """Tensors moved to where a type would put them, all others as the base has them.
 
     Attributes:
-        name: of the probe; among others it is the only one of this name.
-        tensors: that are moved.
+        name: the only one of this name among others.
+        tensors: names of those that are moved.
         ggml_type: whose values they get.
     """
 
@@ -26,10 +26,10 @@ class ProbePart(Part):
     """A probe that was measured.
 
     Attributes:
-        name: of the probe.
+        name: the probe's.
         n_tokens: scored, of each window; none where the logits are no numbers.
-        kld_nats: of the base's distributions from the moved ones, summed, of each
-            window.
+        kld_nats: divergence of the base's distributions from the moved ones, summed,
+            of each window.
     """
 
     name: str

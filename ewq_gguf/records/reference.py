@@ -1,4 +1,4 @@
-"""Reference: what stands in a base model's reference file beside its tensors."""
+"""Reference: description of a base model's reference file, beside its tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ewq_gguf.records.result import BenchedFile, BenchSetup, Engine
 
 
 class HeadShape(Part):
-    """What llama.cpp does to the product of output matrix and hidden state.
+    """Operations on the product of output matrix and hidden state in llama.cpp.
 
     Attributes:
         scale: factor of the logits; 1 for none.
@@ -27,10 +27,10 @@ class ReferenceText(Part):
 
     Attributes:
         name: as it was given.
-        sha256: of the file.
+        sha256: hash of the file.
         n_windows: stored.
         n_tokens: in them.
-        n_scored: of these.
+        n_scored: tokens of these that are scored.
         first: index of the first scored token in each window.
     """
 
@@ -47,8 +47,8 @@ class Reference(Record):
 
     Attributes:
         model: the base.
-        tokenizer_sha256: of the keys `tokenizer.ggml.*` in its file.
-        engine: what computed.
+        tokenizer_sha256: hash of the keys `tokenizer.ggml.*` in its file.
+        engine: library that computed.
         setup: how it was loaded.
         n_ctx: tokens of a window, or the longest document.
         n_chunks: windows or documents asked of each text; None for all.

@@ -7,6 +7,7 @@ from typing import Literal
 from ewq_gguf.records.base import Part, Record
 from ewq_gguf.records.generation import GenerationScores
 from ewq_gguf.records.scores import MmluScores, TaskScores
+from ewq_gguf.records.texts import TextResult
 
 
 class BenchedFile(Part):
@@ -14,8 +15,8 @@ class BenchedFile(Part):
 
     Attributes:
         name: without its folder.
-        size_bytes: of all its parts, of a checkpoint those with weights.
-        sha256: of the file; of its parts' hashes where there are several.
+        size_bytes: all its parts, of a checkpoint those with weights.
+        sha256: hash of the file; of its parts' hashes where there are several.
         reference_of: SHA-256 of the model that a reference file was made of; None for
             a model itself.
     """
@@ -53,7 +54,7 @@ class BenchText(Part):
 
     Attributes:
         name: the user's.
-        sha256: of the file.
+        sha256: hash of the file.
     """
 
     name: str
@@ -61,22 +62,22 @@ class BenchText(Part):
 
 
 class BenchParameters(Part):
-    """What was asked.
+    """Everything that was asked.
 
     Attributes:
         tasks: in order.
         setup: how the models were loaded.
-        texts: what they read.
+        texts: texts that they read.
         n_ctx: tokens of a window, or the longest document.
         n_chunks: windows or documents of each text, at most; None for all.
         is_lines: each line is a document and every token of it is scored.
         n_prompt: tokens of the speed test's prompt.
         n_generated: tokens it generates.
-        n_repeats: of each test, after a warm-up.
-        mmlu_sha256: of MMLU's prompts; None where none was asked.
-        prompts_sha256: of the prompts to be answered; None where there were none.
-        max_tokens: of an answer; None likewise.
-        plan_sha256: of the plan that bitsandbytes followed; None without one.
+        n_repeats: repeats of each test, after a warm-up.
+        mmlu_sha256: hash of MMLU's prompts; None where none was asked.
+        prompts_sha256: hash of the prompts to be answered; None for none.
+        max_tokens: longest answer; None likewise.
+        plan_sha256: hash of the plan that bitsandbytes followed; None without one.
         data_sha256: hash of everything that is asked, by the names of other tasks.
     """
 
@@ -97,18 +98,18 @@ class BenchParameters(Part):
 
 
 class Engine(Part):
-    """What computed.
+    """The library that computed, and where.
 
     Attributes:
         name: `llama.cpp` or `transformers`.
-        version: of the bindings, or of all libraries that numbers depend on.
-        commit: of llama.cpp; empty for transformers.
+        version: the bindings', or that of all libraries that numbers depend on.
+        commit: llama.cpp's; empty for transformers.
         system: CPU features and libraries, as it prints them.
         devices: descriptions of the devices used, by their names; empty for the CPU.
         n_layers_offloaded: to them, the output head counted as one.
-        n_modules: of a model with bitsandbytes' layers: matrices that are `int8`, `nf4`
-            or `raw`, and `kept_raw` embeddings that the plan quantises; else empty.
-        weights_bytes: of a transformers model: parameters, buffers and statistics, in
+        n_modules: with bitsandbytes' layers, the number of matrices that are `int8`,
+            `nf4` or `raw`, and `kept_raw` embeddings that the plan quantises.
+        weights_bytes: parameters, buffers and statistics of a transformers model, in
             memory as in a file; else None.
     """
 
@@ -123,87 +124,17 @@ class Engine(Part):
 
     @property
     def key(self) -> str:
-        """What must be the same for numbers to be the same."""
+        """Version that must be the same for numbers to be the same."""
         return self.commit or self.version
-
-
-class Chunk(Part):
-    """What one window or document adds: the unit that paired statistics resample.
-
-    Attributes:
-        n_tokens: scored.
-        nll_nats: their negative log-likelihood, summed.
-        base_nll_nats: the base model's; None without one.
-        kld_nats: of the base's distributions from the file's, summed; None likewise.
-        n_same_top: tokens where both find the same one likeliest; None likewise.
-    """
-
-    n_tokens: int
-    nll_nats: float
-    base_nll_nats: float | None = None
-    kld_nats: float | None = None
-    n_same_top: int | None = None
-
-
-class Kld(Part):
-    """KL(base || file) per token, nats; standard errors resample whole chunks.
-
-    Attributes:
-        kld_mean_nats: the mean.
-        kld_median_nats: its distribution's quantiles, interpolated linearly.
-        kld_p90_nats: 90 %.
-        kld_p95_nats: 95 %.
-        kld_p99_nats: 99 %.
-        kld_p999_nats: 99.9 %.
-        kld_max_nats: the largest; the larger the sample, the larger it is.
-        top1_agreement: share of tokens where both find the same one likeliest.
-        delta_p_rms: root mean square of the true token's change of probability.
-        base_ppl: the base's perplexity on the same tokens.
-        stderr: the standard error of each by its name; empty with one chunk.
-    """
-
-    kld_mean_nats: float
-    kld_median_nats: float
-    kld_p90_nats: float
-    kld_p95_nats: float
-    kld_p99_nats: float
-    kld_p999_nats: float
-    kld_max_nats: float
-    top1_agreement: float
-    delta_p_rms: float
-    base_ppl: float
-    stderr: dict[str, float]
-
-
-class TextResult(Part):
-    """One text's numbers.
-
-    Attributes:
-        name: of the text.
-        n_tokens: scored.
-        n_skipped: documents longer than the context, left out.
-        ppl: perplexity.
-        ppl_stderr: as llama-perplexity's: tokens taken as independent.
-        kld: against the base; None without one.
-        chunks: in the text's order.
-    """
-
-    name: str
-    n_tokens: int
-    n_skipped: int
-    ppl: float
-    ppl_stderr: float
-    kld: Kld | None
-    chunks: tuple[Chunk, ...]
 
 
 class Speed(Part):
     """Tokens per second as llama-bench counts them; each with its deviation.
 
     Attributes:
-        prompt_tps: of a prompt in one batch.
+        prompt_tps: reading a prompt in one batch.
         prompt_tps_std: between repeats.
-        generation_tps: of one token after another.
+        generation_tps: generating one token after another.
         generation_tps_std: between repeats.
         ttft_seconds: from the prompt's tokens to the first token of the answer.
         ttft_seconds_std: between repeats.
@@ -223,14 +154,14 @@ class Memory(Part):
     """Bytes while the speed test's prompt and answer are in the context.
 
     Attributes:
-        peak_rss_bytes: of the process, pages of the mapped file included.
+        peak_rss_bytes: the process's, pages of the mapped file included.
         device_bytes: weights, KV cache and compute buffers on devices; 0 on the CPU.
         weights_bytes: buffers of weights, as llama.cpp prints them, wherever they are.
-        kv_bytes: of the KV cache, and of recurrent states.
-        compute_bytes: of compute and output buffers.
-        n_ctx: tokens that the KV cache has room for.
-        nvml_bytes: of the process on NVIDIA's GPUs, as their driver counts; None where
-            it does not tell.
+        kv_bytes: size of the KV cache, and of recurrent states.
+        compute_bytes: size of compute and output buffers.
+        n_ctx: tokens that the KV cache can hold.
+        nvml_bytes: the process's memory on NVIDIA's GPUs, as their driver counts;
+            None where it does not tell.
     """
 
     peak_rss_bytes: int
@@ -243,33 +174,33 @@ class Memory(Part):
 
 
 class Result(Record):
-    """What a file is worth.
+    """The numbers of a file.
 
     The headline numbers `ppl`, `kld_mean_nats` and so on are those of all texts
     together; what was not asked is None.
 
     Attributes:
         file: the model.
-        base: what it was compared with.
-        parameters: what was asked.
-        engine: what computed.
-        size_bytes: of the file, or of the weights that bitsandbytes left.
+        base: model that it was compared with.
+        parameters: everything that was asked.
+        engine: library that computed.
+        size_bytes: the file's, or that of the weights that bitsandbytes left.
         ppl: perplexity over all texts' tokens.
         ppl_stderr: tokens taken as independent.
         kld_mean_nats: against the base.
         kld_p99_nats: its 99th percentile.
         top1_agreement: with the base.
         accuracy: share of MMLU's questions that were right.
-        accuracy_stderr: of it.
+        accuracy_stderr: its standard error.
         mmlu_perplexity: the paper's, of the right letters.
-        bleu: of the answers beside the prompts' references; None without any.
+        bleu: answers beside the prompts' references; None without any.
         rouge_l: likewise, 0 to 1.
-        fidelity_rouge_l: of the answers beside the base's.
-        common_prefix_share: of an answer, before it leaves the base's.
+        fidelity_rouge_l: answers beside the base's.
+        common_prefix_share: share of an answer before it leaves the base's.
         prompt_tps: tokens per second.
         generation_tps: tokens per second.
         ttft_seconds: to the first token.
-        peak_rss_bytes: of the process.
+        peak_rss_bytes: the process's.
         device_bytes: on devices.
         texts: each text's numbers, in the order asked.
         mmlu: all about it.

@@ -15,7 +15,7 @@ class RowFault(Part):
     Attributes:
         file: its name, with the folder it is in.
         row: from 1; 0 is the file as a whole.
-        problem: what is wrong.
+        problem: the fault, in words.
         is_left_out: whether it is not asked; a repeated row is.
     """
 
@@ -29,9 +29,9 @@ class TooLong(Part):
     """A prompt that does not fit the context; it is not asked, and never cut.
 
     Attributes:
-        id: of the question or prompt.
+        id: the question's or prompt's.
         n_tokens: it has.
-        n_ctx: that there are.
+        n_ctx: tokens that there are.
     """
 
     id: str
@@ -46,7 +46,7 @@ class MmluOutcome(Part):
         id: subject and row, such as `anatomy/12`.
         answer: the right one.
         chosen: the likeliest of the four; the first of equal ones.
-        letter_logprobs_nats: of ` A` to ` D` among the whole vocabulary.
+        letter_logprobs_nats: ln p of ` A` to ` D` among the whole vocabulary.
         n_in_top: letters among the 100 likeliest tokens.
         nll_nats: minus ln p of the right letter, the paper's way.
     """
@@ -64,11 +64,11 @@ class MmluNumbers(Part):
 
     Attributes:
         n: questions that were asked.
-        n_right: of them.
+        n_right: questions with the right answer.
         accuracy: n_right / n.
         accuracy_stderr: sample deviation / sqrt(n); None for one question.
-        accuracy_low: of Wilson's 95 % interval.
-        accuracy_high: of Wilson's 95 % interval.
+        accuracy_low: lower end of Wilson's 95 % interval.
+        accuracy_high: upper end of Wilson's 95 % interval.
         nll_mean_nats: the paper's perplexity of a subject, before its exp.
         mmlu_perplexity: exp of it.
         mmlu_perplexity_stderr: mmlu_perplexity times the standard error of the mean;
@@ -104,11 +104,12 @@ class MmluScores(MmluNumbers):
     Attributes:
         n_shots: examples before each question.
         limit: questions per subject at most; None is all.
-        seed: of the choice among them.
-        prompts_sha256: of all prompts and answers; equal where models can be compared.
+        seed: start of the random choice among them.
+        prompts_sha256: hash of all prompts and answers; equal where models can be
+            compared.
         n_available: sound questions in the files.
         constant_letter: the most frequent right answer among those asked.
-        constant_accuracy: what always saying it would give.
+        constant_accuracy: the accuracy of always saying it.
         n_without_letters: questions with no letter among the 100 likeliest tokens.
         subjects: by name.
         outcomes: in the order asked.
@@ -139,8 +140,8 @@ class PairedAccuracy(Part):
         n_only_first: right in the first model only.
         n_only_second: right in the second model only.
         difference: accuracy of the first minus that of the second.
-        difference_low: of the 95 % interval (Agresti and Min).
-        difference_high: of the 95 % interval.
+        difference_low: lower end of the 95 % interval (Agresti and Min).
+        difference_high: upper end of the 95 % interval.
         p: two-sided, that chance gives so uneven a split of those that differ.
     """
 
@@ -176,8 +177,9 @@ class RankCorrelation(Part):
     Attributes:
         n: items.
         rho: in -1..1; None where a measure is constant.
-        low: of the 95 % interval (Bonett and Wright); None for fewer than four items.
-        high: of the 95 % interval.
+        low: lower end of the 95 % interval (Bonett and Wright); None for fewer than
+            four items.
+        high: upper end of the 95 % interval.
         p: two-sided, from Student's t; None for fewer than three items.
     """
 
@@ -195,7 +197,7 @@ class ItemScore(Part):
         id: the same for every model that is asked.
         answer: index of the right choice.
         nats: log-likelihood of each choice.
-        values: what the question adds to each measure, by its name: the measure is the
+        values: the question's share of each measure, by its name: the measure is the
             mean over all questions.
     """
 
@@ -211,8 +213,8 @@ class Measure(Part):
     Attributes:
         value: the mean.
         stderr: sample deviation / sqrt(n); None for one question.
-        low: of the 95 % interval: Wilson's for a share of right answers.
-        high: of the 95 % interval.
+        low: lower end of the 95 % interval: Wilson's for a share of right answers.
+        high: upper end of the 95 % interval.
     """
 
     value: float
@@ -228,7 +230,7 @@ class TaskScores(Part):
         n: questions that were asked.
         n_available: sound questions in the data.
         limit: questions at most; None is all.
-        seed: of the choice among them.
+        seed: start of the random choice among them.
         data_sha256: hash of all questions asked; equal where models can be compared.
         chance: the share of right answers that guessing gives.
         measures: by their names, the most important first.

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ewq_gguf.errors import ChildError, InputError, ToolError
 from ewq_gguf.process import python_argv, run
@@ -35,11 +36,11 @@ def apply_chat_template(
 
     Args:
         template: jinja2, from the model's file; never trusted.
-        prompts: what users say.
+        prompts: messages of users.
         bos_token: the text of the tokenizer's first token.
         eos_token: the text of its last one.
         timeout_seconds: for all prompts together.
-        max_chars: of all texts together.
+        max_chars: most characters of all texts together.
 
     Raises:
         InputError: the template is broken, refuses, takes too long or too much.
@@ -55,6 +56,14 @@ def apply_chat_template(
         "variables": {"bos_token": bos_token, "eos_token": eos_token},
         "max_chars": max_chars,
     }
+    answer = _rendered(job, timeout_seconds)
+    if "problem" in answer:
+        raise InputError(STAGE, _SUBJECT, answer["problem"], _REMEDY)
+    return [str(text) for text in answer["texts"]]
+
+
+def _rendered(job: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+    """The child's answer: `texts`, or the `problem` with the template."""
     with tempfile.TemporaryDirectory() as folder:
         job_path, answer_path, log_path = (
             Path(folder) / name for name in ("job.json", "answer.json", "child.log")
@@ -76,7 +85,5 @@ def apply_chat_template(
             if error.return_code > 0:  # not by a signal: the template did not do it
                 raise
             raise InputError(STAGE, _SUBJECT, error.problem, _REMEDY) from error
-        answer = json.loads(answer_path.read_text(encoding="utf-8"))
-    if "problem" in answer:
-        raise InputError(STAGE, _SUBJECT, answer["problem"], _REMEDY)
-    return [str(text) for text in answer["texts"]]
+        answer: dict[str, Any] = json.loads(answer_path.read_text(encoding="utf-8"))
+    return answer

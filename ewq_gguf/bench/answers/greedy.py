@@ -25,8 +25,8 @@ class Texts:
     """Prompts as a model gets them.
 
     Attributes:
-        ids: of the prompts.
-        texts: of each.
+        ids: one of each prompt.
+        texts: one of each prompt.
         has_chat_template: whether they come from one, special tokens included.
     """
 
@@ -50,7 +50,7 @@ def texts_for(model: Model, prompts: Sequence[GenerationPrompt]) -> Texts:
 
     Args:
         model: any.
-        prompts: what users say.
+        prompts: messages of users.
 
     Raises:
         InputError: the template is broken, refuses, takes too long or too much.
@@ -95,10 +95,10 @@ def answer(
 
     Args:
         model: any.
-        texts: that are answered.
+        texts: the prompts.
         n_ctx: tokens of context: of a prompt with its answer, and of a group's
             together.
-        max_tokens: of an answer; at least 1.
+        max_tokens: longest answer; at least 1.
         n_parallel: answers of a group, at most.
         known: ids of prompts that are passed over.
         on_step: told after each token how many answers those of the group that grows
@@ -177,7 +177,7 @@ def _tokens(model: Model, text: str, has_chat_template: bool) -> IntArray:
 
 
 def chat_tokens(model: Model, text: str) -> IntArray:
-    """What a chat template wrote as the tokens that llama-server gives the model.
+    """A chat template's text as the tokens that llama-server gives the model.
 
     Where the model's texts begin with BOS, there is one BOS, whether the template
     writes it or not; likewise with EOS at their end.

@@ -58,7 +58,7 @@ class _Line(Part):
 
 @dataclass(frozen=True)
 class GenerationPrompt:
-    """What a model is asked to go on from.
+    """A prompt with its reference, as its file has them.
 
     Attributes:
         id: `line 3` of its file, or `row 3`.
@@ -147,7 +147,7 @@ def generation_scores(
     """All numbers of a run.
 
     Args:
-        prompts: of the file.
+        prompts: all of the file.
         texts: the same as the model got them.
         answers: in the prompts' order, without the skipped.
         skipped: prompts that were too long.
@@ -250,7 +250,7 @@ def text_scores(pairs: Sequence[tuple[str, str, str]]) -> TextScores:
 
 
 def _bleu_counts(bleu: Any, text: str, reference: str) -> list[float]:
-    """What an answer adds: n-grams found and there, 1 to 4; lengths of both."""
+    """Counts that an answer adds: n-grams found and there, 1 to 4; lengths of both."""
     found = bleu.corpus_score([text], [[reference]])
     return [*found.counts, *found.totals, found.sys_len, found.ref_len]
 
@@ -277,5 +277,5 @@ def _means(outcomes: Sequence[TextOutcome]) -> dict[str, Any]:
 
 
 def _stderr(values: Sequence[float]) -> float | None:
-    """Of their mean; None for one."""
+    """Standard error of the mean; None for one value."""
     return stdev(values) / sqrt(len(values)) if len(values) > 1 else None

@@ -63,7 +63,7 @@ def render(
 
 
 def syntax_error(template: str) -> str | None:
-    """What is wrong with a template's syntax; nothing of it runs.
+    """The first error in a template's syntax; nothing of it runs.
 
     None where it is sound, or where jinja2 is not installed.
     """
@@ -93,7 +93,7 @@ def environment() -> Any:
         tags = {"generation"}
 
         def parse(self, parser: parser.Parser) -> list[nodes.Node]:
-            """What stands between the tags."""
+            """Keep everything between the tags."""
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

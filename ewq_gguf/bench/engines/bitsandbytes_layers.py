@@ -38,7 +38,7 @@ def quantise(
     """Replace a model's Linear modules; the rest of it stays where it is.
 
     Args:
-        model: of transformers, on the CPU.
+        model: a model of transformers, on the CPU.
         precisions: by the names of parameters.
         device: where the new modules go.
 
@@ -131,7 +131,7 @@ def read(model: Any, path: Path, device: torch.device) -> None:
 
     Args:
         model: made under `no_weights`.
-        path: of the file.
+        path: the file.
         device: where all of it goes.
 
     Raises:

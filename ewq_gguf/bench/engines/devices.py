@@ -49,7 +49,7 @@ _register = _function("ggml_backend_register", None, ctypes.c_void_p)
 
 
 def devices_for(setup: BenchSetup) -> Devices:
-    """What `llama_model_params.devices` takes: chosen devices, then NULL.
+    """The chosen devices, then NULL, for `llama_model_params.devices`.
 
     With `auto` these are the RPC workers, then the GPUs; GPUs that share the host's
     memory only where there are no others, as llama.cpp itself chooses. Without any,

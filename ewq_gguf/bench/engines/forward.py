@@ -35,17 +35,17 @@ def forward(scorer: Scorer, batch: Batch) -> FloatArray:
     return np.concatenate(rows)
 
 
-def groups_of(lengths: Sequence[int], room: int, n_most: int) -> Iterator[range]:
-    """Neighbours that go together; what has no room with others goes alone.
+def groups_of(lengths: Sequence[int], n_tokens: int, n_most: int) -> Iterator[range]:
+    """Neighbours that go together; what does not fit with others goes alone.
 
     Args:
         lengths: tokens of each.
-        room: tokens of a group.
+        n_tokens: most tokens of a group.
         n_most: members of a group.
     """
     begin = total = 0
     for i, length in enumerate(lengths):
-        if i > begin and (total + length > room or i - begin == n_most):
+        if i > begin and (total + length > n_tokens or i - begin == n_most):
             yield range(begin, i)
             begin, total = i, 0
         total += length

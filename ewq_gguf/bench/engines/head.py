@@ -76,7 +76,7 @@ class Weights:
     """The output matrix as it lies in a file.
 
     Attributes:
-        ggml_type: of the matrix.
+        ggml_type: type of the matrix.
         matrix: its bytes, (n_vocab, bytes of a row).
         bias: (n_vocab,) or None.
     """
@@ -87,7 +87,7 @@ class Weights:
 
     @property
     def n_bytes(self) -> int:
-        """Of both."""
+        """Bytes of both."""
         return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 

@@ -20,21 +20,12 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from ewq_gguf.bench.engines.devices import check_offloaded, devices_for, gpu_names
+from ewq_gguf.bench.engines.llama_log import Log, buffers_in, context_error, load_error
 from ewq_gguf.bench.engines.scorer import STAGE, Batch, Buffers, FloatArray, IntArray
-from ewq_gguf.bench.job import is_out_of_memory, too_large
-from ewq_gguf.errors import (
-    ChildError,
-    EwqError,
-    InputError,
-    ResourceError,
-    UsageError,
-)
+from ewq_gguf.errors import ChildError, ResourceError, UsageError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
-from ewq_gguf.llamacpp.logs import engine_reason
 from ewq_gguf.records import BenchSetup, Engine
 
-#: ggml_log_level; debugging tells of every forward pass.
-_DEBUG, _CONTINUED = 1, 5
 _N_BATCH = 2048
 _N_UBATCH = 512
 _INTS = ctypes.POINTER(ctypes.c_int32)
@@ -42,29 +33,7 @@ _LISTS = ctypes.POINTER(_INTS)
 _BYTES = ctypes.POINTER(ctypes.c_int8)
 _NO_SLOT, _NO_MEMORY = 1, -2
 
-_BUFFER = re.compile(
-    r"^\S+:\s+(\S+) .*?(model|KV|RS|state|compute|output) buffer size =\s+([\d.]+) MiB",
-    re.MULTILINE,
-)
 _OFFLOADED = re.compile(r"offloaded (\d+)/\d+ layers to GPU")
-
-
-class Log:
-    """What llama.cpp says: passed on to stderr, and kept."""
-
-    def __init__(self) -> None:
-        """Begin to listen; llama.cpp has one listener per process."""
-        self.text = ""
-        self._level = 0
-        self._callback = llama_cpp.llama_log_callback(self._hear)
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
-
-    def _hear(self, level: int, line: bytes, _data: object) -> None:
-        self._level = self._level if level == _CONTINUED else level
-        if self._level == _DEBUG:
-            return
-        os.write(2, line)
-        self.text += line.decode(errors="replace")
 
 
 class LlamaModel:
@@ -73,7 +42,7 @@ class LlamaModel:
     Args:
         path: the file, or the first part of a split one.
         setup: where it goes.
-        log: of this process.
+        log: listener of this process.
 
     Raises:
         ToolError: a device was asked for and there is none, or none was used.
@@ -134,16 +103,16 @@ class LlamaModel:
     def tokenize(self, text: str, *, special: bool = False) -> IntArray:
         """Token ids of a text, without the ones that begin and end it."""
         data = text.encode()
-        room = len(data) + 8
+        size = len(data) + 8
         while True:
-            tokens = np.empty(room, np.int32)
+            tokens = np.empty(size, np.int32)
             pointer = tokens.ctypes.data_as(_INTS)
             count = llama_cpp.llama_tokenize(
-                self._vocab, data, len(data), pointer, room, False, special
+                self._vocab, data, len(data), pointer, size, False, special
             )
             if count >= 0:
                 return tokens[:count].copy()
-            room = -count
+            size = -count
 
     def detokenize(self, tokens: IntArray) -> str:
         """The text of tokens; what is no UTF-8 is replaced."""
@@ -175,14 +144,9 @@ class LlamaModel:
         is_shared: bool = True,
         has_states: bool = False,
     ) -> Iterator[LlamaScorer]:
-        """Make room for sequences, until the block ends.
+        """Make a context for sequences, as `Model.scorer` does.
 
-        Args:
-            n_ctx: as of `Model.scorer`, like the next three.
-            n_sequences: likewise.
-            n_batch: likewise.
-            is_shared: likewise.
-            has_states: for `evaluate_with_states` instead of `evaluate`.
+        With `has_states` it is for `evaluate_with_states` instead of `evaluate`.
 
         Raises:
             ResourceError: there is none.
@@ -197,7 +161,7 @@ class LlamaModel:
         params.n_batch = min(n_batch or _N_BATCH, n_ctx)
         params.n_ubatch = min(_N_UBATCH, params.n_batch)
         params.n_seq_max = n_sequences
-        # Sequences share one buffer, so that a copied prefix takes no room.
+        # Sequences share one buffer, so that a copied prefix takes no memory.
         params.kv_unified = is_shared
         params.embeddings = has_states
         params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
@@ -233,14 +197,10 @@ class LlamaScorer:
         self.n_sequences = int(llama_cpp.llama_n_seq_max(context))
 
     def evaluate(self, batch: Batch) -> FloatArray:
-        """Run the model over a batch, whose tokens its sequences then hold.
-
-        Returns:
-            (n_wanted, n_vocab), in the batch's order; the caller's own.
+        """Run the model over a batch, as `Scorer.evaluate`.
 
         Raises:
-            ResourceError: the context is full, or memory ran out.
-            ChildError: the engine failed.
+            ResourceError, ChildError: memory ran out, or the engine failed.
         """
         rows = np.empty((int(batch.wanted.sum()), self.n_vocab), np.float32)
         done = 0
@@ -258,7 +218,7 @@ class LlamaScorer:
         return rows
 
     def evaluate_with_states(self, batch: Batch) -> tuple[FloatArray, FloatArray]:
-        """The same, with what enters the output matrix; of a room made for it.
+        """The same, with what enters the output matrix; only of a context made for it.
 
         Returns:
             (n_wanted, n_vocab) and the normed final hidden states, (n_wanted, n_embd).
@@ -328,62 +288,11 @@ class LlamaScorer:
                 if code == _NO_SLOT
                 else "memory ran out while it computed"
             )
-            raise ResourceError(
-                STAGE, self._path, problem, "use another --ctx, or a smaller -ngl"
-            )
+            remedy = "use another --ctx, or a smaller -ngl"
+            raise ResourceError(STAGE, self._path, problem, remedy)
         if code:
             raise ChildError(STAGE, self._path, f"llama_decode failed with {code}")
 
 
-def load_error(path: Path, said: str) -> EwqError:
-    """Why a model does not load, by llama.cpp's log."""
-    if is_out_of_memory(said):
-        return too_large(path, "does not fit into memory")
-    problem = f"does not load: {_reason(said)}"
-    remedy = "check it with `ewq verify`, or make it again"
-    return ChildError(STAGE, path, problem, remedy)
-
-
-def context_error(path: Path, said: str) -> EwqError:
-    """Why a model gets no context, by llama.cpp's log."""
-    if is_out_of_memory(said):
-        return too_large(path, "leaves no memory for its context")
-    return InputError(
-        STAGE,
-        path,
-        f"allows no such context: {_reason(said)}",
-        "use another --ctx, --cache-type-k or --cache-type-v",
-    )
-
-
-def _reason(text: str) -> str:
-    """llama.cpp's reason, else the last line that tells of an error, else the last."""
-    if reason := engine_reason(text):
-        return reason
-    lines = [line for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line]
-    return "".join((errors or lines)[-1:])
-
-
 def _ggml_type(name: str) -> int:
     return int(GGMLQuantizationType[name.upper()])
-
-
-def buffers_in(text: str, devices: set[str]) -> Buffers:
-    """The buffers that llama.cpp's log names, those of `devices` counted apart.
-
-    A device's buffers in the host's memory are called `CUDA_Host` and the like.
-    """
-    sizes = {"weights": 0, "kv": 0, "compute": 0, "device": 0}
-    kinds = {"model": "weights", "KV": "kv", "RS": "kv", "state": "kv"}
-    for name, kind, mib in _BUFFER.findall(text):
-        n_bytes = round(float(mib) * (1 << 20))
-        sizes[kinds.get(kind, "compute")] += n_bytes
-        # An RPC worker is named with its address: RPC0[10.0.0.2:50052].
-        sizes["device"] += n_bytes if name.partition("[")[0] in devices else 0
-    return Buffers(
-        weights_bytes=sizes["weights"],
-        kv_bytes=sizes["kv"],
-        compute_bytes=sizes["compute"],
-        device_bytes=sizes["device"],
-    )

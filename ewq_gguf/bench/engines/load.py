@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ewq_gguf.bench.engines.llama import LlamaModel, Log
+from ewq_gguf.bench.engines.llama import LlamaModel
+from ewq_gguf.bench.engines.llama_log import Log
 from ewq_gguf.bench.engines.precision import Precision
 from ewq_gguf.bench.reference import ReferenceModel
 from ewq_gguf.bench.reference_file import is_reference
@@ -23,10 +24,10 @@ def load(
     """Load a GGUF file, a reference in the place of one, or a checkpoint's folder.
 
     Args:
-        path: of any.
+        path: file or folder of any such model.
         setup: where it goes; a GGUF file goes beside a checkpoint.
-        log: of this process.
-        precisions: of the checkpoint's tensors that bitsandbytes quantises.
+        log: listener of this process.
+        precisions: by the names of the tensors that bitsandbytes quantises.
 
     Raises:
         EwqError: as of `LlamaModel`, `ReferenceModel` and `TransformersModel`.

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says this process has on its GPUs.
+"""Memory of this process on NVIDIA's GPUs, as their driver counts it.
 
 llama.cpp's log counts its own buffers; the driver also counts the CUDA context, the
 libraries' code and what they cache, which is what another program can no longer have.

@@ -35,12 +35,12 @@ _REMEDY = "pip install 'ewq-gguf[bnb]'"
 
 @dataclass(frozen=True)
 class AppliedPlan:
-    """What bitsandbytes makes of a checkpoint.
+    """A plan as bitsandbytes applies it to a checkpoint.
 
     Attributes:
-        name: of the model with it, in results.
-        sha256: of the plan.
-        precisions: of the tensors that are quantised, by their names.
+        name: name of the quantised model, in results.
+        sha256: hash of the plan.
+        precisions: by the names of the tensors that are quantised.
     """
 
     name: str
@@ -49,18 +49,18 @@ class AppliedPlan:
 
 
 def precision_of(ggml_type: str) -> Precision | None:
-    """What a ggml type is for bitsandbytes; None where the weights stay as they are."""
+    """A ggml type's precision in bitsandbytes; None for weights left as they are."""
     if ggml_type in FLOAT_TYPES:
         return None
     return "int8" if bits_per_weight(ggml_type) >= _MIN_INT8_BITS else "nf4"
 
 
 def precisions_of(plan: Plan, tensors: Iterable[MappedTensor]) -> dict[str, Precision]:
-    """What a plan makes of a checkpoint's tensors, by their names there.
+    """Precisions of a checkpoint's tensors by a plan, by their names there.
 
     Args:
-        plan: of the checkpoint.
-        tensors: of the GGUF, and what each is made of.
+        plan: a plan for the checkpoint.
+        tensors: names in the GGUF, and the tensors that each is made of.
 
     Returns:
         The tensors that are quantised.
@@ -107,7 +107,7 @@ def library_versions(*, needs_bitsandbytes: bool) -> str:
 
 
 def engine_key(path: Path) -> str:
-    """What computes the model that a path names, as `Engine.key` says it."""
+    """Name of the engine for the model that a path names, like `Engine.key`."""
     if path.is_dir():
         return library_versions(needs_bitsandbytes=False)
     return LLAMA_CPP_COMMIT

@@ -25,11 +25,11 @@ from ewq_gguf.records.base import Part
 
 
 class SaveJob(Part):
-    """What the child does; its paths are absolute.
+    """The child's work; its paths are absolute.
 
     Attributes:
         model: the checkpoint's folder.
-        precisions: of the tensors that are quantised.
+        precisions: by the names of the tensors that are quantised.
         setup: how it is loaded.
         out: an empty folder.
         metadata: for the header of the file.
@@ -50,8 +50,8 @@ def save_quantised(
     """Quantise a checkpoint and write it to a folder that `ewq bench` reads.
 
     Args:
-        folder: of the checkpoint.
-        plan: what becomes of its matrices.
+        folder: the checkpoint.
+        plan: precisions of its matrices.
         setup: how it is loaded.
         out: the new folder.
         force: replace one that was saved from something else.
@@ -120,7 +120,7 @@ def _run(
 
 
 def _metadata(out: Path) -> dict[str, str]:
-    """What an earlier `--save` wrote there; empty where it is none."""
+    """Metadata that an earlier `--save` wrote there; empty where it is none."""
     try:
         with safe_open(out / SAVED_NAME, framework="numpy") as file:
             return dict(file.metadata() or {})

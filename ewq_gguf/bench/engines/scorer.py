@@ -1,4 +1,4 @@
-"""What a task needs of a model, whichever engine computes it."""
+"""The model as tasks see it, whichever engine computes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Batch:
     Attributes:
         tokens: ids.
         positions: in their sequences; each sequence's rise by one.
-        sequences: which sequence each token belongs to, from 0.
+        sequences: number of each token's sequence, from 0.
         wanted: whether the logits after it are wanted.
     """
 
@@ -68,9 +68,9 @@ class Buffers:
 
     Attributes:
         weights_bytes: on the CPU and on devices.
-        kv_bytes: of the KV cache, and of recurrent states.
-        compute_bytes: of intermediate results and outputs.
-        device_bytes: what of all these is on devices.
+        kv_bytes: size of the KV cache, and of recurrent states.
+        compute_bytes: size of intermediate results and outputs.
+        device_bytes: part of all these that is on devices.
     """
 
     weights_bytes: int
@@ -80,11 +80,11 @@ class Buffers:
 
 
 class Scorer(Protocol):
-    """A model with room for some sequences."""
+    """A model with a context for some sequences."""
 
     @property
     def n_ctx(self) -> int:
-        """Tokens that all sequences together have room for."""
+        """Tokens that all sequences together can hold."""
 
     @property
     def n_batch(self) -> int:
@@ -118,7 +118,7 @@ class Scorer(Protocol):
         """Forget all sequences."""
 
     def buffers(self) -> Buffers:
-        """The memory of the model and of this room."""
+        """The memory of the model and of this context."""
 
 
 class Model(Protocol):
@@ -126,11 +126,11 @@ class Model(Protocol):
 
     @property
     def engine(self) -> Engine:
-        """What computes."""
+        """The library that computes."""
 
     @property
     def load_seconds(self) -> float:
-        """What loading the weights took."""
+        """Seconds for loading the weights."""
 
     @property
     def add_bos(self) -> bool:
@@ -174,12 +174,12 @@ class Model(Protocol):
         n_batch: int | None = None,
         is_shared: bool = True,
     ) -> AbstractContextManager[Scorer]:
-        """Make room for sequences, until the block ends.
+        """Make a context for sequences, until the block ends.
 
         Args:
             n_ctx: tokens of all sequences together; a shared prefix counts once.
-            n_sequences: that can be open at once.
+            n_sequences: sequences that can be open at once.
             n_batch: tokens of one forward pass; None for as many as are usual.
             is_shared: whether sequences may begin as others do. Without it each has
-                an equal part of the room, and none computes with the others' tokens.
+                an equal part of the context, and none computes with the others' tokens.
         """

@@ -49,7 +49,7 @@ class TransformersModel:
     Args:
         folder: the checkpoint's, or one that `--save` wrote.
         setup: where it goes.
-        precisions: what is quantised, by the names of parameters.
+        precisions: by the names of the parameters that are quantised.
 
     Raises:
         ToolError: CUDA is asked for and not there.
@@ -143,7 +143,7 @@ class TransformersModel:
         n_batch: int | None = None,
         is_shared: bool = True,
     ) -> Iterator[TransformersScorer]:
-        """Make room for sequences, until the block ends."""
+        """Make a context for sequences, until the block ends."""
         scorer = TransformersScorer(
             self._model,
             self._weights_bytes,
@@ -160,7 +160,7 @@ class TransformersModel:
         """Write the weights as they are now; before anything was evaluated.
 
         Args:
-            path: of the file.
+            path: the file.
             metadata: for its header, beside the dtype.
         """
         from ewq_gguf.bench.engines.bitsandbytes_layers import write
@@ -232,7 +232,7 @@ class TransformersModel:
             )
 
     def _end_tokens(self) -> frozenset[int]:
-        """What ends an answer, by configs, tokenizer and names."""
+        """Tokens that end an answer, by configs, tokenizer and names."""
         names = self._tokenizer.get_vocab()
         found: list[Any] = [names.get(name) for name in _END_NAMES]
         found += [self._tokenizer.eos_token_id, self._model.config.eos_token_id]

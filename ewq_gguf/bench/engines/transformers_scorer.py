@@ -1,4 +1,4 @@
-"""A transformers model with room for some sequences: their keys and values.
+"""A transformers model with a context for some sequences: their keys and values.
 
 Only child processes import this.
 """
@@ -25,7 +25,7 @@ _Layers = list[tuple[torch.Tensor, torch.Tensor] | None]
 
 @dataclass
 class _Sequence:
-    """What a sequence holds.
+    """Tokens of a sequence, and their cache.
 
     Attributes:
         cells: (n,) a number for each token that was computed; copies share it.
@@ -50,10 +50,10 @@ class TransformersScorer:
     no token sees what comes after it.
 
     Args:
-        model: of transformers.
-        weights_bytes: of it.
+        model: a model of transformers.
+        weights_bytes: size of its weights.
         n_ctx: tokens of all sequences, a shared one counted once.
-        n_sequences: that can be open at once.
+        n_sequences: sequences that can be open at once.
         n_batch: tokens of a forward pass.
     """
 
@@ -121,7 +121,7 @@ class TransformersScorer:
         self._sequences.clear()
 
     def buffers(self) -> Buffers:
-        """The memory of the model and of this room, as it is now.
+        """The memory of the model and of this context, as it is now.
 
         Intermediate results are those of the largest forward pass on a CUDA device;
         on the CPU torch does not count them.
@@ -198,7 +198,7 @@ class TransformersScorer:
             columns = np.arange(length)
         logits, layers = self._run(tokens, n_held, columns, held)
         for i, (part, wanted) in enumerate(zip(group, places, strict=True)):
-            # The room of what is filled up stays taken as long as the others'.
+            # The memory of padded sequences stays taken as long as the others'.
             end = n_held + len(part)
             self._sequences[sequences[i]] = _Sequence(
                 np.concatenate([held[i].cells, self._new_cells(len(part))]),

@@ -40,7 +40,7 @@ class ChoiceQuestion:
     """A question, as its file has it.
 
     Attributes:
-        row: of the file, from 1.
+        row: number in the file, from 1.
         prompt: text before each choice.
         choices: texts.
         answer: index of the right choice.
@@ -69,7 +69,7 @@ class ChoiceSettings(Settings):
         task: name of the task.
         path: the file; absolute.
         limit: questions at most; None is all.
-        seed: of the choice among them.
+        seed: start of the random choice among them.
     """
 
     task: str
@@ -91,7 +91,7 @@ class ChoiceTask(Task):
     """A task of questions with choices.
 
     Attributes:
-        title: of its table.
+        title: heading of its table.
         measures: names, the most important first.
     """
 

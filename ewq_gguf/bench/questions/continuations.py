@@ -36,7 +36,7 @@ class Continuations:
     """The choices of a question, each with the prompt before it.
 
     Attributes:
-        id: of the question.
+        id: name of the question.
         tokens: (n,) ids of each choice; at least one token is not given.
         n_given: tokens at the beginning of each that are not scored; at least one.
     """
@@ -62,7 +62,7 @@ class Likelihoods:
     """The choices of a question as a model finds them.
 
     Attributes:
-        id: of the question.
+        id: name of the question.
         nats: (n_choices,) log-likelihood of each choice's scored tokens.
         n_scored: (n_choices,) of them.
     """

@@ -6,14 +6,16 @@ groups of questions continue copies of them side by side, a group in one forward
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 
 from ewq_gguf.bench.engines.forward import forward, groups_of, prompt_tokens
-from ewq_gguf.bench.engines.scorer import Batch, IntArray, Model, Scorer
-from ewq_gguf.bench.questions.mmlu_data import MmluTask, Prompt, Question, letter_tokens
+from ewq_gguf.bench.engines.scorer import STAGE, Batch, IntArray, Model, Scorer
+from ewq_gguf.bench.questions.mmlu_data import MmluTask, Prompt, Question
+from ewq_gguf.bench.questions.mmlu_files import LETTERS
 from ewq_gguf.bench.questions.mmlu_scores import score_question
 from ewq_gguf.bench.questions.tokens import n_shared_tokens, too_long
+from ewq_gguf.errors import InputError
 from ewq_gguf.records.scores import MmluOutcome, TooLong
 
 #: Questions side by side. Each also computes, and masks, what the others hold.
@@ -79,9 +81,9 @@ def _ask_subject(
     n_shared = _n_shared([tokens for _, tokens in asked])
     lengths = [len(tokens) - n_shared for _, tokens in asked]
     # One pass holds a group, and the context all of it beside what is shared.
-    room = min(scorer.n_batch, scorer.n_ctx - n_shared)
+    n_fitting = min(scorer.n_batch, scorer.n_ctx - n_shared)
     is_read = False
-    for members in groups_of(lengths, room, scorer.n_sequences - 1):
+    for members in groups_of(lengths, n_fitting, scorer.n_sequences - 1):
         group = [asked[i] for i in members if asked[i][0].id not in known]
         if not group:
             continue
@@ -122,3 +124,25 @@ def _n_shared(prompts: Sequence[IntArray]) -> int:
         (n_shared_tokens([prompts[0].tolist(), one.tolist()]) for one in prompts),
         default=0,
     )
+
+
+def letter_tokens(tokenize: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
+    """The tokens that ` A` to ` D` are after `Answer:`.
+
+    Args:
+        tokenize: a text without special tokens before or after it.
+
+    Raises:
+        InputError: the tokenizer needs more than one token for a letter, or the same.
+    """
+    before = list(tokenize("Answer:"))
+    found = [list(tokenize(f"Answer: {letter}")) for letter in LETTERS]
+    tokens = tuple(with_letter[-1] for with_letter in found)
+    if any(some[:-1] != before for some in found) or len(set(tokens)) < len(LETTERS):
+        raise InputError(
+            STAGE,
+            "tokenizer",
+            "has no single tokens ` A` to ` D` after `Answer:`",
+            "leave mmlu out of --tasks",
+        )
+    return tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -39,7 +39,7 @@ class Question:
 
     Attributes:
         subject: such as `college_physics`.
-        row: of its file, from 1.
+        row: number in its file, from 1.
         text: as in the file.
         choices: four, as in the file.
         answer: the right one's letter.
@@ -68,7 +68,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given: it is asked for the next token.
+    """A text whose next token a model is asked for.
 
     A tokenizer may join characters across the seam: tokenize `text`, not the halves,
     and look for the tokens that a subject's prompts share (`tokens.n_shared_tokens`).
@@ -97,9 +97,9 @@ class MmluTask:
         prompts: by subject, each subject's together.
         n_shots: examples in each prefix.
         limit: questions per subject at most; None is all.
-        seed: of the choice.
+        seed: start of the random choice.
         n_available: sound questions in the files.
-        faults: of rows, those of dev included where examples are used.
+        faults: rows with faults, those of dev included where examples are used.
     """
 
     prompts: tuple[Prompt, ...]
@@ -111,12 +111,12 @@ class MmluTask:
 
     @property
     def ids(self) -> list[str]:
-        """Of its questions."""
+        """Ids of its questions."""
         return [prompt.question.id for prompt in self.prompts]
 
     @property
     def sha256(self) -> str:
-        """Of all prompts and answers; equal where two models can be compared."""
+        """Hash of all prompts and answers; equal where two models can be compared."""
         # With the ids, by which outcomes are kept and paired.
         texts = (
             f"{p.question.id} {p.text} {p.question.answer}\0" for p in self.prompts
@@ -140,7 +140,7 @@ def load_task(
             Hub's folder `all` itself.
         n_shots: 0 to 5.
         limit: questions per subject; None is all.
-        seed: of the choice among them.
+        seed: start of the random choice among them.
         subjects: names, or none for all.
 
     Raises:
@@ -204,7 +204,7 @@ def make_prompts(
     """The standard prompt of each question.
 
     Args:
-        questions: of any subjects.
+        questions: any, each subject's together.
         examples: by subject, those of dev.
         n_shots: how many of them come first.
 
@@ -224,28 +224,6 @@ def make_prompts(
         prefix = header + "".join(f"{q.block} {q.answer}\n\n" for q in shown)
         prompts += [Prompt(question, prefix, question.block) for question in asked]
     return tuple(prompts)
-
-
-def letter_tokens(tokenize: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
-    """The tokens that ` A` to ` D` are after `Answer:`.
-
-    Args:
-        tokenize: a text without special tokens before or after it.
-
-    Raises:
-        InputError: the tokenizer needs more than one token for a letter, or the same.
-    """
-    before = list(tokenize("Answer:"))
-    found = [list(tokenize(f"Answer: {letter}")) for letter in LETTERS]
-    tokens = tuple(with_letter[-1] for with_letter in found)
-    if any(some[:-1] != before for some in found) or len(set(tokens)) < len(LETTERS):
-        raise InputError(
-            STAGE,
-            "tokenizer",
-            "has no single tokens ` A` to ` D` after `Answer:`",
-            "leave mmlu out of --tasks",
-        )
-    return tokens
 
 
 def _select(
@@ -292,7 +270,7 @@ def _read(subject: str, found: SubjectRows, faults: list[RowFault]) -> list[Ques
 
 
 def _problem(fields: Sequence[str]) -> str:
-    """What is wrong with a row; nothing is an empty text."""
+    """The fault of a row; an empty text for none."""
     if len(fields) != _N_FIELDS:
         return f"has {len(fields)} fields, not question, four choices and answer"
     text, *choices, answer = fields

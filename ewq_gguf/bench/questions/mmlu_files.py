@@ -26,7 +26,7 @@ class SubjectRows:
     """Where a subject's rows are.
 
     Attributes:
-        name: of the file with its folder, for messages.
+        name: the file with its folder, for messages.
         read: the rows' fields: question, choices, answer, where the file is sound.
     """
 

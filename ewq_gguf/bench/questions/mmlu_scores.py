@@ -41,10 +41,10 @@ CHANCE = 0.25
 def score_question(
     question: Question, logits: NDArray[np.float32], letters: Sequence[int]
 ) -> MmluOutcome:
-    """What the logits after `Answer:` say about one question.
+    """The answer to a question by the logits after `Answer:`.
 
     Args:
-        question: that was asked.
+        question: the one that was asked.
         logits: (n_vocab,), of the token after the prompt.
         letters: tokens of ` A` to ` D`.
 
@@ -77,7 +77,7 @@ def mmlu_scores(
     """All numbers of a run, by subject and in total.
 
     Args:
-        task: that was run.
+        task: the prompts.
         outcomes: in the order of its prompts, without the skipped.
         skipped: prompts that were too long.
 

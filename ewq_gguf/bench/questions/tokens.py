@@ -29,8 +29,8 @@ def too_long(ids: Sequence[str], n_tokens: Sequence[int], n_ctx: int) -> list[To
     """The prompts that a context cannot hold; they must not be asked, nor cut.
 
     Args:
-        ids: of questions or prompts.
-        n_tokens: of each, those to be generated included.
+        ids: one of each question or prompt.
+        n_tokens: tokens of each, those to be generated included.
         n_ctx: tokens of context.
     """
     return [

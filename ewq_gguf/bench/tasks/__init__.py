@@ -1,4 +1,4 @@
-"""Tasks: what `ewq bench` measures of a model, a module with one class `Task` each.
+"""Tasks of `ewq bench`, a module with one class `Task` each.
 
 A new task is a module here, and its name in `_MODULES`.
 """

@@ -46,7 +46,7 @@ _MEASURES = ("BLEU (95 %)", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum")
 
 
 class Settings(_Settings):
-    """Which prompts are answered, and at what length.
+    """Prompts that are answered, and the longest answer.
 
     Attributes:
         path: file of the prompts; absolute.

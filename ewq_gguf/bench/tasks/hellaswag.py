@@ -1,4 +1,4 @@
-"""HellaSwag: which of four endings goes on with a text, as `llama-perplexity` asks it.
+"""HellaSwag: the best of four endings of a text, as `llama-perplexity` scores them.
 
 Text and ending are joined by a space. The tokens that all four have in common are
 given, all others are scored; the ending with the highest mean log-likelihood of a token

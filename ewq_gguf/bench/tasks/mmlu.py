@@ -23,7 +23,7 @@ _N_CTX = 4096
 
 
 class Settings(_Settings):
-    """Which of MMLU's questions are asked, and how.
+    """Questions of MMLU that are asked, and their examples.
 
     Attributes:
         folder: holds test/ and dev/; absolute.

@@ -106,7 +106,7 @@ def measure(
         model: any.
         n_prompt: tokens of the prompt.
         n_generated: tokens of the answer.
-        n_repeats: of each test; 0 for the memory alone.
+        n_repeats: repeats of each test; 0 for the memory alone.
         on_progress: told the share done, 0 to 1.
 
     Returns:
@@ -152,7 +152,7 @@ def combined(turns: Sequence[Speed]) -> Speed:
     """Several measurements of one file as one, each counting the same.
 
     Args:
-        turns: of one repeat each; at least one.
+        turns: measurements of one repeat each; at least one.
     """
     prompt, generation, ttft = (
         [turn.prompt_tps for turn in turns],

@@ -83,9 +83,9 @@ def score_text(
     """Score a text's batches, with the base in lockstep where there is one.
 
     Args:
-        model: what is scored.
-        base: what it is compared with, or None.
-        windows: of the text.
+        model: the model that is scored.
+        base: model or reference to compare with, or None.
+        windows: the text.
         n_ctx: tokens of the longest window.
         is_done: whether a batch was finished before; its part is None then.
 

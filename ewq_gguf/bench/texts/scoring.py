@@ -21,7 +21,7 @@ class Divergence:
 
     Attributes:
         nll_nats: -ln p(token) of the model.
-        base_nll_nats: of the base.
+        base_nll_nats: -ln p(token) of the base.
         kld_nats: KL(base || model) of the next token's distributions.
         is_same_top: whether both find the same token likeliest.
     """

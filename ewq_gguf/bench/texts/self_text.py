@@ -7,13 +7,21 @@ is seeded; the same file on the same build writes the same text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import isfinite, log
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ewq_gguf.bench.engines.scorer import STAGE, Batch, FloatArray, IntArray, Model
+from ewq_gguf.bench.engines.scorer import (
+    STAGE,
+    Batch,
+    FloatArray,
+    IntArray,
+    Model,
+    Scorer,
+)
 from ewq_gguf.errors import VerificationError
 
 #: Sampled in turn: careful, the model's own distribution, and a little wild.
@@ -44,8 +52,8 @@ def self_text(
         n_documents: how many; more where a model is so terse that they come to less
             than a quarter of their tokens, up to eight times as many; if that is too
             little still, as many again that it may not end.
-        n_tokens: of each, at most; one ends where the model ends it.
-        seed: of everything random.
+        n_tokens: longest document; one ends where the model ends it.
+        seed: start of everything random.
         on_progress: told the share done, 0 to 1.
 
     Raises:
@@ -54,44 +62,14 @@ def self_text(
     """
     texts: list[str] = []
     n_parallel = min(N_PARALLEL, n_documents)
-    room = n_parallel * n_tokens
-    with model.scorer(room, n_sequences=n_parallel, is_shared=False) as scorer:
+    n_ctx = n_parallel * n_tokens
+    with model.scorer(n_ctx, n_sequences=n_parallel, is_shared=False) as scorer:
         n_written, begin, end, may_end = 0, 0, n_documents, True
         while begin < end:
             numbers = range(begin, min(begin + n_parallel, end))
-            random = [np.random.default_rng((seed, number)) for number in numbers]
-            scorer.clear()
-            documents = [_start(model, scorer.n_vocab, rng) for rng in random]
-            growing = list(range(len(documents)))
-            batch = Batch.join([Batch.of(_array(documents[i]), 0, i) for i in growing])
-            for length in range(1 + model.add_bos, n_tokens):
-                rows = scorer.evaluate(batch)
-                still = []
-                for i, row in zip(growing, rows, strict=True):
-                    temperature = TEMPERATURES[numbers[i] % len(TEMPERATURES)]
-                    token = _draw(row, temperature, random[i])
-                    while model.is_end(token) and not may_end:
-                        row[token] = -np.inf
-                        token = _draw(row, temperature, random[i])
-                    if model.is_end(token):
-                        continue
-                    documents[i].append(token)
-                    still.append(i)
-                growing = still
-                if not growing:
-                    break
-                batch = Batch.join(
-                    [
-                        Batch.of(_array(documents[i][-1:]), len(documents[i]) - 1, i)
-                        for i in growing
-                    ]
-                )
-                share = (begin + len(documents) * length / n_tokens) / n_documents
-                on_progress(min(share, 1.0))
-            written = [
-                model.detokenize(_array(tokens[model.add_bos :])).translate(_CONTROLS)
-                for tokens in documents
-            ]
+            tell = partial(_tell, on_progress, numbers, n_documents)
+            seeds = [(seed, number) for number in numbers]
+            written = _documents(model, scorer, seeds, n_tokens, may_end, tell)
             # Counted as they will be read: tokens may stand for no text at all.
             n_written += sum(len(model.tokenize(text)) for text in written)
             texts += written
@@ -103,6 +81,59 @@ def self_text(
                 if begin == end:
                     may_end, end = False, end + n_documents
     return texts
+
+
+def _tell(
+    on_progress: Callable[[float], None],
+    numbers: range,
+    n_documents: int,
+    share: float,
+) -> None:
+    """Report how far all documents are, by the share of those that grow."""
+    on_progress(min((numbers.start + len(numbers) * share) / n_documents, 1.0))
+
+
+def _documents(
+    model: Model,
+    scorer: Scorer,
+    seeds: Sequence[tuple[int, int]],
+    n_tokens: int,
+    may_end: bool,
+    tell: Callable[[float], None],
+) -> list[str]:
+    """Documents side by side; the last number of a seed gives the temperature, too."""
+    random = [np.random.default_rng(seed) for seed in seeds]
+    scorer.clear()
+    documents = [_start(model, scorer.n_vocab, rng) for rng in random]
+    growing = list(range(len(documents)))
+    batch = Batch.join([Batch.of(_array(documents[i]), 0, i) for i in growing])
+    for length in range(1 + model.add_bos, n_tokens):
+        rows = scorer.evaluate(batch)
+        still = []
+        for i, row in zip(growing, rows, strict=True):
+            temperature = TEMPERATURES[seeds[i][-1] % len(TEMPERATURES)]
+            token = _draw(row, temperature, random[i])
+            while model.is_end(token) and not may_end:
+                row[token] = -np.inf
+                token = _draw(row, temperature, random[i])
+            if model.is_end(token):
+                continue
+            documents[i].append(token)
+            still.append(i)
+        growing = still
+        if not growing:
+            break
+        batch = Batch.join(
+            [
+                Batch.of(_array(documents[i][-1:]), len(documents[i]) - 1, i)
+                for i in growing
+            ]
+        )
+        tell(length / n_tokens)
+    return [
+        model.detokenize(_array(tokens[model.add_bos :])).translate(_CONTROLS)
+        for tokens in documents
+    ]
 
 
 def _start(model: Model, n_vocab: int, random: np.random.Generator) -> list[int]:

@@ -35,7 +35,7 @@ class Tokens:
 
     Attributes:
         chunk: index, rising.
-        nll_nats: of each token.
+        nll_nats: -ln p of each token.
         base_nll_nats: the base's; (0,) without one.
         kld_nats: likewise.
         is_same_top: likewise.
