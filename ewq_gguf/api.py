@@ -10,8 +10,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ewq_gguf.experiments.compare import ComparisonSpec, compare
-from ewq_gguf.experiments.versions import PlanSpec
+from ewq_gguf.experiments.compare import ComparisonSpec, PlanSpec, compare
+from ewq_gguf.experiments.frontier import FrontierSpec
+from ewq_gguf.experiments.layer_studies import (
+    ControlsSpec,
+    FactorSpec,
+    SensitivitySpec,
+)
+from ewq_gguf.experiments.study import run_study
 from ewq_gguf.pipeline import making
 from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
 from ewq_gguf.pipeline.making import Made, layout_bytes, planned_file
@@ -51,7 +57,11 @@ __all__ = [
     "SILENT",
     "Silent",
     "ComparisonSpec",
+    "ControlsSpec",
+    "FactorSpec",
+    "FrontierSpec",
     "PlanSpec",
+    "SensitivitySpec",
     "as_planned",
     "base_file",
     "check_given",
@@ -77,6 +87,7 @@ __all__ = [
     "policy_measures",
     "preset_plans",
     "quantize_commands",
+    "run_study",
     "scan",
     "with_imatrix",
 ]

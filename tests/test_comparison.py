@@ -19,6 +19,7 @@ from ewq_gguf.bench.statistics import paired_bootstrap
 from ewq_gguf.bench.tasks.speed import combined
 from ewq_gguf.cli.compare import parse_plans
 from ewq_gguf.errors import UsageError
+from ewq_gguf.experiments.compare import bracketing
 from ewq_gguf.experiments.comparison import across_models, estimates, pairs_of
 from ewq_gguf.experiments.comparison_record import (
     ComparedFile,
@@ -32,7 +33,6 @@ from ewq_gguf.experiments.comparison_view import (
     notes,
     verdicts,
 )
-from ewq_gguf.experiments.versions import bracketing
 from ewq_gguf.records import (
     BenchedFile,
     Chunk,

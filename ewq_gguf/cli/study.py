@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,10 @@ from ewq_gguf.cli.policy import (
 )
 from ewq_gguf.cli.progress import BarProgress
 from ewq_gguf.cli.sections import Decorator, all_of, collected, option
-from ewq_gguf.errors import InputError
-from ewq_gguf.experiments.study import (
-    STAGE,
-    StudySpec,
-    study_controls,
-    study_factor,
-    study_sensitivity,
-)
+from ewq_gguf.experiments.study import STAGE, StudySpec
 from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.experiments.study_view import study_view
-from ewq_gguf.records import EwqPolicy, Measures, load_record
+from ewq_gguf.records import EwqPolicy, Measures
 
 
 @dataclass(frozen=True)
@@ -130,12 +122,7 @@ def sensitivity(
 
     Every statistic of the scan is correlated with the layers' divergence.
     """
-    run(
-        "sensitivity",
-        model,
-        lambda spec: study_sensitivity(spec, ggml_type.upper(), measures),
-        study,
-    )
+    run(model, api.SensitivitySpec(ggml_type.upper(), measures), study)
 
 
 @study.command()
@@ -162,12 +149,7 @@ def controls(
     Random permutations of its layer decisions, its inversion, a ranking by the
     variance of the weights, and one by depth from either end.
     """
-    run(
-        "controls",
-        model,
-        lambda spec: study_controls(spec, policy, permutations, raw_type=raw_type),
-        study,
-    )
+    run(model, api.ControlsSpec(policy, permutations, raw_type), study)
 
 
 @study.command()
@@ -184,27 +166,16 @@ def factor(
     study: StudyOptions,
 ) -> None:
     """Measure what one factor after another makes; equal plans once."""
-    policies = [policy.model_copy(update={"factor": x}) for x in factors]
-    run(
-        "factor",
-        model,
-        lambda spec: study_factor(spec, policies, raw_type=raw_type),
-        study,
-    )
+    policies = tuple(policy.model_copy(update={"factor": x}) for x in factors)
+    run(model, api.FactorSpec(policies, raw_type), study)
 
 
-def run(
-    name: str,
-    model: str,
-    study_of: Callable[[StudySpec], Study],
-    study: StudyOptions,
-) -> tuple[Study, Path]:
-    """Do a study, write it and show it; what was found, and where it was written."""
-    options, progress, out = study.options, study.progress, study.out
-    if out is not None:
-        store.check_writable(out, STAGE)
+def run(model: str, spec: StudySpec, study: StudyOptions) -> Study:
+    """Do a study, write it and show it."""
+    if study.out is not None:
+        store.check_writable(study.out, STAGE)
     text = named_text(study.text) if study.text else None
-    setup = {"device": study.device, "n_threads": options.n_threads}
+    setup = {"device": study.device, "n_threads": study.options.n_threads}
     request = Request(
         tasks=("perplexity",),
         texts=(text or ("wikitext", wikitext(STAGE)),),
@@ -212,33 +183,7 @@ def run(
         n_ctx=study.ctx,
         n_chunks=study.chunks,
     )
-    opened = api.open_model(model, options=options, progress=progress)
-    out = out or Path("results") / f"{opened.identity.name}.{name}.json"
-    shards = opened.checkpoint.shards
-    store.check_distinct(out, [shard.path for shard in shards], STAGE)
-    spec = StudySpec(opened, request)
-    if out.exists() and not options.force:
-        _check_known(out, name, spec)
-    with store.locked(out, stage=STAGE):
-        result = study_of(spec)
-        store.write_text(out, result.to_json(), stage=STAGE, force=options.force)
-    progress.note(f"wrote {out}")
+    opened = api.open_model(model, options=study.options, progress=study.progress)
+    result, _ = api.run_study(opened, spec, request, study.out)
     show_record(result, study_view, as_json=study.as_json)
-    return result, out
-
-
-def _check_known(out: Path, name: str, spec: StudySpec) -> None:
-    """Refuse before hours of work what would be refused after them.
-
-    Raises:
-        UsageError: what is there is no study, or one of another spec.
-    """
-    try:
-        known = load_record(Study, out, STAGE)
-    except InputError:
-        raise store.already_exists(out, STAGE) from None
-    asked = spec.request.parameters()
-    measured = known.parameters.model_copy(update={"tasks": asked.tasks})
-    model = spec.run.identity.fingerprint
-    if (known.findings.kind, known.model.fingerprint, measured) != (name, model, asked):
-        raise store.already_exists(out, STAGE)
+    return result

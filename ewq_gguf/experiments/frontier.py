@@ -3,99 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from math import exp, log
 from statistics import fmean
-from typing import Literal
 
 from ewq_gguf.bench.statistics import kld_difference
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.experiments.controls import kld_mean
-from ewq_gguf.experiments.study import StudySpec, run_study
-from ewq_gguf.experiments.study_record import Frontier, FrontierFile, Study, StudyFile
+from ewq_gguf.experiments.study import Files, StudyDesign
+from ewq_gguf.experiments.study_record import Frontier, FrontierFile
 from ewq_gguf.pipeline.planning import plan
 from ewq_gguf.plan.size_target import SizeTarget
-from ewq_gguf.records import EwqPolicy, FastEwqPolicy, OptimalPolicy, Plan, RulePolicy
+from ewq_gguf.records import EwqPolicy, FastEwqPolicy, OptimalPolicy, Plan
 from ewq_gguf.stages.calibrating import with_imatrix
-from ewq_gguf.stages.presets import all_preset_plans
+from ewq_gguf.stages.presets import all_preset_plans, check_presets, preset_plans
+from ewq_gguf.stages.run import Run
+
+#: Presets whose sizes are planned for by default.
+PRESETS = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "IQ4_XS")
+#: Policy of a file, and the name of the size that it was planned for.
+Source = tuple[OptimalPolicy | EwqPolicy | FastEwqPolicy, str]
 
 
-def study_frontier(
-    spec: StudySpec, budgets: Mapping[str, SizeTarget], policy: OptimalPolicy
-) -> Study:
-    """Measure the best file of each size beside everything else of any size.
+@dataclass(frozen=True)
+class FrontierSpec:
+    """The best file of each size beside everything else of any size.
 
-    Args:
-        spec: of the study; its text is the judge and chooses nothing.
-        budgets: by their names.
-        policy: how the best files are searched for.
-
-    Raises:
-        EwqError: of the stage that failed, with what to do.
+    Attributes:
+        policy: settings of the search for the best files.
+        presets: presets whose sizes are planned for, where there are no budgets.
+        budgets: sizes, by the words that they were given in.
     """
-    run = with_imatrix(spec.run)
-    spec = replace(spec, run=run)
-    plans = all_preset_plans(run)
-    sources: dict[str, tuple[RulePolicy, str | None]] = {}
-    rules: tuple[RulePolicy, ...] = (policy, EwqPolicy(), FastEwqPolicy())
-    for name, ask in budgets.items():
-        for rule in rules:
-            label = f"{rule.name} {name}"
-            run.progress.note(f"planning {label}")
-            try:
-                plans[label] = plan(run, rule, budget=ask)
-            except (InputError, ToolError) as error:
-                if rule is policy:
-                    raise
-                # Its ladder does not reach the size, or its library is missing.
-                run.progress.note(f"no file of {label}: {error}")
-                continue
-            sources[label] = rule, name
-    return run_study(spec, plans, lambda files: frontier_of(plans, files, sources))
+
+    policy: OptimalPolicy
+    presets: tuple[str, ...] = PRESETS
+    budgets: tuple[tuple[str, SizeTarget], ...] = ()
+    name = "frontier"
+
+    def design(self, run: Run) -> StudyDesign:
+        """Plan every preset with the importance matrix and without, and each size.
+
+        The text that files are measured on chooses nothing.
+        """
+        run = with_imatrix(run)
+        plans = all_preset_plans(run)
+        sources: dict[str, Source] = {}
+        for name, size in self.budgets or _preset_sizes(run, self.presets):
+            for policy in (self.policy, EwqPolicy(), FastEwqPolicy()):
+                label = f"{policy.name} {name}"
+                run.progress.note(f"planning {label}")
+                try:
+                    plans[label] = plan(run, policy, budget=size)
+                except (InputError, ToolError) as error:
+                    if policy is self.policy:
+                        raise
+                    # Its ladder does not reach the size, or its library is missing.
+                    run.progress.note(f"no file of {label}: {error}")
+                    continue
+                sources[label] = policy, name
+        return StudyDesign(plans, lambda files: frontier_of(plans, files, sources), run)
+
+
+def _preset_sizes(
+    run: Run, names: tuple[str, ...]
+) -> tuple[tuple[str, SizeTarget], ...]:
+    """The sizes of presets, by their names.
+
+    With the importance matrix a file says so, and is some hundred bytes larger.
+    """
+    check_presets(names, has_imatrix=True)
+    plans = preset_plans(run, presets=names, needed=names)
+    sizes = {name: plans[name].totals.file_size_bytes for name in names}
+    return tuple(
+        (name, SizeTarget(f"{size}B", n_bytes=size)) for name, size in sizes.items()
+    )
 
 
 def frontier_of(
-    plans: Mapping[str, Plan],
-    files: Mapping[str, StudyFile],
-    sources: Mapping[str, tuple[RulePolicy, str | None]],
+    plans: Mapping[str, Plan], files: Files, sources: Mapping[str, Source]
 ) -> Frontier:
-    """What measured files say of sizes.
+    """The files by size, and the optimal ones beside the best presets.
 
     Args:
         plans: by label; what is not in `sources` is a preset.
-        files: of these plans.
+        files: the measured files of these plans.
         sources: policy and name of the budget, by label.
     """
-    presets = {label: files[label] for label in plans if label not in sources}
-    found, ratios = [], []
+    presets = [files[label] for label in plans if label not in sources]
+    entries, ratios = [], []
     for label, file in files.items():
-        rule, budget = sources.get(label, (None, None))
-        limit = plans[label].budget
-        one = FrontierFile(
-            source=_source(rule),
-            budget=budget,
-            limit_bytes=limit.limit_bytes if limit else None,
-            has_imatrix=plans[label].imatrix is not None,
-            file=file,
-        )
+        policy, budget = sources.get(label, (None, None))
+        limit, rival, difference = plans[label].budget, None, None
         # What had been there for as many bytes, whether or not the file needs them all.
         most = max(limit.limit_bytes if limit else 0, file.size_bytes)
-        smaller = [p for p in presets.values() if p.size_bytes <= most]
-        if isinstance(rule, OptimalPolicy) and smaller:
+        smaller = [preset for preset in presets if preset.size_bytes <= most]
+        if isinstance(policy, OptimalPolicy) and smaller:
             rival = min(smaller, key=kld_mean)
             difference = kld_difference(file.quality, rival.quality)
-            update = {"rival": rival.label, "difference": difference}
-            one = one.model_copy(update=update)
             if kld_mean(file) and kld_mean(rival):  # unquantised it is 0
                 ratios.append(log(kld_mean(file) / kld_mean(rival)))
-        found.append(one)
-    found.sort(key=lambda one: (-one.file.size_bytes, kld_mean(one.file)))
-    return Frontier(files=tuple(found), ratio=exp(fmean(ratios)) if ratios else None)
-
-
-def _source(
-    rule: RulePolicy | None,
-) -> Literal["preset", "ewq", "fastewq", "optimal"]:
-    if isinstance(rule, EwqPolicy | FastEwqPolicy | OptimalPolicy):
-        return rule.name
-    return "preset"
+        entries.append(
+            FrontierFile(
+                source=policy.name if policy else "preset",
+                budget=budget,
+                limit_bytes=limit.limit_bytes if limit else None,
+                has_imatrix=plans[label].imatrix is not None,
+                file=file,
+                rival=rival.label if rival else None,
+                difference=difference,
+            )
+        )
+    entries.sort(key=lambda entry: (-entry.file.size_bytes, kld_mean(entry.file)))
+    return Frontier(files=tuple(entries), ratio=exp(fmean(ratios)) if ratios else None)

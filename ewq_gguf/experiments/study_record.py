@@ -220,6 +220,8 @@ class Study(Record):
         parameters: settings of every measurement.
         engine: the engine that computed.
         findings: results of the study that was done.
+        request_sha256: SHA-256 of everything that was asked for; None in a record of a
+            version that did not write it.
     """
 
     schema_name: Literal["ewq.study"] = "ewq.study"
@@ -231,3 +233,4 @@ class Study(Record):
     parameters: BenchParameters
     engine: Engine
     findings: Findings
+    request_sha256: str | None = None
