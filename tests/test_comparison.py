@@ -19,8 +19,9 @@ from ewq_gguf.bench.statistics import paired_bootstrap
 from ewq_gguf.bench.tasks.speed import combined
 from ewq_gguf.cli.compare import parse_plans
 from ewq_gguf.errors import UsageError
+from ewq_gguf.experiments.across_models import across_models, across_view
 from ewq_gguf.experiments.compare import bracketing
-from ewq_gguf.experiments.comparison import across_models, estimates, pairs_of
+from ewq_gguf.experiments.comparison import estimates, pairs_of
 from ewq_gguf.experiments.comparison_record import (
     ComparedFile,
     Comparison,
@@ -28,7 +29,6 @@ from ewq_gguf.experiments.comparison_record import (
     Kind,
 )
 from ewq_gguf.experiments.comparison_view import (
-    across_view,
     comparison_view,
     notes,
     verdicts,
@@ -43,7 +43,7 @@ from ewq_gguf.records import (
     Speed,
     TextResult,
 )
-from ewq_gguf.records.scores import MmluScores
+from ewq_gguf.records.scores import ItemScore, Measure, MmluScores, TaskScores
 from tests.test_mmlu import outcome
 
 N_CHUNKS, N_TOKENS = 40, 100
@@ -237,6 +237,52 @@ def test_turns_of_speed_become_a_mean_and_a_deviation():
     assert (found.generation_tps, found.generation_tps_std) == (11, 1)
     assert (found.ttft_seconds_std, found.load_seconds) == (0, 1)
     assert combined(turns[:1]).generation_tps_std == 0
+
+
+def choices(name: str, rights: list[bool]) -> dict[str, TaskScores]:
+    """A task of choices that only its name is known of."""
+    n = len(rights)
+    share = sum(rights) / n
+    items = tuple(
+        ItemScore(id=str(i), answer=0, nats=(0.0,), values={"acc": float(right)})
+        for i, right in enumerate(rights)
+    )
+    measure = Measure(value=share, stderr=0.1, low=share - 0.1, high=share + 0.1)
+    return {
+        name: TaskScores(
+            n=n, n_available=n, limit=None, seed=0, data_sha256="d", chance=0.25,
+            measures={"acc": measure}, items=items, too_long=(), faults=(),
+        )
+    }  # fmt: skip
+
+
+def test_a_task_that_nothing_here_names_has_its_column_its_pair_and_its_sentence():
+    rows = [
+        row(kind, result(name, size, n_chunks=0).model_copy(update={"scores": scored}))
+        for kind, name, size, scored in (
+            ("preset", "Q8_0", 200, choices("riddles", [True] * 20 + [False] * 20)),
+            ("plan", "ewq", 300, choices("riddles", [True] * 40)),
+        )
+    ]
+    rows = [
+        one.model_copy(update={"brackets": ("ewq",)}) if one.kind == "preset" else one
+        for one in rows
+    ]
+    found = comparison(*rows)
+    (pair,) = found.pairs
+
+    assert pair.scores["riddles acc"].difference == 0.5
+    assert (pair.scores["riddles acc"].difference_low or 0) > 0.3
+    text = printed(comparison_view(found), 80)
+    assert "riddles acc" in text
+    assert "0.500 ±0.100" in text
+    assert "ewq has a higher riddles acc than Q8_0" in said(found)
+    over = across_models([found, found.model_copy(update={"model": other_model()})])
+    assert [each.measure for each in over] == ["riddles acc"]
+
+
+def other_model() -> ModelIdentity:
+    return comparison(row("base", result("base", 1)), model="other").model
 
 
 # Which files

@@ -142,7 +142,7 @@ def test_every_role_is_probed_and_the_statistics_are_of_the_layers(sensitivity):
     assert all(kld(role.file) > 0 for role in found.roles)
     # Of two layers nothing can be said but the order.
     by_name = {each.statistic: each.correlation for each in found.correlations}
-    assert by_name["depth"].rho == -1
+    assert by_name["depth"].rho == pytest.approx(-1)
     assert by_name["depth"].p is None
     assert found.layers[0].file.layer_types == ("Q4_0", "BF16")
 
@@ -198,6 +198,44 @@ def test_factors_that_plan_the_same_share_a_file(
     assert (first.factor, second.factor) == (0.5, 0.9)
     assert first.file.quality == second.file.quality
     assert n_measured(session_cache) == before
+
+
+def test_a_finished_study_is_shown_and_not_measured_again(
+    sensitivity, folder, session_cache, capsys
+):
+    out = str(folder / "sensitivity.json")
+
+    assert main([*argv(folder, "sensitivity"), "-o", out, "--json"]) == 0
+
+    said = capsys.readouterr()
+    assert "was there already, still valid" in " ".join(said.err.split())
+    assert said.out == sensitivity.to_json()
+
+
+@pytest.mark.parametrize(
+    ("study", "more"),
+    [
+        pytest.param("sensitivity", ["--type", "Q4_1"], id="type"),
+        pytest.param("sensitivity", ["--epsilon", "0.5"], id="epsilon"),
+        pytest.param("sensitivity", ["--threads", "2"], id="threads"),
+        pytest.param("frontier", ["--budgets", "60%"], id="frontier"),
+    ],
+)
+def test_a_study_of_other_inputs_is_refused_before_any_measuring(
+    study, more, sensitivity, folder, session_cache, capsys
+):
+    out = folder / "sensitivity.json"
+    before, n_before = out.read_bytes(), n_measured(session_cache)
+
+    words = argv(folder, study, *more)
+    code = main([*(words[1:] if study == "frontier" else words), "-o", str(out)])
+
+    err = " ".join(capsys.readouterr().err.split())
+    assert code == 2
+    assert "exists and was made from other inputs; use --force" in err
+    assert "measur" not in err
+    assert n_measured(session_cache) == n_before
+    assert out.read_bytes() == before
 
 
 def test_another_study_is_not_overwritten(sensitivity, folder, capsys):

@@ -26,9 +26,9 @@ from ewq_gguf.cli.policy import rule_of
 from ewq_gguf.cli.progress import BarProgress
 from ewq_gguf.cli.sections import DefaultGroup, option
 from ewq_gguf.errors import UsageError
-from ewq_gguf.experiments.comparison import across_models
+from ewq_gguf.experiments.across_models import across_models, across_view
 from ewq_gguf.experiments.comparison_record import Comparison
-from ewq_gguf.experiments.comparison_view import across_view, comparison_view
+from ewq_gguf.experiments.comparison_view import comparison_view
 from ewq_gguf.plan.size_target import parse_budget
 from ewq_gguf.records import Plan, PresetPolicy, load_record
 

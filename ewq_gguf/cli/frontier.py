@@ -30,7 +30,8 @@ from ewq_gguf.records import OptimalPolicy
 @option(
     "--presets",
     metavar="LIST",
-    help=f"Presets whose sizes to find the best file of.  [default: {','.join(PRESETS)}]",
+    help="Presets whose sizes to find the best file of.  "
+    f"[default: {','.join(PRESETS)}]",
 )
 @option(
     "--picture",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
-from math import exp, log, sqrt
+from math import exp, sqrt
 from statistics import stdev
+from typing import Any
 
 import numpy as np
 
-from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.questions.mmlu_scores import compare_mmlu
 from ewq_gguf.bench.statistics import (
     Z95,
@@ -19,69 +20,57 @@ from ewq_gguf.bench.statistics import (
     paired_bootstrap,
     paired_t,
 )
-from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.comparison_record import (
     ComparedFile,
     ComparedPair,
-    Comparison,
     Estimate,
-    PairAcrossModels,
     PairedTest,
 )
 from ewq_gguf.records import Chunk, Result
-from ewq_gguf.records.scores import MmluScores, PairedMean
-
-#: Told of each compared file, None where it was not measured.
-_MEASURES: dict[str, Callable[[ComparedFile], float | None]] = {
-    "composite score": lambda row: _value(row.composite_score),
-    "accuracy": lambda row: _value(row.accuracy),
-    "ln perplexity": lambda row: log(row.ppl.value) if row.ppl else None,
-    "KLD": lambda row: row.result.kld_mean_nats,  # the base has none from itself
-}
+from ewq_gguf.records.scores import MmluScores, PairedMean, TaskScores
 
 
-def estimates(result: Result) -> dict[str, Estimate]:
+def estimates(result: Result) -> dict[str, Any]:
     """The numbers of a row with their intervals, by the fields of ComparedFile.
 
     Windows and questions are taken as independent of each other, tokens of one window
     are not. What was not measured is left out.
     """
-    found = {}
+    fields: dict[str, Any] = {}
     chunks = _chunks(result)
     if chunks and result.ppl is not None:
         low, high = _ratio([(chunk.nll_nats, chunk.n_tokens) for chunk in chunks])
-        found["ppl"] = Estimate(
+        fields["ppl"] = Estimate(
             value=result.ppl,
             low=None if low is None else exp(low),
             high=None if high is None else exp(high),
         )
-    for name, value, sums in (
-        (
-            "kld_mean_nats",
-            result.kld_mean_nats,
-            [(chunk.kld_nats, chunk.n_tokens) for chunk in chunks],
-        ),
-        (
-            "top1_agreement",
-            result.top1_agreement,
-            [(chunk.n_same_top, chunk.n_tokens) for chunk in chunks],
-        ),
-    ):
-        if value is not None:
-            low, high = _ratio(sums)
-            found[name] = Estimate(value=value, low=low, high=high)
+    if result.kld_mean_nats is not None:
+        low, high = _ratio([(chunk.kld_nats, chunk.n_tokens) for chunk in chunks])
+        value = result.kld_mean_nats
+        fields["kld_mean_nats"] = Estimate(value=value, low=low, high=high)
+    if result.top1_agreement is not None:
+        low, high = _ratio([(chunk.n_same_top, chunk.n_tokens) for chunk in chunks])
+        value = result.top1_agreement
+        fields["top1_agreement"] = Estimate(value=value, low=low, high=high)
     if result.mmlu is not None:
-        found |= _mmlu_estimates(result.mmlu)
+        fields |= _mmlu_estimates(result.mmlu)
     if (answers := result.generation) is not None:
         same = answers.fidelity.scores if answers.fidelity else None
-        for name, scores in (("rouge_l", answers.references), ("fidelity", same)):
-            if scores is not None:
-                found[name] = _around(scores.rouge_l, scores.rouge_l_stderr)
-    return found
+        for name, rouge in (("rouge_l", answers.references), ("fidelity", same)):
+            if rouge is not None:
+                fields[name] = _around(rouge.rouge_l, rouge.rouge_l_stderr)
+    if result.scores:
+        fields["scores"] = {
+            f"{task} {name}": Estimate(value=m.value, low=m.low, high=m.high)
+            for task, scores in result.scores.items()
+            for name, m in scores.measures.items()
+        }
+    return fields
 
 
 def _around(value: float, stderr: float | None) -> Estimate:
-    """A mean over answers, taken as independent."""
+    """A value and its normal 95 % interval."""
     half = None if stderr is None else Z95 * stderr
     return Estimate(
         value=value,
@@ -126,6 +115,14 @@ def compare_pair(first: ComparedFile, second: ComparedFile) -> ComparedPair:
         subjects=subjects,
         nll_nats=nll,
         kld_nats=kld,
+        scores={
+            f"{task} {name}": _paired(
+                _item_values(scores, name), _item_values(theirs.scores[task], name)
+            )
+            for task, scores in ours.scores.items()
+            if task in theirs.scores
+            for name in scores.measures
+        },
     )
 
 
@@ -139,92 +136,10 @@ def pairs_of(rows: Sequence[ComparedFile]) -> tuple[ComparedPair, ...]:
     )
 
 
-def across_models(comparisons: Sequence[Comparison]) -> tuple[PairAcrossModels, ...]:
-    """Every two versions that a model has both of, over the models.
-
-    Source: arXiv:2503.04704v2 section 6.3, table 13.
-
-    Args:
-        comparisons: of different models.
-
-    Raises:
-        UsageError: two are of one model, which would count twice.
-    """
-    names = [comparison.model.name for comparison in comparisons]
-    if len({c.model.fingerprint for c in comparisons}) < len(names):
-        raise UsageError(
-            STAGE,
-            "compare show",
-            f"two comparisons are of one model, among {', '.join(names)}",
-            "give one comparison for each model",
-        )
-    asked = {_conditions(comparison) for comparison in comparisons}
-    if len(asked) > 1:
-        raise UsageError(
-            STAGE,
-            "compare show",
-            "the comparisons were not measured alike: their texts, windows or "
-            "questions differ",
-            "measure all models with the same options",
-        )
-    versions = list(dict.fromkeys(row.name for c in comparisons for row in c.rows))
-    rows = {
-        (i, row.name): row
-        for i, comparison in enumerate(comparisons)
-        for row in comparison.rows
-    }
-    return tuple(
-        found
-        for measure, value_of in _MEASURES.items()
-        for first, second in combinations(versions, 2)
-        if (found := _across(measure, value_of, first, second, names, rows))
-    )
-
-
-def _conditions(comparison: Comparison) -> tuple[object, ...]:
-    """What all models have to be asked alike."""
-    asked = comparison.rows[0].result.parameters
-    texts = tuple(text.sha256 for text in asked.texts)
-    return texts, asked.n_ctx, asked.n_chunks, asked.is_lines, asked.mmlu_sha256
-
-
 def test_of(first: Sequence[float], second: Sequence[float]) -> PairedTest | None:
     """`paired_t` as records keep it."""
     test = paired_t(first, second)
-    if test is None:
-        return None
-    return PairedTest(
-        n=test.n, mean=test.mean, t=test.t, p=test.p, cohens_d=test.cohens_d
-    )
-
-
-def _across(
-    measure: str,
-    value_of: Callable[[ComparedFile], float | None],
-    first: str,
-    second: str,
-    names: Sequence[str],
-    rows: dict[tuple[int, str], ComparedFile],
-) -> PairAcrossModels | None:
-    models, ours, theirs = [], [], []
-    for i, name in enumerate(names):
-        if (i, first) in rows and (i, second) in rows:
-            a, b = value_of(rows[i, first]), value_of(rows[i, second])
-            if a is not None and b is not None:
-                models.append(name)
-                ours.append(a)
-                theirs.append(b)
-    if not models:
-        return None
-    return PairAcrossModels.model_validate(
-        {
-            "measure": measure,
-            "first": first,
-            "second": second,
-            "models": tuple(models),
-            "test": test_of(ours, theirs),
-        }
-    )
+    return None if test is None else PairedTest(**asdict(test))
 
 
 def _mmlu_estimates(mmlu: MmluScores) -> dict[str, Estimate]:
@@ -233,8 +148,6 @@ def _mmlu_estimates(mmlu: MmluScores) -> dict[str, Estimate]:
     half = None if error is None else Z95 * error / perplexity
     per_question = list(_composites(mmlu).values())
     n = len(per_question)
-    score = composite_score(perplexity, mmlu.accuracy)
-    wide = Z95 * stdev(per_question) / sqrt(n) if n > 1 else None
     return {
         "accuracy": Estimate(
             value=mmlu.accuracy, low=mmlu.accuracy_low, high=mmlu.accuracy_high
@@ -244,16 +157,15 @@ def _mmlu_estimates(mmlu: MmluScores) -> dict[str, Estimate]:
             low=None if half is None else exp(nll - half),
             high=None if half is None else exp(nll + half),
         ),
-        "composite_score": Estimate(
-            value=score,
-            low=None if wide is None else score - wide,
-            high=None if wide is None else score + wide,
+        "composite_score": _around(
+            composite_score(perplexity, mmlu.accuracy),
+            stdev(per_question) / sqrt(n) if n > 1 else None,
         ),
     }
 
 
 def _composites(mmlu: MmluScores) -> dict[str, float]:
-    """What each question adds to the composite score, which is their mean, by id."""
+    """Each question's part in the composite score, which is their mean, by id."""
     return {
         outcome.id: outcome.nll_nats - (outcome.chosen == outcome.answer)
         for outcome in mmlu.outcomes
@@ -263,6 +175,11 @@ def _composites(mmlu: MmluScores) -> dict[str, float]:
 def _letter_nats(mmlu: MmluScores) -> dict[str, float]:
     """-ln p of the right letter of each question, by id."""
     return {outcome.id: outcome.nll_nats for outcome in mmlu.outcomes}
+
+
+def _item_values(scores: TaskScores, measure: str) -> dict[str, float]:
+    """Each question's part in a measure, which is their mean, by id."""
+    return {item.id: item.values[measure] for item in scores.items}
 
 
 def _paired(first: Mapping[str, float], second: Mapping[str, float]) -> PairedMean:
@@ -292,7 +209,3 @@ def _ratio(
     """The interval of the first sums over the second, windows resampled."""
     items: Floats = np.array([[a or 0.0, n] for a, n in sums], np.float64)
     return bootstrap_interval(items, lambda drawn: drawn[:, 0] / drawn[:, 1])
-
-
-def _value(estimate: Estimate | None) -> float | None:
-    return None if estimate is None else estimate.value

@@ -45,6 +45,7 @@ class ComparedFile(Part):
         rouge_l: F1 of answers beside references.
         fidelity: F1 of ROUGE-L of answers beside the base's.
         composite_score: the paper's ln(MMLU perplexity) - accuracy, lower is better.
+        scores: the other tasks' measures, such as `arc acc`.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ComparedFile(Part):
     rouge_l: Estimate | None = None
     fidelity: Estimate | None = None
     composite_score: Estimate | None = None
+    scores: dict[str, Estimate] = {}
 
 
 class PairedTest(Part):
@@ -96,6 +98,7 @@ class ComparedPair(Part):
         nll_nats: mean negative log-likelihood of a token, windows resampled; exp of the
             difference is the perplexities' ratio.
         kld_nats: mean divergence from the base, likewise; None beside the base.
+        scores: the other tasks' measures, questions resampled.
     """
 
     first: str
@@ -106,6 +109,7 @@ class ComparedPair(Part):
     subjects: PairedTest | None
     nll_nats: PairedMean | None
     kld_nats: PairedMean | None
+    scores: dict[str, PairedMean] = {}
 
 
 class Comparison(Record):
@@ -141,7 +145,7 @@ class PairAcrossModels(Part):
         test: test over them; None for fewer than two, or equal differences.
     """
 
-    measure: Literal["composite score", "accuracy", "ln perplexity", "KLD"]
+    measure: str
     first: str
     second: str
     models: tuple[str, ...]

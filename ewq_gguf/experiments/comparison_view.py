@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import exp
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ewq_gguf.bench.statistics import accuracy_sentence, mean_sentence
@@ -16,7 +16,6 @@ from ewq_gguf.experiments.comparison_record import (
     ComparedPair,
     Comparison,
     Estimate,
-    PairAcrossModels,
 )
 from ewq_gguf.records import Speed
 from ewq_gguf.records.scores import PairedMean
@@ -35,7 +34,8 @@ def comparison_view(comparison: Comparison) -> RenderableType:
     rows = comparison.rows
     names = [Text(printable(row.name, _MAX_NAME), style=_style(row)) for row in rows]
     columns = []
-    for heading, cell in _COLUMNS.items():
+    scores = dict.fromkeys(name for row in rows for name in row.scores)
+    for heading, cell in (_COLUMNS | {n: partial(_score, n) for n in scores}).items():
         cells = [cell(row) for row in rows]
         if any(text != _NONE for text in cells):
             texts = [
@@ -52,35 +52,6 @@ def comparison_view(comparison: Comparison) -> RenderableType:
     )
 
 
-def across_view(pairs: Sequence[PairAcrossModels]) -> RenderableType:
-    """Versions over several models, a line per pair, for a rich console."""
-    if not pairs:
-        return Text("No version was measured on two models.")
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for heading in ("measure", "first", "second"):
-        table.add_column(heading, overflow="fold", max_width=_MAX_NAME)
-    for heading in ("models", "difference", "t", "p", "d"):
-        table.add_column(heading, justify="right")
-    for pair in pairs:
-        test = pair.test
-        cells = [_NONE] * 4
-        if test is not None:
-            cells = [f"{test.mean:+.4g}", f"{test.t:.3g}", f"{test.p:.2g}"]
-            cells.append(f"{test.cohens_d:.2g}")
-        names = (Text(printable(name)) for name in (pair.first, pair.second))
-        table.add_row(pair.measure, *names, str(len(pair.models)), *cells)
-    return Group(
-        table,
-        Text(),
-        Text(
-            "Differences are first minus second, over models; paired t-test, and "
-            "Cohen's d with pooled population deviations, as in the paper's table 13. "
-            "Lower is better, but of accuracy. Each p stands alone: of twenty such "
-            "tests one is below 0.05 by chance."
-        ),
-    )
-
-
 def _verdict(lines: Sequence[str]) -> list[Text]:
     head, *others = (printable(line, 2000) for line in lines)
     return [Text(), Text(head, style="bold"), *(Text(f"- {line}") for line in others)]
@@ -92,18 +63,21 @@ def _style(row: ComparedFile) -> str:
 
 def _number(name: str, digits: int, scale: float = 1.0) -> _Cell:
     """A column of estimates, by their field of ComparedFile: `26.06 ±1.76`."""
+    return lambda row: _half(dict(row)[name], digits, scale)
 
-    def cell(row: ComparedFile) -> str:
-        estimate: Estimate | None = dict(row)[name]
-        if estimate is None:
-            return _NONE
-        text = f"{scale * estimate.value:.{digits}f}"
-        if estimate.low is None or estimate.high is None:
-            return text
-        # Half of the interval, which may lie a little askew.
-        return f"{text} ±{scale * (estimate.high - estimate.low) / 2:.{digits}f}"
 
-    return cell
+def _score(name: str, row: ComparedFile) -> str:
+    return _half(row.scores.get(name), 3)
+
+
+def _half(estimate: Estimate | None, digits: int, scale: float = 1.0) -> str:
+    """A number and half of its interval, which may lie a little askew."""
+    if estimate is None:
+        return _NONE
+    text = f"{scale * estimate.value:.{digits}f}"
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ±{scale * (estimate.high - estimate.low) / 2:.{digits}f}"
 
 
 def _speed(value: Callable[[Speed], tuple[float, float]], digits: int) -> _Cell:
@@ -181,7 +155,7 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if not comparison.pairs:
         lines.append("No plan was compared: nothing is said of mixed precision here.")
-    elif any(pair.nll_nats or pair.accuracy for pair in comparison.pairs):
+    elif any(p.nll_nats or p.accuracy or p.scores for p in comparison.pairs):
         lines.append(
             "Each sentence below stands alone, at 95 %: of twenty such one is wrong by "
             "chance."
