@@ -263,6 +263,24 @@ def test_other_parameters_do_not_replace_results_unasked(compared, capsys):
     assert found == compared.comparison
 
 
+def test_a_plan_changed_under_its_name_is_refused_before_any_measuring(
+    compared, tiny, tmp_path, capsys
+):
+    folder = tmp_path / "work"
+    shutil.copytree(compared.folder, folder)
+    changed = tmp_path / f"{tiny.checkpoint.identity.name}.wasteful.json"
+    changed.write_text(tiny.plan("Q4_0").to_json())
+    argv = [str(folder) if a == str(compared.folder) else a for a in compared.argv]
+    argv[argv.index("--plans") + 1] = str(changed)
+
+    assert main([*argv, "--presets", "Q5_0"]) == 2
+
+    err = capsys.readouterr().err
+    assert "wasteful.json: exists and was made from other inputs" in one_line(err)
+    assert stages(err) == []
+    assert not (folder / "files" / "Q5_0.gguf").exists()
+
+
 def test_another_models_comparison_is_not_replaced(compared, deep, capsys):
     argv = [str(deep.folder) if i == 1 else a for i, a in enumerate(compared.argv)]
     assert main(argv) == 2

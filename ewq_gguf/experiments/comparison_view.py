@@ -239,14 +239,16 @@ def _pair_sentences(pair: ComparedPair) -> list[str]:
         )
     if pair.composite_score is not None:
         more = ""
-        if (test := pair.subjects) is not None:
+        if (t := pair.subjects) is not None:
             more = (
-                f"; over {test.n} subjects t = {test.t:.2f}, p = {test.p:.2g}, "
-                f"d = {test.cohens_d:.2f}"
+                f"; over {t.n} subjects t = {t.t:.2f}, p = {t.p:.2g}, "
+                f"d = {t.cohens_d:.2f}"
             )
         lines.append(
             sentence("composite score", pair.composite_score, more, "questions")
         )
+    for name, test in pair.scores.items():
+        lines.append(sentence(name, test, pieces="questions"))
     return lines
 
 
