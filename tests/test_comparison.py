@@ -257,18 +257,14 @@ def choices(name: str, rights: list[bool]) -> dict[str, TaskScores]:
 
 
 def test_a_task_that_nothing_here_names_has_its_column_its_pair_and_its_sentence():
-    rows = [
-        row(kind, result(name, size, n_chunks=0).model_copy(update={"scores": scored}))
-        for kind, name, size, scored in (
-            ("preset", "Q8_0", 200, choices("riddles", [True] * 20 + [False] * 20)),
-            ("plan", "ewq", 300, choices("riddles", [True] * 40)),
+    half, whole = [True] * 20 + [False] * 20, [True] * 40
+    preset, plan = (
+        result(name, size, n_chunks=0).model_copy(
+            update={"scores": choices("riddles", rights)}
         )
-    ]
-    rows = [
-        one.model_copy(update={"brackets": ("ewq",)}) if one.kind == "preset" else one
-        for one in rows
-    ]
-    found = comparison(*rows)
+        for name, size, rights in (("Q8_0", 200, half), ("ewq", 300, whole))
+    )
+    found = comparison(row("preset", preset, "ewq"), row("plan", plan))
     (pair,) = found.pairs
 
     assert pair.scores["riddles acc"].difference == 0.5
@@ -277,12 +273,9 @@ def test_a_task_that_nothing_here_names_has_its_column_its_pair_and_its_sentence
     assert "riddles acc" in text
     assert "0.500 ±0.100" in text
     assert "ewq has a higher riddles acc than Q8_0" in said(found)
-    over = across_models([found, found.model_copy(update={"model": other_model()})])
+    update = {"model": comparison(model="other").model}
+    over = across_models([found, found.model_copy(update=update)])
     assert [each.measure for each in over] == ["riddles acc"]
-
-
-def other_model() -> ModelIdentity:
-    return comparison(row("base", result("base", 1)), model="other").model
 
 
 # Which files
