@@ -19,6 +19,7 @@ from ewq_gguf.experiments.layer_studies import (
 )
 from ewq_gguf.experiments.study import run_study
 from ewq_gguf.pipeline import making
+from ewq_gguf.pipeline.benching import bench, check_files, quantised_checkpoint
 from ewq_gguf.pipeline.bitsandbytes import ForTransformers, for_transformers
 from ewq_gguf.pipeline.making import Made, layout_bytes, planned_file
 from ewq_gguf.pipeline.planning import (
@@ -64,6 +65,8 @@ __all__ = [
     "SensitivitySpec",
     "as_planned",
     "base_file",
+    "bench",
+    "check_files",
     "check_given",
     "check_layout",
     "choices_given",
@@ -86,6 +89,7 @@ __all__ = [
     "planned_file",
     "policy_measures",
     "preset_plans",
+    "quantised_checkpoint",
     "quantize_commands",
     "run_study",
     "scan",
@@ -135,13 +139,13 @@ def make_gguf(
         model: a folder, a .safetensors or .gguf file, a Hub id, or `demo`.
         out: path of the GGUF; None for `NAME-EWQ-<nearest preset>.gguf` here.
         policy: how to plan, or a finished plan; None for the paper's.
-        raw_type: what `raw` means: `F16`, `BF16` or `auto`.
-        budget: what the file may take.
+        raw_type: meaning of `raw`: `F16`, `BF16` or `auto`.
+        budget: limit of the file's size; None without one.
         options: settings of the whole run; None for the defaults.
         progress: receiver of notes and of each stage's share done.
 
     Raises:
-        EwqError: of the stage that failed, with what to do.
+        EwqError: a stage failed; the message says what to do.
     """
     run = Run(model, options or Options(), progress)
     return making.make_gguf(run, out, policy, raw_type=raw_type, budget=budget)

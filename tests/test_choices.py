@@ -383,8 +383,8 @@ def test_heads_are_kept_dropped_or_a_file_of_their_own(glm, toolchain, tmp_path)
     assert apart.verification.answer is not None
     assert beside.path.name == "mtp-glm-BF16.gguf"
     assert drafting <= {tensor.name for tensor in read_gguf(beside.path).tensors}
-    assert beside.found.n_equal == beside.found.n_tensors
-    assert beside.found.is_loaded
+    assert beside.companion.n_equal == beside.companion.n_tensors
+    assert beside.companion.is_loaded
 
 
 def test_the_script_of_a_plan_without_heads_gives_the_same_bytes(

@@ -104,16 +104,16 @@ def test_a_vision_language_checkpoint_gives_a_text_model_and_its_mmproj(gemma):
 
     assert beside.path.name == "mmproj-tiny-vlm-BF16.gguf"
     assert beside.path.parent == made.path.parent
-    assert (beside.found.content, beside.found.media) == ("mmproj", ("vision",))
-    assert beside.found.n_sources == beside.found.n_tensors == N_GEMMA
+    assert (beside.companion.content, beside.companion.media) == ("mmproj", ("vision",))
+    assert beside.companion.n_sources == beside.companion.n_tensors == N_GEMMA
     assert any(
         text.startswith(f"{N_GEMMA} tensors for images (76.42 kB") for text in notes
     )
-    assert "76.42 kB -> " in companion_line(beside.path, beside.found)
+    assert "76.42 kB -> " in companion_line(beside.path, beside.companion)
 
 
 def test_an_mmproj_is_loaded_and_shown_an_image(gemma):
-    found = gemma[1].companions[0].found
+    found = gemma[1].companions[0].companion
 
     assert found.is_loaded
     assert found.embedded == 1  # 2 x 2 patches are pooled
@@ -158,7 +158,7 @@ def test_an_mmproj_holds_the_checkpoints_own_values(gemma):
         source[f"{tower}embeddings.patch_embedding.bias"].float().numpy(),
     )
     # Gemma's norms are kept less 1: the one tensor that the converter computes.
-    assert made.companions[0].found.computed == ("mm.soft_emb_norm.weight",)
+    assert made.companions[0].companion.computed == ("mm.soft_emb_norm.weight",)
     np.testing.assert_array_equal(
         stored["mm.soft_emb_norm.weight"].data,
         source["multi_modal_projector.mm_soft_emb_norm.weight"].float().numpy() + 1,
@@ -177,7 +177,7 @@ def test_a_second_run_uses_the_mmproj_again_and_force_makes_the_same_bytes(gemma
     forced = make_gguf(str(model), made.path, POLICY, options=Options(force=True))
     assert not forced.companions[0].is_reused
     assert path.stat().st_ino != before
-    assert forced.companions[0].found == made.companions[0].found
+    assert forced.companions[0].companion == made.companions[0].companion
     assert leftovers(path.parent) == []
 
 
@@ -275,9 +275,9 @@ def test_weights_that_are_split_and_unrolled_are_compared_as_well(toolchain, tmp
     model = vision.write_qwen25vl(tmp_path / "qwen")
     _, (beside,) = api.convert_model(api.Run(str(model)), tmp_path / "q.gguf", "BF16")
 
-    assert (beside.found.n_sources, beside.found.n_tensors) == (42, 55)
-    assert beside.found.n_equal == 55
-    assert beside.found.embedded == 9
+    assert (beside.companion.n_sources, beside.companion.n_tensors) == (42, 55)
+    assert beside.companion.n_equal == 55
+    assert beside.companion.embedded == 9
 
 
 def test_a_model_that_names_its_text_models_architecture_apart_is_taken(
@@ -382,7 +382,7 @@ def test_no_mmproj_is_said(gemma, toolchain):
 
 def test_the_result_as_json_has_what_was_verified_of_the_mmproj(gemma):
     _, made, _ = gemma
-    found = tuple(each.found for each in made.companions)
+    found = tuple(each.companion for each in made.companions)
     values = json.loads(
         made.verification.model_copy(update={"companions": found}).to_json()
     )

@@ -10,11 +10,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ewq_gguf import api, store
-from ewq_gguf.bench.engines.saving import save_quantised
+from ewq_gguf import api
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.bench.files import check_measurable, identify, identify_base
-from ewq_gguf.bench.runner import Request, bench_file, is_result_of
+from ewq_gguf.bench.runner import Request
 from ewq_gguf.cli.bench_options import bench_options, request_of, with_data
 from ewq_gguf.cli.common import (
     PATH,
@@ -23,8 +21,8 @@ from ewq_gguf.cli.common import (
     run_options,
 )
 from ewq_gguf.cli.progress import BarProgress
-from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.records import Result, load_record
+from ewq_gguf.errors import UsageError
+from ewq_gguf.records import Result
 from ewq_gguf.report.bench_view import bench_view
 
 
@@ -75,32 +73,9 @@ def bench(
     request = request_of(values)
     request.check_base()
     files, out, request = _resolved(files, out, request, values, options, progress)
-    for file in files:
-        identify(file)
-        check_measurable(file, request.n_ctx)
+    api.check_files(files, request)
     request = with_data(request, values)
-    asked = request.parameters()
-    base = request.base and identify_base(request.base, asked)
-    if base and base.reference_of and "generation" in asked.tasks:
-        progress.note(f"{request.base} has no answers: none are compared with them")
-    outs = _outs(files, out)
-    # What would be refused is refused before the first file is measured.
-    known = [
-        _existing(path, file, request, force=options.force)
-        for path, file in zip(outs, files, strict=True)
-    ]
-    results = []
-    for file, path, found in zip(files, outs, known, strict=True):
-        if found is not None:
-            progress.note(f"{path} was there already, still valid")
-            results.append(found)
-            continue
-        with store.locked(path, stage=STAGE):
-            with progress.measure(f"bench {file.name}") as tell:
-                result = bench_file(file, request, tell)
-            store.write_text(path, result.to_json(), stage=STAGE, force=True)
-        progress.note(f"wrote {path}")
-        results.append(result)
+    results = api.bench(files, request, out, force=options.force, progress=progress)
     _print(results, as_json=as_json)
 
 
@@ -130,19 +105,10 @@ def _resolved(
     if len(files) > 1:
         problem = f"{len(files)} models are given, bnb takes one"
         raise UsageError(STAGE, "MODEL", problem, "measure them one by one")
-    if folder and not plan:
-        raise UsageError(STAGE, "--save", "needs a plan", "name it with --plan")
     options = replace(options, n_threads=request.setup.n_threads)
-    model = api.for_transformers(api.Run(str(files[0]), options, progress), plan)
-    out = out or Path("results") / f"{model.name}.json"
-    if not folder:
-        return (model.folder,), out, replace(request, plan=model.plan)
-    assert model.plan is not None
-    if save_quantised(
-        model.folder, model.plan, request.setup, folder, force=options.force
-    ):
-        progress.note(f"wrote {folder}")
-    return (folder,), out, request
+    run = api.Run(str(files[0]), options, progress)
+    file, name, request = api.quantised_checkpoint(run, request, plan, folder)
+    return (file,), out or Path("results") / f"{name}.json", request
 
 
 def _print(results: list[Result], *, as_json: bool) -> None:
@@ -153,41 +119,3 @@ def _print(results: list[Result], *, as_json: bool) -> None:
     else:
         dumped = [result.model_dump(mode="json") for result in results]
         click.echo(json.dumps(dumped, indent=1, sort_keys=True))
-
-
-def _outs(files: tuple[Path, ...], out: Path | None) -> list[Path]:
-    """Where each file's result goes.
-
-    Raises:
-        UsageError: two would go to one place, or to a file of their own input.
-        ResourceError: a folder cannot be written.
-    """
-    if len(files) == 1 and out is not None:
-        outs = [out]
-    else:
-        outs = [(out or Path("results")) / f"{file.stem}.json" for file in files]
-    for path in outs:
-        store.check_writable(path, STAGE)
-        store.check_distinct(path, files, STAGE)
-        if outs.count(path) > 1:
-            raise UsageError(
-                STAGE, path, "is the result of two files", "measure them separately"
-            )
-    return outs
-
-
-def _existing(out: Path, file: Path, request: Request, *, force: bool) -> Result | None:
-    """The result that is there, where it answers the same question.
-
-    Raises:
-        UsageError: another file is there.
-    """
-    if force or not out.exists():
-        return None
-    try:
-        result = load_record(Result, out, STAGE)
-    except InputError:
-        raise store.already_exists(out, STAGE) from None
-    if is_result_of(result, file, request):
-        return result
-    raise store.already_exists(out, STAGE)

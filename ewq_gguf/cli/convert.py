@@ -42,5 +42,5 @@ def convert(
         return
     out, companions = api.convert_model(run, out, outtype)
     for each in companions:
-        progress.note(companion_line(each.path, each.found))
+        progress.note(companion_line(each.path, each.companion))
     click.echo(out)

@@ -93,11 +93,11 @@ def gguf(
                 made.preset_bytes,
                 plan_path=made.plan_path,
                 is_reused=made.is_reused,
-                companions=[(each.path, each.found) for each in made.companions],
+                companions=[(each.path, each.companion) for each in made.companions],
             )
         )
-    found = tuple(each.found for each in made.companions)
-    result = made.verification.model_copy(update={"companions": found})
+    companions = tuple(each.companion for each in made.companions)
+    result = made.verification.model_copy(update={"companions": companions})
     click.echo(result.to_json() if as_json else made.path, nl=not as_json)
 
 

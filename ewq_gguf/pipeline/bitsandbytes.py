@@ -1,4 +1,4 @@
-"""What `ewq bench --backend bnb` measures: a checkpoint, and a plan for it."""
+"""Models that `ewq bench --backend bnb` measures: a checkpoint, a plan for it."""
 
 from __future__ import annotations
 

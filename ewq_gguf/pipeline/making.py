@@ -14,7 +14,7 @@ from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.llamacpp.quantize import quantize
 from ewq_gguf.llamacpp.self_test import can_load
 from ewq_gguf.llamacpp.verify import verify_file
-from ewq_gguf.pipeline.planning import check_wish, plan, plan_file
+from ewq_gguf.pipeline.planning import check_needs, plan, plan_file
 from ewq_gguf.plan.naming import nearest_preset
 from ewq_gguf.plan.size_target import SizeTarget
 from ewq_gguf.plan.sizes import base_info_bytes, header_bytes, padded
@@ -39,13 +39,13 @@ from ewq_gguf.stages.run import Run
 
 @dataclass(frozen=True)
 class Made:
-    """What `make_gguf` made.
+    """A finished GGUF, and everything that was learnt on the way.
 
     Attributes:
         path: the GGUF.
         plan: the plan it was made from.
         plan_path: where the plan was written; None where it was given.
-        verification: what was checked in the file.
+        verification: the checks that the file passed.
         preset_bytes: sizes of the standard presets, by name, and of the base type.
         is_reused: whether the file was there already, valid and of the same plan.
         companions: the files beside it, such as an mmproj.
@@ -74,11 +74,11 @@ def make_gguf(
         run: the model and the options.
         out: path of the GGUF; None for `NAME-EWQ-<nearest preset>.gguf` here.
         policy: how to plan, or a finished plan; None for the paper's.
-        raw_type: what `raw` means: `F16`, `BF16` or `auto`.
-        budget: what the file may take.
+        raw_type: meaning of `raw`: `F16`, `BF16` or `auto`.
+        budget: limit of the file's size; None without one.
 
     Raises:
-        EwqError: of the stage that failed, with what to do.
+        EwqError: a stage failed; the message says what to do.
     """
     policy = policy or EwqPolicy()
     if out is not None:
@@ -86,14 +86,14 @@ def make_gguf(
     if isinstance(policy, Plan):
         run = as_planned(run, policy)
     else:
-        check_wish(run.options, policy, budget)
+        check_needs(run.options, policy, budget)
     _ = run.toolchain  # a missing one is said before a model is downloaded
     check_is_local(run.checkpoint)
     inputs = [shard.path for shard in run.checkpoint.shards]
     if out is not None:
         store.check_distinct(out, inputs, "gguf")
-    beside = plan_companions(run, run.layout)
-    check_names(run, beside, (out or Path()).parent)
+    companions = plan_companions(run, run.layout)
+    check_names(run, companions, (out or Path()).parent)
     if isinstance(policy, Plan):
         made_plan, plan_path = policy, None
         check_weights(run, policy)
@@ -113,7 +113,7 @@ def make_gguf(
         verification=verification,
         preset_bytes=presets,
         is_reused=is_reused,
-        companions=place_companions(run, beside, out),
+        companions=place_companions(run, companions, out),
     )
 
 
@@ -150,10 +150,10 @@ def planned_file(
         plan_path: where the plan is written; None writes none.
 
     Returns:
-        What was checked in the file, and whether it was there already.
+        The checks that the file passed, and whether it was there already.
 
     Raises:
-        EwqError: of the stage that failed, with what to do.
+        EwqError: a stage failed; the message says what to do.
     """
     force = run.options.force
     store.check_writable(out, "gguf")

@@ -60,13 +60,13 @@ def plan(
     Args:
         run: the model, or a scan of it, and the options.
         policy: how each tensor's type is decided.
-        raw_type: what `raw` means: `F16`, `BF16` or `auto`.
-        budget: what the file may take.
+        raw_type: meaning of `raw`: `F16`, `BF16` or `auto`.
+        budget: limit of the file's size; None without one.
 
     Raises:
-        EwqError: of the stage that failed, with what to do.
+        EwqError: a stage failed; the message says what to do.
     """
-    check_wish(run.options, policy, budget)
+    check_needs(run.options, policy, budget)
     check_importance(run)
     if isinstance(policy, OptimalPolicy):
         assert budget is not None
@@ -80,7 +80,9 @@ def plan(
     return made
 
 
-def check_wish(options: Options, policy: RulePolicy, budget: SizeTarget | None) -> None:
+def check_needs(
+    options: Options, policy: RulePolicy, budget: SizeTarget | None
+) -> None:
     """Refuse what a policy cannot do without, before any work.
 
     Raises:
@@ -102,8 +104,8 @@ def check_importance(run: Run) -> None:
         InputError: the file is no importance matrix, or another model's.
     """
     if run.importance is not None:
-        subject = _unread(run, "auto")
-        if note := check_model(subject.tensors, run.importance):
+        model = _predicted_tensors(run, "auto")
+        if note := check_model(model.tensors, run.importance):
             run.progress.note(note)
 
 
@@ -122,9 +124,9 @@ def _rule_plan(
         if isinstance(policy, PresetPolicy):
             made = preset_plan(run, policy, raw_type=raw_type, lattices=kept)
         else:
-            subject = _unread(run, raw_type)
-            subject = replace(subject, importance=run.importance, lattices=kept)
-            made = _fast_plan(subject, policy, budget)
+            model = _predicted_tensors(run, raw_type)
+            model = replace(model, importance=run.importance, lattices=kept)
+            made = _fast_plan(model, policy, budget)
         return made, lattices
     scanned, layout = measured(run, policy)
     made = make_plan(
@@ -159,36 +161,36 @@ def _optimal_plan(
             "give --budget SIZE, or use --policy ewq",
         )
     scanned, layout = measured(run, policy)
-    subject = ModelTensors.of_scan(scanned, layout, raw_type)
+    model = ModelTensors.of_scan(scanned, layout, raw_type)
     lattices = lattices_of(scanned)
     if run.options.keep_lattice:
-        subject = replace(
-            subject, lattices=allowed(lattices, candidate_types(subject, policy))
+        model = replace(
+            model, lattices=allowed(lattices, candidate_types(model, policy))
         )
-    check_search(run, subject, policy, budget)
+    check_search(run, model, policy, budget)
     run = with_imatrix(run)
-    rivals = {}
+    baselines = {}
     for rule in (EwqPolicy(), EwqPolicy(granularity="tensor"), FastEwqPolicy()):
         try:
             made, _ = _rule_plan(run, rule, raw_type, budget)
         except (InputError, ToolError) as error:
             # Its ladder does not reach the size, or its library is missing.
-            run.progress.note(f"policy {rule.name} is no rival: {error}")
+            run.progress.note(f"policy {rule.name} has no file of this size: {error}")
             continue
-        rivals[plan_label(made)] = made
-    subject = replace(subject, importance=run.importance)
-    return search(run, subject, policy, budget, rivals), lattices
+        baselines[plan_label(made)] = made
+    model = replace(model, importance=run.importance)
+    return search(run, model, policy, budget, baselines), lattices
 
 
-def _unread(run: Run, raw_type: str) -> ModelTensors:
-    """What is planned, from config and headers alone.
+def _predicted_tensors(run: Run, raw_type: str) -> ModelTensors:
+    """The tensors to be planned, from config and headers alone.
 
     The converter takes seconds to lay a file out, so it is asked only where names alone
     do not say which tensor becomes which.
     """
     if run.given_scan is not None:
         check_whole(run.given_scan)
-    model, layout = run.identity, run.known_layout
+    identity, layout = run.identity, run.known_layout
     if (
         layout is None
         and run.given_scan is None
@@ -196,12 +198,12 @@ def _unread(run: Run, raw_type: str) -> ModelTensors:
     ):
         layout = run.layout
     if layout is not None:
-        return ModelTensors.of_tensors(model, layout.tensors, layout, raw_type)
+        return ModelTensors.of_tensors(identity, layout.tensors, layout, raw_type)
     tensors = (
         run.given_scan.tensors if run.given_scan else map_tensors(run.checkpoint)[0]
     )
     predicted = [layout_tensor(t.name, t.shape, t.dtype) for t in tensors]
-    return ModelTensors.of_tensors(model, predicted, None, raw_type)
+    return ModelTensors.of_tensors(identity, predicted, None, raw_type)
 
 
 def _need_header(run: Run) -> None:
@@ -224,10 +226,10 @@ def _need_header(run: Run) -> None:
 
 
 def _fast_plan(
-    subject: ModelTensors, policy: FastEwqPolicy, budget: SizeTarget | None
+    model: ModelTensors, policy: FastEwqPolicy, budget: SizeTarget | None
 ) -> Plan:
     rows = rows_in_use()
-    layers = layer_features(subject.tensors, subject.identity.n_layers)
+    layers = layer_features(model.tensors, model.identity.n_layers)
     answers = select_layers(rows, list(layers.values()), policy.variant)
     policy = policy.model_copy(
         update={
@@ -238,11 +240,11 @@ def _fast_plan(
     selected = [
         idx for idx, answer in zip(layers, answers, strict=True) if answer.quantise
     ]
-    return make_fast_plan(subject, policy, selected, budget=budget)
+    return make_fast_plan(model, policy, selected, budget=budget)
 
 
 def measured(run: Run, policy: RulePolicy) -> tuple[Scan, Layout | None]:
-    """What a plan of this policy needs: the scan, and the layout where it is known."""
+    """The scan that a policy decides by, and the layout where it is known."""
     if run.given_scan is not None:
         return run.given_scan, run.known_layout
     layout = None
@@ -261,7 +263,7 @@ def measured(run: Run, policy: RulePolicy) -> tuple[Scan, Layout | None]:
 def machine_budget(
     n_ctx: int, device: str = "auto", options: Options | None = None
 ) -> SizeTarget:
-    """What this machine has free for a file and its context.
+    """The memory that is free here for a file and its context.
 
     Args:
         n_ctx: tokens of context.

@@ -1,1 +1,1 @@
-"""What each stage does with one checkpoint, before and after a plan is made."""
+"""Stages of a run: each does one thing with the model that is opened."""

@@ -38,7 +38,7 @@ def make_imatrix(
         seed: seed of the text that the model writes.
 
     Raises:
-        EwqError: of the stage that failed, with what to do.
+        EwqError: a stage failed; the message says what to do.
     """
     if calibration is not None:
         check_calibration(calibration)

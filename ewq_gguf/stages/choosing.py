@@ -1,4 +1,4 @@
-"""What a user tells the converter beside the checkpoint's files.
+"""Choices of a user that the converter is told beside the checkpoint's files.
 
 A chat template, the pre-tokenizer's name, the heads for further tokens: each becomes
 part of the checkpoint's identity, and with it of every cache key and of the plan. The
@@ -42,7 +42,7 @@ def with_choices(
         checkpoint: the model as it was found.
         options: settings of the run, the choices among them.
         progress: receiver of notes.
-        toolchain: finds llama.cpp, where a choice needs to be asked of it.
+        toolchain: finds llama.cpp; called only where it has to check a choice.
 
     Raises:
         UsageError: it is a GGUF file, or llama.cpp knows no such pre-tokenizer.
@@ -108,11 +108,11 @@ def naming_the_nearest(
                     f"the nearest known one is {best.name}{also}: {best.text}; if it "
                     f"is right, give --pre {best.name}"
                 )
-        told = UnknownPreTokenizerError(
+        with_remedy = UnknownPreTokenizerError(
             error.stage, error.subject, error.problem, remedy
         )
-        told.hash = error.hash
-        raise told from error
+        with_remedy.hash = error.hash
+        raise with_remedy from error
 
 
 def say_fit(checkpoint: Checkpoint, toolchain: Toolchain, progress: Progress) -> None:

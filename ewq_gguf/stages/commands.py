@@ -1,4 +1,4 @@
-"""What stages do, as commands for a shell: nothing runs."""
+"""Commands for a shell that do what stages do; none runs here."""
 
 from __future__ import annotations
 

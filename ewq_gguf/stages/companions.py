@@ -1,4 +1,4 @@
-"""Which files go beside the text model.
+"""Companions: the files beside the text model.
 
 What of a checkpoint is for images or sounds is seen before any weight is read: it goes
 into an mmproj, or it is said that it is left out, and why.
@@ -129,7 +129,7 @@ def needs_companions(run: Run) -> bool:
 
 
 def companion_contents(run: Run) -> list[Content]:
-    """What the converter is to write beside the text model, from names alone."""
+    """Companions that the converter would write, from the tensors' names alone."""
     has_media = any(is_media(tensor) for _, tensor in run.checkpoint.tensors)
     contents: list[Content] = []
     if has_media and run.options.mmproj != "none":

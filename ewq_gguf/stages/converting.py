@@ -72,7 +72,7 @@ def convert_model(
         The base GGUF, and the files beside it.
 
     Raises:
-        EwqError: of the stage that failed, with what to do.
+        EwqError: a stage failed; the message says what to do.
     """
     _ = run.toolchain  # a missing one is said before a model is downloaded
     out, outtype = base_target(run, out, outtype)

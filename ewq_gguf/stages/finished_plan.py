@@ -86,9 +86,9 @@ def check_plan(
     """Refuse a plan that was made for another checkpoint, or for other weights of it.
 
     Args:
-        plan: to be followed.
-        model: that is there.
-        weights_sha256: of its scan; None where the plan does not name any.
+        plan: a finished plan.
+        model: identity of the model that is there.
+        weights_sha256: SHA-256 of its weights; None where the plan names none.
         force: take it nevertheless; not with other choices, of which no file of the
             plan's size can be made.
 
@@ -108,8 +108,8 @@ def check_plan(
     if plan.model.as_found.fingerprint == model.as_found.fingerprint or force:
         _check_chosen(plan, model)
     planned = (plan.model.fingerprint, plan.weights_sha256)
-    found = (model.fingerprint, weights_sha256)
-    for what, a, b in zip(("checkpoint", "weights"), planned, found, strict=True):
+    actual = (model.fingerprint, weights_sha256)
+    for what, a, b in zip(("checkpoint", "weights"), planned, actual, strict=True):
         if a != b and not force:
             raise InputError(
                 "plan",
@@ -125,9 +125,9 @@ def _check_chosen(plan: Plan, model: ModelIdentity) -> None:
     Raises:
         InputError: a chat template, a pre-tokenizer or what becomes of heads differs.
     """
-    planned, found = plan.model.chosen, model.chosen
-    for name in sorted({*planned, *found}):
-        if planned.get(name) == found.get(name):
+    planned, chosen = plan.model.chosen, model.chosen
+    for name in sorted({*planned, *chosen}):
+        if planned.get(name) == chosen.get(name):
             continue
         option = f"--{name.replace('_', '-')}"
         same = "give the same" if name in planned else f"leave {option} away"
@@ -135,7 +135,7 @@ def _check_chosen(plan: Plan, model: ModelIdentity) -> None:
             "plan",
             plan.model.name,
             f"the plan was made {_with_choice(option, planned.get(name))}, here is a "
-            f"checkpoint {_with_choice(option, found.get(name))}",
+            f"checkpoint {_with_choice(option, chosen.get(name))}",
             f"{same}, or plan again",
         )
 

@@ -24,29 +24,29 @@ def import_plan(run: Run, file: Path, *, raw_type: str = "auto") -> Plan:
     Args:
         run: the model, or a scan of it, and the options.
         file: a `quant_plan_*.json` of the proof of concept, or a GGUF of the model.
-        raw_type: what `raw` means: `F16`, `BF16`, or `auto` for the source's own.
+        raw_type: meaning of `raw`: `F16`, `BF16`, or `auto` for the source's own.
 
     Raises:
         InputError: the file is neither, or not of this model.
     """
-    subject = _subject(run, raw_type)
-    policy, imported = _read(file, subject)
+    model = _model_tensors(run, raw_type)
+    policy, imported = _read(file, model)
     for note in imported.notes:
         run.progress.note(f"{file.name}: {note}")
-    return assemble(subject, policy, imported.types)
+    return assemble(model, policy, imported.types)
 
 
-def _subject(run: Run, raw_type: str) -> ModelTensors:
+def _model_tensors(run: Run, raw_type: str) -> ModelTensors:
     if run.given_scan is not None:
-        subject = ModelTensors.of_scan(run.given_scan, run.known_layout, raw_type)
+        model = ModelTensors.of_scan(run.given_scan, run.known_layout, raw_type)
         # The types depend on no weight, whoever has measured them.
-        return replace(subject, weights_sha256=None)
+        return replace(model, weights_sha256=None)
     layout = run.layout
     return ModelTensors.of_tensors(run.identity, layout.tensors, layout, raw_type)
 
 
-def _read(file: Path, subject: ModelTensors) -> tuple[ImportedPolicy, Imported]:
-    """What a file says, by its first bytes."""
+def _read(file: Path, model: ModelTensors) -> tuple[ImportedPolicy, Imported]:
+    """Read a file as the format that its first bytes name."""
     if not file.is_file():
         raise InputError("plan", file, "is no file", "check the path")
     try:
@@ -57,14 +57,14 @@ def _read(file: Path, subject: ModelTensors) -> tuple[ImportedPolicy, Imported]:
             "plan", file, f"cannot be read ({error.strerror})", "check the path"
         ) from error
     if is_gguf:
-        return _read_gguf(file, subject)
+        return _read_gguf(file, model)
     remedy = "give a quant_plan_*.json of the proof of concept, or a GGUF file"
     text, values = read_json(file, "plan", remedy)
-    imported = poc_types(values, subject, file.name)
+    imported = poc_types(values, model, file.name)
     return _policy("poc", file, text), imported
 
 
-def _read_gguf(file: Path, subject: ModelTensors) -> tuple[ImportedPolicy, Imported]:
+def _read_gguf(file: Path, model: ModelTensors) -> tuple[ImportedPolicy, Imported]:
     try:
         header = read_gguf(file, header_only=True)
     except VerificationError as error:
@@ -77,8 +77,8 @@ def _read_gguf(file: Path, subject: ModelTensors) -> tuple[ImportedPolicy, Impor
             f"is one of {n_files} parts",
             "join them first: `llama-gguf-split --merge`",
         )
-    found = {t.name: (t.shape, t.ggml_type) for t in header.tensors}
-    imported = gguf_types(found, subject, file.name)
+    tensors = {t.name: (t.shape, t.ggml_type) for t in header.tensors}
+    imported = gguf_types(tensors, model, file.name)
     with file.open("rb") as stream:
         return _policy("gguf", file, stream.read(header.data_offset)), imported
 

@@ -1,4 +1,4 @@
-"""What holds for a whole run, and who is told how far it is."""
+"""Settings of a whole run, and the receiver of its progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ewq_gguf.process import N_CPUS
 
 
 class Progress(Protocol):
-    """Who is told how far long work is."""
+    """Receiver of notes, and of the share done of long work."""
 
     def note(self, text: str) -> None:
         """Say something once."""
@@ -53,10 +53,10 @@ SILENT = Silent()
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for a whole run.
+    """Settings of a whole run.
 
     Attributes:
-        n_threads: for reading, counting and quantising.
+        n_threads: threads that read, count and quantise.
         llama_cpp: the user's own llama.cpp, or None.
         allow_nonfinite: count NaN and infinite weights instead of refusing them.
         force: replace outputs made from other inputs.

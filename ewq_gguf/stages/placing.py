@@ -27,23 +27,23 @@ class CompanionFile:
     """A companion where it lies.
 
     Attributes:
-        path: of the file.
-        found: what was verified in it.
+        path: the file.
+        companion: its contents, as they were verified.
         is_reused: whether it was there already.
     """
 
     path: Path
-    found: Companion
+    companion: Companion
     is_reused: bool
 
 
 def place_companions(
     run: Run, layouts: Iterable[CompanionLayout], text_model: Path
 ) -> tuple[CompanionFile, ...]:
-    """What goes beside a finished text model; what it lacks is said.
+    """Make or use again the files beside a finished text model; note what it lacks.
 
     Raises:
-        EwqError: of the stage that failed.
+        EwqError: a stage failed.
     """
     _say_missing_template(run, text_model)
     return tuple(place_companion(run, layout, text_model) for layout in layouts)
@@ -84,17 +84,17 @@ def place_companion(
 
     Raises:
         UsageError: another file has its name.
-        EwqError: of the stage that failed.
+        EwqError: a stage failed.
     """
     out = _companion_path(run, layout, text_model.parent)
     looker = text_model if run.options.load else None
     record = _record_path(run, layout, text_model)
     with store.locked(out, stage="convert"):
         if out.exists() and not run.options.force:
-            found = _existing(run.checkpoint, layout, out, looker, record)
-            return CompanionFile(out, _keep(record, found), True)
+            companion = _existing(run.checkpoint, layout, out, looker, record)
+            return CompanionFile(out, _keep(record, companion), True)
         with run.progress.stage(f"convert {layout.content}") as share:
-            found = make_companion(
+            companion = make_companion(
                 run.checkpoint,
                 run.toolchain,
                 layout,
@@ -102,7 +102,7 @@ def place_companion(
                 text_model=looker,
                 on_progress=share,
             )
-    return CompanionFile(out, _keep(record, found), False)
+    return CompanionFile(out, _keep(record, companion), False)
 
 
 def _companion_path(run: Run, layout: CompanionLayout, folder: Path) -> Path:
@@ -127,19 +127,19 @@ def _existing(
     looker: Path | None,
     record: Path,
 ) -> Companion:
-    """What is known of a file that is there, or is found now.
+    """Verify a file that is there, or take what was verified before.
 
     Raises:
         UsageError: it is another file, or damaged.
     """
-    known = load_cached(Companion, record, "verify")
+    verified = load_cached(Companion, record, "verify")
     must_look = looker is not None and can_look()
     if (
-        known is not None
-        and (known.is_loaded or not must_look)
-        and known.file_sha256 == store.sha256_file(out)
+        verified is not None
+        and (verified.is_loaded or not must_look)
+        and verified.file_sha256 == store.sha256_file(out)
     ):
-        return known
+        return verified
     with _not_lost(out, layout):
         return verify_companion(checkpoint, layout, out, text_model=looker)
 
@@ -149,7 +149,7 @@ def _not_lost(out: Path, layout: CompanionLayout) -> Iterator[None]:
     """Leave a file alone that turns out to be another one.
 
     Raises:
-        UsageError: in place of what was found in it.
+        UsageError: in place of the error that verifying it raised.
     """
     try:
         yield
@@ -162,7 +162,7 @@ def _not_lost(out: Path, layout: CompanionLayout) -> Iterator[None]:
         ) from error
 
 
-def _keep(record: Path, found: Companion) -> Companion:
+def _keep(record: Path, companion: Companion) -> Companion:
     """Remember what was verified, for the next run."""
-    store.write_text(record, found.to_json(), stage="verify", force=True)
-    return found
+    store.write_text(record, companion.to_json(), stage="verify", force=True)
+    return companion

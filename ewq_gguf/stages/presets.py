@@ -60,7 +60,7 @@ def preset_plan(
     Args:
         run: the model and the options.
         policy: the preset.
-        raw_type: what `raw` means.
+        raw_type: meaning of `raw`: `F16`, `BF16` or `auto`.
         lattices: types that hold tensors exactly, which keep their values.
 
     Raises:
@@ -98,15 +98,15 @@ def preset_plans(
         EwqError: the model cannot be laid out, or the importance matrix is another's.
     """
     layout, imatrix = run.layout, run.options.imatrix
-    subject = ModelTensors.of_tensors(run.identity, layout.tensors, layout, raw_type)
-    subject = replace(subject, lattices=lattices or {}, importance=run.importance)
+    model = ModelTensors.of_tensors(run.identity, layout.tensors, layout, raw_type)
+    model = replace(model, lattices=lattices or {}, importance=run.importance)
     types = preset_types(run.checkpoint, run.toolchain, imatrix, presets, needed=needed)
     plans = {}
     for name in presets:
         if name not in types:
             continue
         try:
-            plans[name] = assemble(subject, PresetPolicy(preset=name), types[name])
+            plans[name] = assemble(model, PresetPolicy(preset=name), types[name])
         except InputError:
             if name in needed:
                 raise
