@@ -18,9 +18,11 @@ from ewq_gguf.bench.writing import written_text
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.ggml_types import n_dims, written_type
 from ewq_gguf.llamacpp.imatrix import importance_values
+from ewq_gguf.optimal.cost_model import measured_slopes
 from ewq_gguf.optimal.error_table import error_table
-from ewq_gguf.optimal.probes import PROBE_TYPE, Prober, probe_slopes
-from ewq_gguf.optimal.sensitivity import is_doubtful, roles_of
+from ewq_gguf.optimal.sensitivity import needs_own_probe, roles_of
+from ewq_gguf.optimal.settings import DEFAULT
+from ewq_gguf.optimal.type_prober import open_prober
 from ewq_gguf.records import OptimalPolicy
 from ewq_gguf.stages.options import SILENT
 from ewq_gguf.tensor_names import is_quantizable, role
@@ -52,33 +54,44 @@ def main() -> None:
         if is_quantizable(tensor.name, n_dims(tensor.shape))
     }
     errors = error_table(base, menus, toolchain.lib_dir, options=options)
-    prober = Prober.of(request, toolchain.lib_dir, options=options, progress=SILENT)
-    probed = {name: one[PROBE_TYPE].error for name, one in errors.items()}
-    slopes = probe_slopes(prober, probed, inf)
-    print(f"{prober.n_probes} probes; any move costs {prober.noise_nats:.6f} nats\n")
-
-    def show(groups: Sequence[tuple[str, tuple[str, ...]]]) -> None:
-        print("| what | type | probed, nats | predicted | ratio | doubtful |")
-        print("|---|---|---:|---:|---:|---|")
-        for what, names in groups:
-            found = prober((names, ggml_type) for ggml_type in menus[names[0]])
-            for (_, ggml_type), cost in found.items():
-                predicted = sum(slopes[n] * errors[n][ggml_type].error for n in names)
-                doubts = sum(
-                    is_doubtful(errors[n][ggml_type], errors[n][PROBE_TYPE])
-                    for n in names
-                )
-                print(
-                    f"| {what} | {ggml_type} | {cost:.6f} | {predicted:.6f} | "
-                    f"{cost / predicted:.2f} | {doubts} |"
-                )
-
-    show([(role(names[0]), names) for names in roles_of(menus)])
+    probe_type = DEFAULT.probe_type
+    probed = {name: one[probe_type].error for name, one in errors.items()}
     values = importance_values(options.imatrix)
     shares = {n: float(v.max() / v.sum()) for n, v in values.items() if n in menus}
     most = sorted(shares, key=lambda name: -shares[name])[:N_OUTLIERS]
-    print("\nOne column's share of the importance, and its tensor alone:\n")
-    show([(f"{name} {shares[name]:.0%}", (name,)) for name in most])
+    with open_prober(
+        request, toolchain.lib_dir, options=options, progress=SILENT
+    ) as prober:
+        slopes = measured_slopes(prober, probed, inf)
+        print(
+            f"{prober.n_probes} probes; any change costs {prober.noise_nats:.6f} nats\n"
+        )
+
+        def show(groups: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+            print("| what | type | probed, nats | predicted | ratio | needs its own |")
+            print("|---|---|---:|---:|---:|---|")
+            for what, names in groups:
+                found = prober((names, ggml_type) for ggml_type in menus[names[0]])
+                for (_, ggml_type), cost in found.items():
+                    predicted = sum(
+                        slopes[n] * errors[n][ggml_type].error for n in names
+                    )
+                    n_own = sum(
+                        needs_own_probe(
+                            errors[n][ggml_type],
+                            errors[n][probe_type],
+                            DEFAULT.doubt_ratio,
+                        )
+                        for n in names
+                    )
+                    print(
+                        f"| {what} | {ggml_type} | {cost:.6f} | {predicted:.6f} | "
+                        f"{cost / predicted:.2f} | {n_own} |"
+                    )
+
+        show([(role(names[0]), names) for names in roles_of(menus)])
+        print("\nOne column's share of the importance, and its tensor alone:\n")
+        show([(f"{name} {shares[name]:.0%}", (name,)) for name in most])
 
 
 if __name__ == "__main__":

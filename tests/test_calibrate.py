@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ewq_gguf.errors import ChildError, InputError
 from ewq_gguf.llamacpp.calibrate import calibrate
 from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.imatrix import importance_values
-from ewq_gguf.llamacpp.perturb import Perturbed
+from ewq_gguf.llamacpp.perturb import PerturbedCopy
 from ewq_gguf.llamacpp.quant_error import error_of, quant_errors, sample
 from ewq_gguf.optimal.error_table import error_table
 from tests.checkpoints import write_llama
@@ -202,11 +203,11 @@ def test_an_abort_of_ggml_is_an_error_that_names_the_tensor_and_the_type(
 
 def test_a_base_is_moved_to_what_a_type_holds_and_back(tiny: Tiny, ggml, tmp_path):
     base = tiny.base.read_bytes()
-    moving = Perturbed(tiny.base, tmp_path / "copy.gguf", ggml, {}, n_threads=2)
+    copy = PerturbedCopy(tiny.base, tmp_path / "copy.gguf", ggml, {}, n_threads=2)
     names = {t.name: t for t in read_gguf(tiny.base).tensors}
     tensor = names["blk.1.attn_q.weight"]
 
-    with moving.moved([tensor.name], "Q4_0") as path:
+    with copy.perturbed([tensor.name], "Q4_0") as path:
         moved = path.read_bytes()
         changed = np.flatnonzero(
             np.frombuffer(base, np.uint8) != np.frombuffer(moved, np.uint8)
@@ -219,4 +220,20 @@ def test_a_base_is_moved_to_what_a_type_holds_and_back(tiny: Tiny, ggml, tmp_pat
         # What a type holds already it holds again, but for the rounding to BF16.
         again = ggml.dequantize(ggml.quantize(rows, "Q8_0"), "Q8_0", rows.shape[1])
         assert np.abs(again - rows).max() <= np.abs(rows).max() / 127
-    assert moving.path.read_bytes() == base
+    assert copy.path.read_bytes() == base
+
+
+def test_what_a_killed_process_left_overwritten_is_restored(tiny: Tiny, ggml, tmp_path):
+    base = tiny.base.read_bytes()
+    path = tmp_path / "copy.gguf"
+    name = "blk.1.attn_q.weight"
+    with PerturbedCopy(tiny.base, path, ggml, {}).perturbed([name], "Q4_0"):
+        for file in list(tmp_path.iterdir()):  # as a killed process leaves them
+            shutil.copyfile(file, file.with_stem("left"))
+    left = tmp_path / "left.gguf"
+    assert left.read_bytes() != base
+
+    copy = PerturbedCopy(tiny.base, left, ggml, {})
+
+    assert copy.path.read_bytes() == base
+    assert [file.name for file in tmp_path.glob("left*")] == ["left.gguf"]

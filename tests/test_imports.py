@@ -48,6 +48,7 @@ PURE_MODULES = {
     for name in (
         "optimal.allocation", "optimal.candidate_types", "optimal.knapsack",
         "optimal.latency", "optimal.predictor", "optimal.sensitivity",
+        "optimal.settings",
         "fastewq.classifier", "fastewq.evaluation",
         "experiments.controls", "experiments.paper", "experiments.paper_classifiers",
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ewq_gguf.checkpoint.gguf_file import GgufTensor
 from ewq_gguf.ggml_types import QUANTISED_TYPES, tensor_bytes
-from ewq_gguf.llamacpp.quant_error import of_matrices
+from ewq_gguf.llamacpp.quant_error import by_matrix
 from ewq_gguf.optimal.allocation import solve_allocation
 from ewq_gguf.optimal.candidate_types import (
     candidate_types,
@@ -23,7 +23,7 @@ from ewq_gguf.optimal.candidate_types import (
     min_file_bytes,
     quantizable,
 )
-from ewq_gguf.optimal.cost_model import measured_costs
+from ewq_gguf.optimal.cost_model import measured_slopes, probed_costs
 from ewq_gguf.optimal.latency import (
     Latency,
     LatencyTarget,
@@ -31,14 +31,14 @@ from ewq_gguf.optimal.latency import (
     needed_weights,
 )
 from ewq_gguf.optimal.predictor import Prediction, Predictor
-from ewq_gguf.optimal.probes import probe_slopes
 from ewq_gguf.optimal.sensitivity import (
+    groups_to_halve,
     halves,
-    is_doubtful,
-    next_groups,
+    needs_own_probe,
     roles_of,
     slopes,
 )
+from ewq_gguf.optimal.settings import DEFAULT
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
@@ -46,7 +46,7 @@ from ewq_gguf.records.quant_error import QuantError
 from tests.scans import MODEL
 
 if TYPE_CHECKING:
-    from ewq_gguf.optimal.probes import Prober
+    from ewq_gguf.optimal.type_prober import TypeProber
 
 LAYERS = 4
 
@@ -101,7 +101,7 @@ def test_the_costliest_groups_are_halved_until_tensors_are_known_one_by_one():
     leaves = {group: sum(costs[n] for n in group) for group in roles_of(costs)}
     n_probes = len(leaves)
 
-    while large := next_groups(leaves, 0.01):
+    while large := groups_to_halve(leaves, 0.01):
         for group in large:
             del leaves[group]
             for half in halves(group):
@@ -124,12 +124,12 @@ def test_a_tensor_that_loses_nothing_costs_nothing():
 def test_an_error_is_doubtful_where_one_column_decides_it():
     probed = quant_error(0.01, 0.008)
 
-    assert not is_doubtful(quant_error(0.0025, 0.002), probed)
-    assert not is_doubtful(quant_error(0.0025, 0.0035), probed)
+    assert not needs_own_probe(quant_error(0.0025, 0.002), probed, 2.0)
+    assert not needs_own_probe(quant_error(0.0025, 0.0035), probed, 2.0)
     # The probe's type missed the sink's column, this one hits it.
-    assert is_doubtful(quant_error(0.0001, 0.005), probed)
-    assert is_doubtful(quant_error(0.04, 0.005), probed)
-    assert not is_doubtful(quant_error(0.0, 0.0), probed)
+    assert needs_own_probe(quant_error(0.0001, 0.005), probed, 2.0)
+    assert needs_own_probe(quant_error(0.04, 0.005), probed, 2.0)
+    assert not needs_own_probe(quant_error(0.0, 0.0), probed, 2.0)
 
 
 def predictor_of(costs, measured=(), floor=0.0):
@@ -151,15 +151,17 @@ def test_before_anything_is_measured_a_file_costs_the_sum_and_the_floor():
 
     assert found.kld_nats == pytest.approx(0.125)
     assert 0.02 < found.std_nats < 0.06
+    # No multiplier is ever taken as less than a tenth.
+    assert found.at_least(100.0) == pytest.approx(0.0125)
     assert predictor.predict({}).kld_nats == 0.005
-    now = predictor.costs_now()
+    now = predictor.corrected_costs()
     assert now == {n: pytest.approx(one) for n, one in COSTS.items()}
 
 
 def test_a_prediction_that_says_little_still_says_what_cannot_be():
-    assert Prediction(0.1, 0.02).at_least(3) == pytest.approx(0.04)
+    assert Prediction(0.1, 0.02, 0.01).at_least(3) == pytest.approx(0.04)
     # Known to a third only: it may be a tenth, but not nothing.
-    assert Prediction(2.4, 0.9).at_least(3) == pytest.approx(0.24)
+    assert Prediction(2.4, 0.9, 0.24).at_least(3) == pytest.approx(0.24)
 
 
 def test_rounding_is_paid_by_what_is_rounded_and_is_not_learnt_away():
@@ -169,11 +171,11 @@ def test_rounding_is_paid_by_what_is_rounded_and_is_not_learnt_away():
 
     assert predictor.predict(LOW).kld_nats == pytest.approx(0.135)
     assert predictor.predict(raw).kld_nats == pytest.approx(0.105)
-    assert predictor.costs_now()["blk.0.attn_q.weight"] == pytest.approx(
+    assert predictor.corrected_costs()["blk.0.attn_q.weight"] == pytest.approx(
         {"Q4_0": 0.03, "Q8_0": 0.011}
     )
     # A file that is as predicted teaches nothing; a worse one, about the weights.
-    assert predictor.after(LOW, 0.135).costs_now()["blk.0.attn_q.weight"][
+    assert predictor.after(LOW, 0.135).corrected_costs()["blk.0.attn_q.weight"][
         "Q4_0"
     ] == pytest.approx(0.03)
     assert predictor.after(LOW, 0.2).floor(LOW) == predictor.floor(LOW) == 0.015
@@ -207,7 +209,7 @@ def test_learning_is_the_normal_equations_of_a_slow_reference():
     precision = np.linalg.inv(prior) + rows.T @ noise @ rows
     mean = 1 + np.linalg.solve(precision, rows.T @ noise @ (y - rows @ np.ones(4)))
 
-    now = predictor.costs_now()
+    now = predictor.corrected_costs()
 
     assert now["blk.0.attn_q.weight"]["Q4_0"] == pytest.approx(0.02 * mean[0])
     assert now["blk.0.attn_q.weight"]["Q8_0"] == pytest.approx(0.001 * mean[1])
@@ -218,7 +220,9 @@ def test_draws_are_of_what_is_not_known_yet_and_never_reward_an_error():
     predictor = predictor_of(COSTS)
 
     drawn = [
-        predictor.costs_now(np.random.default_rng(i))["blk.0.attn_q.weight"]["Q4_0"]
+        predictor.corrected_costs(np.random.default_rng(i))["blk.0.attn_q.weight"][
+            "Q4_0"
+        ]
         for i in range(400)
     ]
 
@@ -395,7 +399,7 @@ def test_what_is_never_computed_with_does_not_hide_the_noise():
     }
     prober = KnownCosts(true)
 
-    probe_slopes(cast("Prober", prober), errors, deadline=0.0)
+    measured_slopes(cast("TypeProber", prober), errors, deadline=0.0)
 
     assert prober.noise_nats == 0.001
 
@@ -502,6 +506,7 @@ class KnownCosts:
 
     noise_nats = 0.0
     n_probes = 0
+    settings = DEFAULT
 
     def __init__(self, true):
         self.true = true
@@ -522,7 +527,7 @@ class KnownCosts:
 
 def settled(true, errors, choose):
     prober = KnownCosts(true)
-    found = measured_costs(cast("Prober", prober), errors, choose, seconds=60.0)
+    found = probed_costs(cast("TypeProber", prober), errors, choose, seconds=60.0)
     return found, prober
 
 
@@ -588,12 +593,12 @@ def test_a_doubtful_type_costs_the_worse_until_its_own_probe():
 def test_a_stack_that_is_not_of_experts_has_a_row_for_each_matrix():
     heads = GgufTensor("blk.0.attn_k_b.weight", (4, 8, 32), "BF16", 0, 2048)
 
-    found = of_matrices(np.arange(128, dtype=np.float32)[None], heads)
+    found = by_matrix(np.arange(128, dtype=np.float32)[None], heads)
 
     assert found is not None
     assert found.shape == (4, 32)
     assert found[1, 0] == 32
-    assert of_matrices(None, heads) is None
+    assert by_matrix(None, heads) is None
 
 
 def test_a_type_that_was_not_timed_takes_what_its_bits_do():

@@ -16,13 +16,12 @@ from ewq_gguf.errors import ResourceError, VerificationError
 from ewq_gguf.experiments.controls import kld_mean
 from ewq_gguf.experiments.study_record import Study
 from ewq_gguf.llamacpp.devices import Device
-from ewq_gguf.optimal import candidates as contest
-from ewq_gguf.optimal import measuring
-from ewq_gguf.optimal import search as searching
+from ewq_gguf.optimal import file_measurer, settings
+from ewq_gguf.optimal.candidate_selection import CandidateSelection
 from ewq_gguf.optimal.predictor import Predictor
+from ewq_gguf.optimal.settings import SearchSettings
 from ewq_gguf.records import Plan, load_record
-from ewq_gguf.stages import calibrating
-from ewq_gguf.stages import candidate_files as throwaway
+from ewq_gguf.stages import calibrating, candidate_files
 from tests.families import write_family
 from tests.gguf_files import make_cache
 
@@ -33,17 +32,22 @@ pytestmark = [
 ]
 
 FAMILY = "Mixtral"
+#: Texts and measurements as small as they can be.
+SMALL = SearchSettings(
+    n_search_documents=3,
+    n_final_documents=5,
+    n_probe_windows=1,
+    n_search_windows=1,
+    n_final_windows=2,
+)
 
 
 @pytest.fixture
 def few_windows(monkeypatch, tmp_path):
-    """Texts and measurements as small as they can be; the folder is the current one."""
+    """Small texts and few measurements; the test's folder is the current one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(searching, "_N_FEW_DOCUMENTS", 3)
-    monkeypatch.setattr(searching, "_N_MANY_DOCUMENTS", 5)
     monkeypatch.setattr(calibrating, "N_DOCUMENTS", 8)
-    monkeypatch.setattr(measuring, "_N_FEW", 1)
-    monkeypatch.setattr(measuring, "_N_MANY", 2)
+    monkeypatch.setattr(settings, "DEFAULT", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -106,23 +110,17 @@ def test_one_command_makes_the_best_file_of_a_size_and_says_how(folder, capsys):
 
 def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
     size = preset_size(folder, "Q5_K_M") + 2000
+
     # A predictor that takes every error for a gain proposes the worst.
-    worst = contest.Contest._propose
-
     def propose(self, rng):
-        costs = self.predictor.costs
-        upside = {
-            name: {ggml_type: 1 / (cost + 1e-9) for ggml_type, cost in one.items()}
-            for name, one in costs.items()
+        costs = {
+            name: {ggml_type: 1 / (cost + 1e-9) for ggml_type, cost in by_type.items()}
+            for name, by_type in self.predictor.costs.items()
         }
-        kept, self.predictor = self.predictor, Predictor(upside, 0.0)
-        try:
-            plan = worst(self, rng)
-        finally:
-            self.predictor = kept
-        return plan
+        types = self.space.solve(Predictor(costs).corrected_costs(rng))
+        return self.space.plan(types)
 
-    monkeypatch.setattr(contest.Contest, "_propose", propose)
+    monkeypatch.setattr(CandidateSelection, "propose", propose)
     # One of the files cannot be measured: the others go on without it.
     n_measured = 0
 
@@ -133,7 +131,7 @@ def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):
             raise VerificationError("bench", "study.gguf", "its logits are NaN", "")
         return runner.bench_file(*args)
 
-    monkeypatch.setattr(throwaway, "bench_file", bench_file)
+    monkeypatch.setattr(candidate_files, "bench_file", bench_file)
     asked = [
         "plan", str(folder), "--policy", "optimal", "--budget", f"{size}B",
         "--effort", "0", "--threads", "1",
@@ -185,10 +183,10 @@ def test_files_are_measured_where_the_base_fits(
     base = tmp_path / "base.gguf"
     base.write_bytes(bytes(1000))
     devices = [Device(f"CUDA{i}", "", 4000, room) for i, room in enumerate(free)]
-    monkeypatch.setattr(measuring, "list_devices", lambda _: devices)
+    monkeypatch.setattr(file_measurer, "list_devices", lambda _: devices)
     built = replace(toolchain, backend=backend)
 
-    assert measuring.device_for(base, built) == device
+    assert file_measurer.measuring_device(base, built) == device
 
 
 def test_a_file_that_has_to_be_fast_is_timed(folder, capsys, monkeypatch):
@@ -201,7 +199,7 @@ def test_a_file_that_has_to_be_fast_is_timed(folder, capsys, monkeypatch):
             raise ResourceError("bench", file, "has no room on the device", "")
         return runner.bench_file(file, request, *args)
 
-    monkeypatch.setattr(throwaway, "bench_file", bench_file)
+    monkeypatch.setattr(candidate_files, "bench_file", bench_file)
     size = preset_size(folder, "Q5_K_M") + 2000
     asked = [
         "plan", str(folder), "--policy", "optimal", "--budget", f"{size}B",

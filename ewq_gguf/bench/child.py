@@ -42,7 +42,7 @@ from ewq_gguf.bench.texts.windows import Windows
 from ewq_gguf.errors import EwqError, VerificationError, printable
 from ewq_gguf.llamacpp.ggml import Ggml
 from ewq_gguf.llamacpp.imatrix import importance_values
-from ewq_gguf.llamacpp.perturb import Perturbed
+from ewq_gguf.llamacpp.perturb import PerturbedCopy
 from ewq_gguf.process import stall_seconds
 from ewq_gguf.records import (
     Result,
@@ -50,7 +50,7 @@ from ewq_gguf.records import (
     open_journal,
 )
 from ewq_gguf.records.base import Part
-from ewq_gguf.records.probe import ProbePart
+from ewq_gguf.records.probe import TypeProbePart
 
 
 def main(path: Path) -> int:
@@ -102,7 +102,7 @@ def _probe(
     else:
         windows = windows_of(job, 0, compared, None)
     importance = importance_values(Path(asked.imatrix)) if asked.imatrix else {}
-    base = Perturbed(
+    base = PerturbedCopy(
         Path(job.model),
         Path(asked.copy_path),
         Ggml(Path(asked.lib_dir)),
@@ -111,7 +111,7 @@ def _probe(
     )
     for i, one in enumerate(asked.probes):
         with (
-            base.moved(one.tensors, one.ggml_type) as path,
+            base.perturbed(one.tensors, one.ggml_type) as path,
             closing(LlamaModel(path, told.setup, log)) as model,
         ):
             scored = score_text(
@@ -130,11 +130,11 @@ def _probe(
             except VerificationError as error:
                 if error.subject != printable(path):
                     raise  # the base itself
-                keep(ProbePart(name=one.name, n_tokens=(), kld_nats=()))
+                keep(TypeProbePart(name=one.name, n_tokens=(), kld_nats=()))
                 continue
             text = text_result("", parts, 0)
         keep(
-            ProbePart(
+            TypeProbePart(
                 name=one.name,
                 n_tokens=tuple(chunk.n_tokens for chunk in text.chunks),
                 kld_nats=tuple(chunk.kld_nats or 0.0 for chunk in text.chunks),

@@ -15,7 +15,7 @@ from ewq_gguf.bench.files import identify
 from ewq_gguf.errors import EwqError, ResourceError
 from ewq_gguf.records import BenchedFile, BenchParameters
 from ewq_gguf.records.base import Part
-from ewq_gguf.records.probe import Probe
+from ewq_gguf.records.probe import TypeProbe
 
 _MARK = "@ewq "
 # What ggml's backends, llama.cpp and torch say.
@@ -64,7 +64,7 @@ class ProbingRequest(Part):
         lib_dir: holds ggml's quantisers.
     """
 
-    probes: tuple[Probe, ...]
+    probes: tuple[TypeProbe, ...]
     copy_path: str
     imatrix: str | None
     lib_dir: str

@@ -84,7 +84,7 @@ def quant_errors(
                     base,
                     tensor,
                     share,
-                    of_matrices(weights.get(tensor.name), tensor),
+                    by_matrix(weights.get(tensor.name), tensor),
                 ),
                 tensor.name,
                 types,
@@ -101,7 +101,7 @@ def quant_errors(
                 future.cancel()
 
 
-def of_matrices(
+def by_matrix(
     importance: Float32Array | None, tensor: GgufTensor
 ) -> Float32Array | None:
     """One row of importance for each matrix of a tensor.

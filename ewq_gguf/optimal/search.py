@@ -1,9 +1,9 @@
-"""Policy `optimal`: what is known of a model, and the contest that it leads to.
+"""Policy `optimal`: the search for the best file of a size.
 
-    error table x probed sensitivities + rounding -> predictor -> contest -> the plan
+    error table, probes, rounding -> costs -> predictor -> proposals, measured -> plan
 
-The text that files are measured on was written by the model, from other beginnings than
-the text it is calibrated on.
+The texts that files are measured on are written by the model, from other beginnings
+than the text that it is calibrated on.
 """
 
 from __future__ import annotations
@@ -11,165 +11,119 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
+from pathlib import Path
 
 from ewq_gguf import store
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.bench.writing import written_text
 from ewq_gguf.checkpoint.gguf_file import read_gguf
-from ewq_gguf.errors import ToolError, UsageError
-from ewq_gguf.ggml_types import tensor_bytes
+from ewq_gguf.errors import ToolError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.toolchain import Toolchain
-from ewq_gguf.optimal.activation_rounding import measured_rounding
-from ewq_gguf.optimal.allocation import solve_allocation
-from ewq_gguf.optimal.candidate_types import (
-    candidate_types,
-    candidate_types_within,
-    fixed_bytes,
-    floor_unmeasured,
-    keeps_bounds,
-    min_file_bytes,
-    quantizable,
-)
-from ewq_gguf.optimal.candidates import Contest, written_types
-from ewq_gguf.optimal.cost_model import Costs, measured_costs
-from ewq_gguf.optimal.error_table import error_table
-from ewq_gguf.optimal.latency_target import measure_latency_target
-from ewq_gguf.optimal.measuring import Measuring, device_for
-from ewq_gguf.optimal.predictor import Predictor
-from ewq_gguf.optimal.prober import check_room
-from ewq_gguf.optimal.probes import PROBE_TYPE, Prober
-from ewq_gguf.plan.assemble import assemble
-from ewq_gguf.plan.lattice import without_loss
+from ewq_gguf.optimal import settings as defaults
+from ewq_gguf.optimal.candidate_selection import CandidateSelection
+from ewq_gguf.optimal.cost_measurement import measure_costs
+from ewq_gguf.optimal.file_measurer import FileMeasurer, measuring_device
+from ewq_gguf.optimal.search_space import SearchSpace, quantizable_types
+from ewq_gguf.optimal.settings import SearchSettings
+from ewq_gguf.optimal.type_prober import check_disk_space
 from ewq_gguf.plan.model_tensors import ModelTensors
-from ewq_gguf.plan.size_target import SizeLimit, SizeTarget
-from ewq_gguf.plan.sizes import padded
-from ewq_gguf.records import Budget, OptimalPolicy, Plan, Search, load_cached
+from ewq_gguf.plan.size_target import SizeTarget
+from ewq_gguf.records import OptimalPolicy, Plan, Search, load_cached
 from ewq_gguf.stages.candidate_files import types_sha256
 from ewq_gguf.stages.converting import base_file
+from ewq_gguf.stages.options import Progress
 from ewq_gguf.stages.presets import all_preset_plans
 from ewq_gguf.stages.run import Run
-from ewq_gguf.tensor_names import nearest_name, role
 
-#: Documents that the model writes to be measured on: few windows, and many.
-_N_FEW_DOCUMENTS, _N_MANY_DOCUMENTS = 32, 64
-#: Of texts that files are chosen on: no other text has these, so that none of them
-#: calibrates anything.
-_SEEDS = 1 << 40
-#: Another one finds other files: what was searched for is searched for again.
+#: First seed of texts that files are chosen on; no calibration text has such a seed.
+_FIRST_SEED = 1 << 40
+#: Version of the algorithm: results of another version in the cache are not used.
 _ALGORITHM = 4
-#: What is said of a size that no file has.
-_REACH, _OTHER = "these types reach", "other --types, --floor or --ceiling"
-#: Of the effort, what probes may take at most, and before them the files that show what
-#: rounding activations costs.
-_PROBE_SHARE, _ROUNDING_SHARE = 0.5, 0.2
 
 
 def search(
     run: Run,
-    subject: ModelTensors,
+    model: ModelTensors,
     policy: OptimalPolicy,
-    ask: SizeTarget,
-    rivals: Mapping[str, Plan],
+    target: SizeTarget,
+    baselines: Mapping[str, Plan],
+    *,
+    settings: SearchSettings | None = None,
 ) -> Plan:
-    """The best file that can be found within a budget, as a plan that tells how.
+    """Find the best file of a size; the plan holds a record of the search.
+
+    The same search is not made twice: its plan stays in the cache.
 
     Args:
-        run: the model and the options, with the same importance matrix.
-        subject: what is planned, with the importance matrix.
-        policy: with every parameter.
-        ask: what the file may take.
-        rivals: plans that it has to beat, by name; every preset, with the matrix and
+        run: model and options, with the same importance matrix.
+        model: model's tensors, with the importance matrix.
+        policy: parameters of the policy.
+        target: size that the user asks for.
+        baselines: plans to compare with, by name; every preset, with the matrix and
             without, is one too. None that is larger, or has types that the policy
             excludes, can win.
+        settings: constants of the search; None for the defaults.
 
     Raises:
-        InputError: the budget cannot be met.
-        EwqError: of the stage that failed, with what to do.
+        InputError: no file is of that size.
+        EwqError: a stage failed.
     """
+    settings = settings or defaults.DEFAULT
     toolchain = _built_toolchain(run)
     base = base_file(run)
-    menu = candidate_types(subject, policy)
-    limit = _limit(subject, ask, menu)
-    if not policy.min_tps:  # what has to be fast may have to be far smaller
-        menu = candidate_types_within(subject, policy, limit.n_bytes)
+    space = SearchSpace.of(model, policy, target)
+    device = measuring_device(base, toolchain, settings)
     setup = CPU_SETUP.model_copy(
-        update={
-            "n_threads": run.options.n_threads,
-            "device": device_for(base, toolchain),
-        }
+        update={"n_threads": run.options.n_threads, "device": device}
     )
-
-    def request(seed: int, n_documents: int) -> Request:
-        text = written_text(
-            base,
-            setup,
-            lambda: run.progress.measure(f"text by {run.identity.name}"),
-            n_documents=n_documents,
-            seed=_SEEDS + seed,
-        )
-        return Request(
-            tasks=("perplexity", "kld"),
-            base=base,
-            texts=(("own", text),),
-            setup=setup,
-            n_ctx=read_gguf(base).window(Request.n_ctx),
-        )
-
-    presets = all_preset_plans(run, raw_type=subject.raw_type)
-    all_rivals = {**presets, **rivals}
-    # What was searched for once is known: the same command makes the same file.
-    depends_on = (
-        _ALGORITHM,
-        identify(base).sha256,
-        toolchain.key,
-        LLAMA_CPP_COMMIT,
-        setup.model_dump_json(),
-        platform.node() if policy.min_tps else None,
-        subject.identity.model_dump_json(),
-        subject.raw_type,
-        str(limit),
-        policy.model_dump_json(),
-        *sorted(types_sha256(plan) for plan in all_rivals.values()),
+    request = Request(
+        tasks=("perplexity", "kld"),
+        base=base,
+        setup=setup,
+        n_ctx=read_gguf(base).window(Request.n_ctx),
     )
-    path = store.cache_dir("searches") / f"{store.sha256_text(repr(depends_on))}.json"
+    baselines = {**all_preset_plans(run, raw_type=model.raw_type), **baselines}
+    path = _cached_plan(space, request, toolchain, baselines, settings)
     with store.locked(path, stage="plan", wait=True):
-        known = load_cached(Plan, path, "plan")
-        if known is None:
-            check_room(base)
-            few = request(2 * policy.seed, _N_FEW_DOCUMENTS)
-            many = request(2 * policy.seed + 1, _N_MANY_DOCUMENTS)
-            measuring = Measuring(few, many, toolchain, run.options, run.progress)
-            known = _searched(subject, policy, limit, menu, all_rivals, measuring)
-            store.write_text(path, known.to_json(), stage="plan", force=True)
-    return known
+        plan = load_cached(Plan, path, "plan")
+        if plan is None:
+            check_disk_space(base)
+            requests = _requests(
+                request, run.identity.name, policy.seed, settings, run.progress
+            )
+            measurer = FileMeasurer(
+                *requests, toolchain, run.options, run.progress, settings
+            )
+            plan = _best_plan(space, baselines, measurer, settings)
+            store.write_text(path, plan.to_json(), stage="plan", force=True)
+    return plan
 
 
 def check_search(
-    run: Run, subject: ModelTensors, policy: OptimalPolicy, ask: SizeTarget
+    run: Run, model: ModelTensors, policy: OptimalPolicy, target: SizeTarget
 ) -> None:
-    """Refuse early what cannot be searched for: before texts are written.
+    """Refuse a search that cannot succeed before texts are written.
 
     Args:
-        run: the model and the options.
-        subject: what is planned; its matrix may be missing still.
-        policy: with every parameter.
-        ask: what the file may take.
+        run: model and options.
+        model: model's tensors; the matrix may be missing still.
+        policy: parameters of the policy.
+        target: size that the user asks for.
 
     Raises:
-        InputError: the budget cannot be met.
+        InputError: no file is of that size.
         ToolError: the llama.cpp has no libraries.
         UsageError: a bound names a role that the model does not have.
     """
     _built_toolchain(run)
-    menu = candidate_types(subject, policy, has_entries=True)
-    _check_roles(policy, menu)
-    _limit(subject, ask, menu)
+    SearchSpace.of(model, policy, target, has_entries=True)
 
 
 def _built_toolchain(run: Run) -> Toolchain:
+    """The toolchain, with the libraries of ggml's quantisers."""
     toolchain = run.toolchain
     if toolchain.lib_dir is None:
         raise ToolError(
@@ -181,144 +135,91 @@ def _built_toolchain(run: Run) -> Toolchain:
     return toolchain
 
 
-def _most_bytes(subject: ModelTensors) -> int:
-    """Of the whole file, nothing quantised."""
-    return fixed_bytes(subject) + sum(
-        padded(tensor_bytes(subject.raw_type, tensor.shape))
-        for tensor in quantizable(subject)
-    )
+def _requests(
+    request: Request, name: str, seed: int, settings: SearchSettings, progress: Progress
+) -> tuple[Request, Request]:
+    """The request with the search text, and with the final one.
 
-
-def _limit(
-    subject: ModelTensors, ask: SizeTarget, menu: Mapping[str, tuple[str, ...]]
-) -> SizeLimit:
-    """The bytes that may be used: no more than nothing quantised takes.
-
-    Raises:
-        InputError: the types do not reach so far down, or up.
+    Args:
+        request: base, and how it is loaded.
+        name: model's name, for the progress.
+        seed: seed of the policy; each has two texts of its own.
+        settings: constants of the search.
+        progress: receiver of the share done.
     """
-    most = _most_bytes(subject)
-    limit = ask.limit(most, subject.tensors)
-    limit.check_reached(min_file_bytes(subject, menu), most, _REACH, _OTHER)
-    return replace(limit, n_bytes=min(limit.n_bytes, most))
-
-
-def _check_roles(policy: OptimalPolicy, menu: Mapping[str, object]) -> None:
-    """Refuse bounds of what the model does not have.
-
-    Raises:
-        UsageError: naming the role.
-    """
-    roles = {role(name) for name in menu}
-    for option, named in (("--floor", policy.floors), ("--ceiling", policy.ceilings)):
-        for unknown in named.keys() - roles - {"*"}:
-            raise UsageError(
-                "plan",
-                option,
-                f"there is no role {unknown!r} that is quantised",
-                f"did you mean {nearest_name(unknown, roles)}?",
-            )
-
-
-def _searched(
-    subject: ModelTensors,
-    policy: OptimalPolicy,
-    limit: SizeLimit,
-    menu: Mapping[str, tuple[str, ...]],
-    rivals: Mapping[str, Plan],
-    measuring: Measuring,
-) -> Plan:
-    base, lib_dir = measuring.request.base, measuring.toolchain.lib_dir
+    base = request.base
     assert base is not None
-    assert lib_dir is not None  # checked before
-    started, effort = time.monotonic(), policy.effort_minutes * 60
-    # What rivals are made of has to be predicted too.
-    tried = {name: {*types} for name, types in menu.items()}
-    for plan in rivals.values():
-        for name, ggml_type in written_types(plan).items():
-            tried[name].add(ggml_type)
-    for tensor in quantizable(subject):
-        if tensor.shape[-1] % 32 == 0:
-            tried[tensor.name].add(PROBE_TYPE)
-    errors = error_table(
-        base,
-        {name: sorted(types) for name, types in tried.items()},
-        lib_dir,
-        options=measuring.options,
-        progress=measuring.progress,
-    )
-    latency_target = (
-        measure_latency_target(
-            subject,
-            menu,
-            policy.min_tps,
-            measuring.request,
-            measuring.toolchain,
-            options=measuring.options,
-            progress=measuring.progress,
+
+    def with_text(seed: int, n_documents: int) -> Request:
+        text = written_text(
+            base,
+            request.setup,
+            lambda: progress.measure(f"text by {name}"),
+            n_documents=n_documents,
+            seed=_FIRST_SEED + seed,
         )
-        if policy.min_tps
-        else None
+        return replace(request, texts=(("own", text),))
+
+    return (
+        with_text(2 * seed, settings.n_search_documents),
+        with_text(2 * seed + 1, settings.n_final_documents),
     )
 
-    prober = Prober.of(
-        measuring.request,
-        lib_dir,
-        options=measuring.options,
-        progress=measuring.progress,
-    )
-    rounding = measured_rounding(
-        prober, measuring.toolchain, subject, tried, _ROUNDING_SHARE * effort
-    )
 
-    def choose(costs: Costs) -> Mapping[str, str]:
-        costs = without_loss(costs, subject.lattices)
-        now = Predictor(costs, rounding=rounding).costs_now()
-        allowed = {n: {k: now[n][k] for k in types} for n, types in menu.items()}
-        return solve_allocation(subject, allowed, limit.n_bytes, latency_target) or {}
-
-    costs = measured_costs(prober, errors, choose, _PROBE_SHARE * effort)
-    costs = without_loss(costs, subject.lattices)
-    contest = Contest(
-        subject=subject,
-        limit=limit,
-        menu=floor_unmeasured(subject, menu, costs, limit.n_bytes),
-        measuring=measuring,
-        predictor=Predictor(costs, rounding=rounding),
-        deadline=started + effort,
-        make=lambda types: _plan(subject, policy, limit, types),
-        allows=lambda types: keeps_bounds(policy, types, subject.raw_type),
-        min_tps=policy.min_tps or 0.0,
-        latency_target=latency_target,
+def _cached_plan(
+    space: SearchSpace,
+    request: Request,
+    toolchain: Toolchain,
+    baselines: Mapping[str, Plan],
+    settings: SearchSettings,
+) -> Path:
+    """Path of the plan that the search finds, by everything that it depends on."""
+    assert request.base is not None
+    model, policy = space.model, space.policy
+    depends_on = (
+        _ALGORITHM,
+        identify(request.base).sha256,
+        toolchain.key,
+        LLAMA_CPP_COMMIT,
+        request.setup.model_dump_json(),
+        platform.node() if policy.min_tps else None,
+        model.identity.model_dump_json(),
+        model.raw_type,
+        astuple(space.limit),
+        policy.model_dump_json(),
+        *sorted(types_sha256(plan) for plan in baselines.values()),
+        *([] if settings == SearchSettings() else [settings]),
     )
-    chosen, files = contest.run(rivals)
-    record = Search(
-        text_sha256=measuring.final.parameters().texts[0].sha256,
-        n_few=contest.n_few,
-        n_many=contest.n_many,
-        probe_type=PROBE_TYPE,
-        n_probes=prober.n_probes,
-        floor_nats=contest.predictor.floor(written_types(chosen)),
-        prediction_error=contest.prediction_error,
-        n_left_out=contest.n_left_out,
-        files=files,
-        chosen=files[0].name,
-    )
-    own = subject if chosen.imatrix else replace(subject, importance=None)
-    plan = _plan(own, policy, limit, {t.name: t.ggml_type for t in chosen.tensors})
-    return plan.model_copy(update={"search": record})
+    return store.cache_dir("searches") / f"{store.sha256_text(repr(depends_on))}.json"
 
 
-def _plan(
-    subject: ModelTensors,
-    policy: OptimalPolicy,
-    limit: SizeLimit,
-    types: Mapping[str, str],
+def _best_plan(
+    space: SearchSpace,
+    baselines: Mapping[str, Plan],
+    measurer: FileMeasurer,
+    settings: SearchSettings,
 ) -> Plan:
-    budget = Budget(
-        asked=limit.asked,
-        limit_bytes=limit.n_bytes,
-        n_ctx=limit.n_ctx,
-        context_bytes=limit.context_bytes,
+    """Measure the costs of types, propose files, and choose the best one."""
+    seconds = space.policy.effort_minutes * 60
+    deadline = time.monotonic() + seconds
+    costs = measure_costs(space, baselines, measurer, seconds, settings)
+    selection = CandidateSelection(
+        costs.space, measurer, costs.predictor, deadline, settings
     )
-    return assemble(subject, policy, types, budget=budget)
+    candidates = selection.run(baselines)
+    best = candidates[0]
+    record = Search(
+        text_sha256=measurer.final.parameters().texts[0].sha256,
+        n_few=selection.n_search_windows,
+        n_many=selection.n_final_windows,
+        probe_type=settings.probe_type,
+        n_probes=costs.n_probes,
+        floor_nats=selection.predictor.floor(quantizable_types(best.plan)),
+        prediction_error=selection.prediction_error,
+        n_left_out=selection.n_left_out,
+        files=tuple(candidate.record(best) for candidate in candidates),
+        chosen=best.name,
+    )
+    types = {tensor.name: tensor.ggml_type for tensor in best.plan.tensors}
+    plan = space.plan(types, has_imatrix=best.plan.imatrix is not None)
+    return plan.model_copy(update={"search": record})

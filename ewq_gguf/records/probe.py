@@ -1,20 +1,20 @@
-"""Probes: the divergence that quantising some tensors of a base costs."""
+"""Measured cost of giving some tensors of a base the values that a type holds."""
 
 from __future__ import annotations
 
 from ewq_gguf.records.base import Part
 
-#: What a probe costs whose logits are no numbers: as much as no model that computes.
+#: Cost of a probe whose logits are no numbers: more than that of any model that works.
 BROKEN_NATS = 20.0
 
 
-class Probe(Part):
-    """Tensors moved to where a type would put them, all others as the base has them.
+class TypeProbe(Part):
+    """Tensors with the values that a type holds, all others as the base has them.
 
     Attributes:
-        name: the only one of this name among others.
-        tensors: names of those that are moved.
-        ggml_type: whose values they get.
+        name: identifies the probe among others.
+        tensors: names of the tensors.
+        ggml_type: type whose values they get.
     """
 
     name: str
@@ -22,14 +22,13 @@ class Probe(Part):
     ggml_type: str
 
 
-class ProbePart(Part):
+class TypeProbePart(Part):
     """A probe that was measured.
 
     Attributes:
-        name: the probe's.
-        n_tokens: scored, of each window; none where the logits are no numbers.
-        kld_nats: divergence of the base's distributions from the moved ones, summed,
-            of each window.
+        name: name of the probe.
+        n_tokens: scored tokens of each window; empty where the logits are no numbers.
+        kld_nats: KL divergence from the base, summed over each window.
     """
 
     name: str
@@ -38,7 +37,7 @@ class ProbePart(Part):
 
     @property
     def kld_mean_nats(self) -> float:
-        """Over all tokens."""
+        """Mean over all tokens."""
         if not self.n_tokens:
             return BROKEN_NATS
         return sum(self.kld_nats) / sum(self.n_tokens)
