@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ewq_gguf.bench import runner
+from ewq_gguf.bench import reference_run, runner
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
@@ -254,7 +254,7 @@ def test_a_files_time_is_its_own_and_not_that_of_the_bases_reference(
 ):
     clock, late = time.monotonic, 0.0
     slow_first = [50.0, 0.0, 0.0]
-    make_once = candidate_files.cached_reference
+    make_once = reference_run.cached_reference
 
     def cached_reference(*args):
         nonlocal late
