@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ewq_gguf.bench import reference_run, runner
+from ewq_gguf.bench import children, reference_run, runner
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import CPU_SETUP, Request, bench_file
@@ -130,7 +130,7 @@ def test_the_base_is_copied_once_for_all_probes_of_a_search(
     def run_job(job, on_progress):
         path = Path(job.probing.copy_path)
         copies.append((path, path.exists()))
-        runner.run_job(job, on_progress)
+        children.run_job(job, on_progress)
 
     monkeypatch.setattr(type_prober, "run_job", run_job)
     request = replace(request_, n_ctx=32, base=tiny.base)  # of no other test

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.children import OnProgress, run_job
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import Job, ProbingRequest
 from ewq_gguf.bench.reference_run import cached_reference
-from ewq_gguf.bench.runner import OnProgress, Request, run_job
+from ewq_gguf.bench.runner import Request
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.verify import check_bindings
 from ewq_gguf.optimal.sensitivity import Group

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ewq_gguf import store
+from ewq_gguf.bench.children import OnProgress
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.job import MemoryUse
 from ewq_gguf.bench.reference_run import cached_reference
-from ewq_gguf.bench.runner import OnProgress, Request, bench_file
+from ewq_gguf.bench.runner import Request, bench_file
 from ewq_gguf.errors import ChildError, ResourceError, VerificationError
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.quantize import quantize
