@@ -79,7 +79,7 @@ def test_code_that_the_config_names_is_said_not_to_run(tiny):
     [
         (b'{"model": {\n"vocab": {},\n}}', "is not JSON at line 3"),
         (b'{"a": "\xff"}', "is not JSON .*utf-8"),
-        (b'{"a":' * 100_000, "is not JSON .*recursion"),
+        (b'{"a":' * 100_000, "is not JSON .*nested too deep"),
     ],
 )
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

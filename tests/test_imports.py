@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: Packages in order; those in one group do not import each other.
 ORDER = (
-    {"errors", "ggml_types", "size_text", "tensor_names"},
+    {"errors", "ggml_types", "size_text", "strict_json", "tensor_names"},
     {"records"},
     {"store", "process"},
     {"entropy", "rpc"},
@@ -39,7 +39,10 @@ ORDER = (
 #: Anybody may import these; they import none of ours.
 LEAVES = {"_version", "data", "disk", "libraries"}
 #: Modules of the first group that raise our errors.
-FOUNDATION = {(name, "errors") for name in ("tensor_names", "ggml_types", "size_text")}
+FOUNDATION = {
+    (name, "errors")
+    for name in ("tensor_names", "ggml_types", "size_text", "strict_json")
+}
 
 #: What arrays and records can be computed with: no file, no process, no network.
 PURE = {"entropy", "plan", "rpc"}

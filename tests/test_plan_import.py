@@ -358,7 +358,7 @@ def scan_file(tmp_path, own_cache) -> Path:
         (b"\xff\xfe", "is not JSON"),
         (b'{"a":' * 100_000, "is not JSON"),
         (b"[" * 1_000_000, "is not JSON"),
-        (b'{"0": "raw", "0": "4-bit"}', "key '0' stands twice"),
+        (b'{"0": "raw", "0": "4-bit"}', "duplicate key '0'"),
         (b"GGUF", "at byte 4: "),
         (b"GGUF" + b"\xff" * 64, "GGUF version"),
         (b"GGUF\x03\0\0\0" + b"\xff" * 16, "tensors do not fit"),

@@ -6,14 +6,13 @@ the Hub's own cache; only regular files are.
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 from pathlib import Path
 from typing import Any
 
-from ewq_gguf.checkpoint.header import loads_strict, repeated_keys
 from ewq_gguf.errors import InputError, printable
+from ewq_gguf.strict_json import parse_json, read_json
 
 MAX_SMALL_BYTES = 64 << 20
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -72,24 +71,9 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / name
     check_regular(folder, path)
-    if path.stat().st_size > MAX_SMALL_BYTES:
-        raise InputError(
-            "scan",
-            path,
-            f"{path.stat().st_size:,} bytes are more than {MAX_SMALL_BYTES:,}",
-            "download it again",
-        )
-    try:
-        values = loads_strict(path.read_bytes(), dict)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            "scan",
-            path,
-            f"is not JSON at line {error.lineno}: {error.msg}",
-            "download it again",
-        ) from error
-    except ValueError as error:
-        raise InputError("scan", path, f"{error}", "download it again") from error
+    _, values = read_json(
+        path, "scan", "download it again", max_bytes=MAX_SMALL_BYTES, repeated=[]
+    )
     if not isinstance(values, dict):
         raise InputError("scan", path, "is not a JSON object", "download it again")
     return values
@@ -98,13 +82,8 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
 def note_on_repeated_keys(path: Path) -> str | None:
     """A note on keys that a JSON file has twice; None without, or if it is no JSON."""
     found: list[str] = []
-
-    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found.extend(repeated_keys(pairs))
-        return dict(pairs)
-
     try:
-        loads_strict(path.read_bytes(), to_object)
+        parse_json(path.read_bytes(), found)
     except ValueError:
         return None
     if not found:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ewq_gguf.checkpoint.remote import RemoteFile
-from ewq_gguf.errors import InputError, printable
+from ewq_gguf.errors import InputError
+from ewq_gguf.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_INT = (1 << 63) - 1
@@ -129,52 +129,11 @@ def _read_header(
     return Header(raw, tuple(tensors), file_bytes)
 
 
-def loads_strict(
-    raw: bytes, to_object: Callable[[list[tuple[str, Any]]], dict[str, Any]]
-) -> Any:
-    """JSON with halves of surrogate pairs refused.
-
-    Args:
-        raw: UTF-8.
-        to_object: makes an object of its keys and values.
-
-    Raises:
-        ValueError: it is not UTF-8 or not JSON, it nests too deep, or `to_object`
-            refuses.
-    """
-    try:
-        values = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=to_object, parse_int=_parse_int
-        )
-        if b"\\ud" in raw.lower():
-            json.dumps(values, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    return values
-
-
-def _parse_int(digits: str) -> int | float:
-    """`-0` is no whole number for the library either."""
-    return -0.0 if digits == "-0" else int(digits)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if repeated := repeated_keys(pairs):
-        raise ValueError(f"duplicate key {printable(repeated[0])!r}")
-    return dict(pairs)
-
-
-def repeated_keys(pairs: Sequence[tuple[str, Any]]) -> list[str]:
-    """The keys of an object that are there more than once."""
-    counts = Counter(key for key, _ in pairs)
-    return [key for key, n in counts.items() if n > 1]
-
-
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise _bad(path, "header does not start with '{' at byte 8")
     try:
-        header = loads_strict(raw, _unique)
+        header = parse_json(raw)
     except UnicodeDecodeError as error:
         raise _bad(path, f"header is not UTF-8 at byte {8 + error.start}") from error
     except json.JSONDecodeError as error:

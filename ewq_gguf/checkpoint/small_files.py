@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ewq_gguf.checkpoint.files import MAX_SMALL_BYTES, check_regular
 from ewq_gguf.errors import InputError, printable
+from ewq_gguf.strict_json import parse_json
 
 _SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"})
 #: Where the converter reads more chat templates.
@@ -54,10 +54,10 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
         return []
     check_regular(folder, path)
     try:
-        modules = json.loads(path.read_bytes())
+        modules = parse_json(path.read_bytes(), [])
         found = [module for module in modules if module["path"]]
         paths = [str(module["path"]) for module in found]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             "scan",
             path,

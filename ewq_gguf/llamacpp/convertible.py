@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
-from pathlib import Path
 
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import InputError, ToolError
+from ewq_gguf.strict_json import read_json
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -66,21 +65,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         )
     for name in ("tokenizer_config.json", *_TOKENIZERS):
         if name in names and name.endswith(".json"):
-            _check_json(names[name])
+            read_json(names[name], "convert", "download it again", repeated=[])
     _check_vocab(checkpoint)
-
-
-def _check_json(path: Path) -> None:
-    """Its first mistake by line; the converter's own words would be a traceback."""
-    try:
-        json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        problem = f"is not JSON at line {error.lineno}: {error.msg}"
-    except (ValueError, RecursionError) as error:
-        problem = f"is not JSON ({error})"
-    else:
-        return
-    raise InputError("convert", path, problem, "download it again")
 
 
 def _check_vocab(checkpoint: Checkpoint) -> None:

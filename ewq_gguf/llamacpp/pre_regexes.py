@@ -7,12 +7,13 @@ another way and keeps the original in a comment, which counts as well.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
+
+from ewq_gguf.strict_json import parse_json
 
 _NAMED = re.compile(
     r'((?:tokenizer_pre == "[^"]+"[\s|]*)+)\)\s*\{\s*'
@@ -59,7 +60,7 @@ def expressions(source: Path) -> dict[str, tuple[str, ...]]:
 def own_expressions(tokenizer_json: Path) -> tuple[str, ...]:
     """The expressions of a checkpoint's tokenizer; none where it has no such file."""
     try:
-        values = json.loads(tokenizer_json.read_bytes())
+        values = parse_json(tokenizer_json.read_bytes(), [])
     except (OSError, ValueError):
         return ()
     found = values.get("pre_tokenizer") if isinstance(values, dict) else None

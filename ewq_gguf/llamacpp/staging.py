@@ -18,6 +18,7 @@ from ewq_gguf.checkpoint.shards import ShardFile
 from ewq_gguf.checkpoint.small_files import MORE_TEMPLATES
 from ewq_gguf.llamacpp.left_out_child import VARIABLE as LEFT_OUT
 from ewq_gguf.records import Source
+from ewq_gguf.strict_json import parse_json
 from ewq_gguf.tensor_names import is_dropped
 
 
@@ -112,7 +113,7 @@ def _changed(
     if name != "config.json" and not any(f'"{key}"'.encode() in text for key in hidden):
         return None
     try:
-        values: Any = json.loads(text)
+        values = parse_json(text, [])
     except ValueError:
         return None  # the converter reports it, with its own words
     if not isinstance(values, dict):

@@ -6,7 +6,6 @@ from ewq_gguf.records.base import (
     load_record,
     open_journal,
     read_journal,
-    read_json,
 )
 from ewq_gguf.records.companion import Companion
 from ewq_gguf.records.journal import (
@@ -127,6 +126,5 @@ __all__ = [
     "load_record",
     "open_journal",
     "read_journal",
-    "read_json",
     "Companion",
 ]

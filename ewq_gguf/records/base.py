@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ewq_gguf.errors import InputError
-
-_MAX_RECORD_BYTES = 512 << 20
+from ewq_gguf.strict_json import read_json
 
 R = TypeVar("R", bound="Record")
 P = TypeVar("P", bound="Part")
@@ -74,46 +72,6 @@ def load_record(kind: type[R], path: Path, stage: str) -> R:
             f"at {pointer}: {first['msg']}",
             "make it anew with this version of ewq",
         ) from error
-
-
-def read_json(path: Path, stage: str, remedy: str) -> tuple[bytes, Any]:
-    """The bytes of a JSON file and what they hold; hostile ones end in one line.
-
-    Args:
-        path: of the file.
-        stage: for messages.
-        remedy: what to do about a file that is not what it should be.
-
-    Raises:
-        InputError: the file is missing, too large, or not JSON.
-    """
-    try:
-        # The size of a pipe or a device is not known: no more than the limit is read.
-        n_bytes = path.stat().st_size
-        if n_bytes <= _MAX_RECORD_BYTES:
-            with path.open("rb") as file:
-                text = file.read(_MAX_RECORD_BYTES + 1)
-            n_bytes = len(text)
-    except OSError as error:
-        raise InputError(
-            stage, path, f"cannot be read ({error.strerror})", "check the path"
-        ) from error
-    if n_bytes > _MAX_RECORD_BYTES:
-        problem = f"{n_bytes:,} bytes are more than a record's {_MAX_RECORD_BYTES:,}"
-        raise InputError(stage, path, problem, remedy)
-    try:
-        return text, json.loads(text, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
-        raise InputError(stage, path, f"is not JSON ({error})", remedy) from error
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; which of two equal keys is meant, nobody knows."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = Counter(key for key, _ in pairs)
-        raise ValueError(f"key {keys.most_common(1)[0][0]!r} stands twice")
-    return values
 
 
 def load_cached(kind: type[R], path: Path, stage: str) -> R | None:

@@ -12,8 +12,9 @@ from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.imported import Imported, gguf_types, poc_types
 from ewq_gguf.plan.model_tensors import ModelTensors
-from ewq_gguf.records import ImportedPolicy, Plan, read_json
+from ewq_gguf.records import ImportedPolicy, Plan
 from ewq_gguf.stages.run import Run
+from ewq_gguf.strict_json import read_json
 
 _MAGIC = b"GGUF"
 

@@ -23,7 +23,8 @@ from ewq_gguf.bench.engines.precision import SAVED_NAME, Precision, library_vers
 from ewq_gguf.bench.engines.scorer import STAGE, IntArray
 from ewq_gguf.bench.engines.transformers_scorer import TransformersScorer
 from ewq_gguf.errors import InputError, ToolError, UsageError, VerificationError
-from ewq_gguf.records import BenchSetup, Engine, read_json
+from ewq_gguf.records import BenchSetup, Engine
+from ewq_gguf.strict_json import read_json
 
 _N_BATCH = 2048
 #: Caches that can be copied and cut; a recurrent state cannot.
