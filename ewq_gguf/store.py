@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -306,7 +306,9 @@ def locked(path: Path, *, stage: str, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        who = owner.read_text().strip() if owner.exists() else "another process"
+        who = "another process"
+        with suppress(OSError):  # the other run removes it when it ends
+            who = owner.read_text().strip() or who
         raise LockedError(
             stage,
             path,

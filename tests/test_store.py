@@ -388,6 +388,25 @@ def test_a_lock_is_released_by_an_exception(folder):
             raise ValueError("x")
 
 
+def test_a_holder_that_ends_while_its_name_is_read_is_another_process(
+    folder, cache, monkeypatch
+):
+    read_text = Path.read_text
+
+    def ended(path: Path, *args, **kwargs) -> str:
+        path.unlink()
+        return read_text(path, *args, **kwargs)
+
+    with store.locked(folder / "a", stage="test"):
+        assert list((cache / "locks").glob("*.owner"))
+        monkeypatch.setattr(Path, "read_text", ended)
+        with (
+            pytest.raises(LockedError, match="is being written by another process"),
+            store.locked(folder / "a", stage="test"),
+        ):
+            pass
+
+
 def test_a_lock_leaves_nothing_beside_the_output(folder):
     with store.locked(folder / "a", stage="test"):
         assert names(folder) == []
@@ -504,3 +523,10 @@ def test_a_file_that_was_written_a_moment_ago_is_read_again(tmp_path):
     assert read(tmp_path / "file") == "one"
     (tmp_path / "file").write_text("two")
     assert read(tmp_path / "file") == "two"
+
+
+def test_a_cache_key_depends_on_each_part():
+    keys = {store.cache_key(*parts) for parts in [(1,), (1, "a"), (2, "a"), ("a", 1)]}
+
+    assert len(keys) == 4
+    assert all(re.fullmatch("[0-9a-f]{64}", key) for key in keys)

@@ -157,7 +157,7 @@ def _open_url(url: str, opening: Opening) -> Checkpoint:
     """A folder or a GGUF on a web server: small files are kept, weights stay there."""
     if url.partition("?")[0].endswith(".gguf"):
         return open_remote_gguf(RemoteFile(url))
-    folder = store.cache_dir("remote", store.sha256_text(url)[:32])
+    folder = store.cache_dir("remote", store.cache_key(url)[:32])
     for name in _URL_FILES:
         data = fetch_small(f"{url}/{name}")
         _keep(folder / name, data)

@@ -94,7 +94,7 @@ def unpacked(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Check
     weights, replaced = packed_weights(checkpoint, packing)
     check_sound(checkpoint, packing, weights, replaced)
     identity = checkpoint.identity
-    key = store.sha256_text(f"{_VERSION} {checkpoint.signature}")[:32]
+    key = store.cache_key(_VERSION, checkpoint.signature)[:32]
     folder = store.cache_dir("unpacked", key) / "model"
     with store.locked(folder, stage="scan", wait=True):
         if not folder.is_dir():

@@ -20,8 +20,9 @@ def can_leave_heads_out(checkpoint: Checkpoint, toolchain: Toolchain) -> bool:
         InputError, ChildError: it does not know the model.
     """
     check_packages()
-    key = f"{checkpoint.identity.files_sha256.get('config.json')} {toolchain.key}"
-    known = store.cache_dir("layouts") / f"mtp-{store.sha256_text(key)[:32]}.txt"
+    config_sha256 = checkpoint.identity.files_sha256.get("config.json")
+    key = store.cache_key(config_sha256, toolchain.key)[:32]
+    known = store.cache_dir("layouts") / f"mtp-{key}.txt"
     if not known.exists():
         with (
             store.work_dir(known, stage="convert") as folder,
