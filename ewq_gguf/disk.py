@@ -29,11 +29,11 @@ def is_full(error: OSError) -> bool:
 
 
 def advice(path: Path, wanted: str = "on another disk") -> str:
-    """What to do so that a file goes elsewhere.
+    """The advice that makes a file go elsewhere: an option or a variable.
 
     Args:
-        path: of the file or its folder.
-        wanted: what is to be true of the other folder.
+        path: The file or its folder.
+        wanted: The words that describe the other folder.
     """
     if path.absolute().is_relative_to(cache_root()):
         return f"let EWQ_CACHE name a folder {wanted}"

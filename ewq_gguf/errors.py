@@ -31,10 +31,10 @@ class EwqError(Exception):
     """One line: `stage: subject: what is wrong; what to do`.
 
     Args:
-        stage: the room it happened in, such as `scan` or `quantize`.
-        subject: the file or object concerned, or None.
-        problem: what is wrong, with the number found and the number needed.
-        remedy: what to do.
+        stage: The stage that failed, such as `scan` or `quantize`.
+        subject: The file or object concerned, or None.
+        problem: The fault, with the number found and the number needed.
+        remedy: The way to mend it.
     """
 
     exit_code: ClassVar[int] = 1

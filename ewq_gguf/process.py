@@ -78,13 +78,13 @@ def run(
     """Run a child to its end and return what it printed.
 
     Args:
-        argv: the command; never a shell line.
-        stage: the room an error is reported under.
-        log_path: gets stdout and stderr together; overwritten.
-        cwd: the child's working folder.
-        env: variables added to this process's environment.
-        timeout_seconds: the longest it may take; None is no limit.
-        on_line: called with each complete line while the child runs.
+        argv: The program and its arguments; never a shell line.
+        stage: The stage that an error names.
+        log_path: The file that stdout and stderr are written to; overwritten.
+        cwd: The child's working folder.
+        env: Variables added to this process's environment.
+        timeout_seconds: The longest time it may take; None is no limit.
+        on_line: Called with each complete line while the child runs.
 
     Returns:
         The log's text (undecodable bytes replaced).
@@ -96,24 +96,7 @@ def run(
     """
     command = [str(arg) for arg in argv]
     started = time.monotonic()
-    with log_path.open("wb") as log:
-        try:
-            child = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env={**os.environ, **_NO_DEBUGGER, **(env or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ToolError(
-                stage,
-                command[0],
-                f"cannot be started ({error.strerror})",
-                "run `ewq setup`, or name another with --llama-cpp",
-            ) from error
+    child = _start(command, stage, log_path, cwd, env)
     timed_out = False
     try:
         with log_path.open("rb") as log_read:
@@ -139,6 +122,33 @@ def run(
         _raise_if_full(command, child.returncode, text, log_path, stage, cwd)
         _raise_for(command, child.returncode, text, log_path, stage)
     return text
+
+
+def _start(
+    command: Sequence[str],
+    stage: str,
+    log_path: Path,
+    cwd: Path | None,
+    env: Mapping[str, str] | None,
+) -> subprocess.Popen[bytes]:
+    with log_path.open("wb") as log:
+        try:
+            return subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**os.environ, **_NO_DEBUGGER, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ToolError(
+                stage,
+                command[0],
+                f"cannot be started ({error.strerror})",
+                "run `ewq setup`, or name another with --llama-cpp",
+            ) from error
 
 
 def available_memory() -> int:

@@ -6,25 +6,21 @@ a name of its own, flushed to the disk, and renamed.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
 import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
 from ewq_gguf.disk import advice, cache_root, is_full
 from ewq_gguf.errors import LockedError, ResourceError, UsageError
 
-F = TypeVar("F", bound=Callable[..., Any])
-_HASH_CHUNK_BYTES = 8 << 20
 _WRITABLE = "that can be written"
 
 
@@ -85,11 +81,7 @@ def _check_replaceable(path: Path, stage: str) -> None:
 
 
 def check_distinct(path: Path, inputs: Iterable[Path], stage: str) -> None:
-    """Refuse an output that is one of its own inputs, by whatever name or link.
-
-    Raises:
-        UsageError: it is.
-    """
+    """Refuse with a UsageError an output that is one of its inputs, by any name."""
     for source in inputs:
         if path.exists() and source.exists() and path.samefile(source):
             raise UsageError(
@@ -97,12 +89,8 @@ def check_distinct(path: Path, inputs: Iterable[Path], stage: str) -> None:
             )
 
 
-def check_free(
-    folder: Path,
-    needed_bytes: int,
-    stage: str,
-) -> None:
-    """Refuse early where a disk has no room.
+def check_free(folder: Path, needed_bytes: int, stage: str) -> None:
+    """Refuse early where a disk has too little space.
 
     Raises:
         ResourceError: fewer than `needed_bytes` are free.
@@ -119,11 +107,8 @@ def check_free(
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_text(text: str) -> str:
@@ -136,52 +121,16 @@ def cache_key(*parts: object) -> str:
     return sha256_text(" ".join(map(str, parts)))
 
 
-#: Two writes within the tick of a file system's clock leave a file the same times.
-_CLOCK_TICK_NS = 2_000_000_000
-
-
-def read_once(maxsize: int) -> Callable[[F], F]:
-    """Let a function that reads a file remember its result while the file stays so.
-
-    A file that was written a moment ago is read again: another write may leave it the
-    same size and times.
-
-    Args:
-        maxsize: files whose results are remembered, the latest.
-    """
-
-    def decorate(read: F) -> F:
-        @lru_cache(maxsize)
-        def remembered(_state: object, path: Path, **more: Any) -> Any:
-            return read(path, **more)
-
-        @wraps(read)
-        def read_or_remember(path: Path, **more: Any) -> Any:
-            try:
-                found = path.stat()
-            except OSError:
-                return read(path, **more)
-            times = found.st_mtime_ns, found.st_ctime_ns
-            if time.time_ns() - max(times) < _CLOCK_TICK_NS:
-                return read(path, **more)
-            state = (path.absolute(), found.st_ino, found.st_size, times)
-            return remembered(state, path, **more)
-
-        return cast(F, read_or_remember)
-
-    return decorate
-
-
 def write_text(path: Path, text: str, *, stage: str, force: bool = False) -> bool:
     """Write a whole text file, atomically.
 
     A file with the same text is left alone; one with another text is refused.
 
     Args:
-        path: the final path.
-        text: its whole content.
-        stage: the room an error is reported under.
-        force: replace a file with another text.
+        path: The final path.
+        text: The whole content.
+        stage: The stage that an error names.
+        force: Whether a file with another text is replaced.
 
     Returns:
         True if it was written, False if it was there already.
@@ -261,7 +210,7 @@ def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
     _check_replaceable(path, stage)
     prefix = f".{path.name}.{socket.gethostname()}."
     parent = ensure_dir(path.absolute().parent, stage)
-    for stale in parent.glob(f"{_escape_glob(prefix)}*.ewq"):
+    for stale in parent.glob(f"{glob.escape(prefix)}*.ewq"):
         if not _is_alive(stale.name[len(prefix) : -len(".ewq")]):
             shutil.rmtree(stale, ignore_errors=True)
     try:
@@ -290,9 +239,9 @@ def locked(path: Path, *, stage: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock of one output; a second run is told who holds it.
 
     Args:
-        path: the output.
-        stage: the room an error is reported under.
-        wait: for the other run to end, as for what both of them can use.
+        path: The output.
+        stage: The stage that an error names.
+        wait: Whether to wait for the other run, as for a file that both can use.
 
     Raises:
         LockedError: another process holds it.
@@ -307,7 +256,7 @@ def locked(path: Path, *, stage: str, wait: bool = False) -> Iterator[None]:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         who = "another process"
-        with suppress(OSError):  # the other run removes it when it ends
+        with suppress(OSError):  # removed when the other run ends
             who = owner.read_text().strip() or who
         raise LockedError(
             stage,
@@ -335,10 +284,6 @@ def _is_alive(tag: str) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _escape_glob(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
 def write_error(stage: str, path: Path, error: OSError) -> ResourceError:

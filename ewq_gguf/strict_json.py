@@ -64,7 +64,7 @@ def read_json(
     Args:
         path: The file.
         stage: The stage that an error names.
-        remedy: What to do about a file that is not what it should be.
+        remedy: Advice about a file that is not JSON.
         max_bytes: The largest size that is read.
         repeated: As of `parse_json`.
 

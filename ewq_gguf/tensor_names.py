@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors are called in a GGUF file, and what they are for.
+"""Names of checkpoint tensors in a GGUF file, and their roles.
 
 The names are gguf's own (`TensorNameMap`); whether llama-quantize touches a tensor is
 its rule (src/llama-quant.cpp, tensor_allows_quantization).
@@ -72,7 +72,7 @@ def gguf_name(architecture: str, n_layers: int, hf_name: str) -> str | None:
 
     Args:
         architecture: gguf's name, such as `llama`.
-        n_layers: of the model; layers beyond it have no name.
+        n_layers: The number of layers; tensors of layers beyond it have no name.
         hf_name: such as `model.layers.3.self_attn.q_proj.weight`.
     """
     return _name_map(architecture, n_layers).get_name(hf_name, (".weight", ".bias"))
@@ -102,7 +102,7 @@ def layer_idx(name: str) -> int | None:
 
 
 def role(name: str) -> str:
-    """What a tensor is for: `attn_q` for `blk.3.attn_q.weight`, `token_embd`, ..."""
+    """The role of a tensor: `attn_q` for `blk.3.attn_q.weight`, `token_embd`, ..."""
     match = _LAYER.fullmatch(name)
     return (match[2] if match else name).removesuffix(".weight")
 

@@ -16,6 +16,7 @@ import pytest
 
 from ewq_gguf import store
 from ewq_gguf.errors import LockedError, ResourceError, UsageError
+from ewq_gguf.file_memory import read_once
 
 HOST = socket.gethostname()
 IS_ROOT = os.geteuid() == 0
@@ -495,7 +496,7 @@ def test_an_unchanged_file_is_read_once_and_another_content_again(
 ):
     reads = []
 
-    @store.read_once(4)
+    @read_once(4)
     def read(path, *, upper=False):
         reads.append(path.name)
         return path.read_text().upper() if upper else path.read_text()
@@ -518,7 +519,7 @@ def test_an_unchanged_file_is_read_once_and_another_content_again(
 
 def test_a_file_that_was_written_a_moment_ago_is_read_again(tmp_path):
     (tmp_path / "file").write_text("one")
-    read = store.read_once(4)(Path.read_text)
+    read = read_once(4)(Path.read_text)
 
     assert read(tmp_path / "file") == "one"
     (tmp_path / "file").write_text("two")

@@ -13,6 +13,7 @@ from ewq_gguf.checkpoint.files import model_name, read_json_object
 from ewq_gguf.checkpoint.folder import longest_context
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import InputError, UsageError, VerificationError
+from ewq_gguf.file_memory import read_once
 from ewq_gguf.records import BenchedFile, BenchParameters
 
 #: llama_split_path in src/llama.cpp.
@@ -119,7 +120,7 @@ def _identify_folder(path: Path) -> BenchedFile:
 
 
 #: The base of many files is hashed once.
-_sha256 = store.read_once(64)(store.sha256_file)
+_sha256 = read_once(64)(store.sha256_file)
 
 
 def parts_of(path: Path) -> list[Path]:

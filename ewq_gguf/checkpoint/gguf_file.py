@@ -16,8 +16,9 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
-from ewq_gguf import ggml_types, store
+from ewq_gguf import ggml_types
 from ewq_gguf.errors import VerificationError, printable
+from ewq_gguf.file_memory import read_once
 
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
@@ -108,7 +109,7 @@ class GgufFile:
         return min(n_tokens, self.n_ctx_train or n_tokens)
 
 
-@store.read_once(16)
+@read_once(16)
 def read_gguf(path: Path, *, header_only: bool = False) -> GgufFile:
     """Read and check a GGUF file's header; of an unchanged file once.
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ewq_gguf import store
 from ewq_gguf.checkpoint.gguf_file import KV_OFFSET, GgufFile, GgufTensor, read_gguf
 from ewq_gguf.errors import InputError, VerificationError
+from ewq_gguf.file_memory import read_once
 from ewq_gguf.plan.importance import Importance, check_entries, file_keys
 from ewq_gguf.plan.sizes import string_kv_bytes
 from ewq_gguf.records import Imatrix, Plan
@@ -35,7 +36,7 @@ _REMEDY = (
 )
 
 
-@store.read_once(4)
+@read_once(4)
 def read_imatrix(path: Path) -> Importance:
     """Read, check and hash an importance matrix; of an unchanged file once.
 
