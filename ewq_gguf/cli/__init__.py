@@ -26,26 +26,37 @@ from ewq_gguf.errors import (
     printable,
 )
 
-#: Name -> (module, help line). The modules are imported only when they are needed.
-_COMMANDS = {
-    "gguf": ("gguf", "Make a verified GGUF of a checkpoint: everything at once."),
-    "scan": ("scan", "Measure the entropy of every tensor of a checkpoint."),
-    "plan": ("plan", "Decide each tensor's type and predict the file's bytes."),
-    "convert": ("convert", "Write the 16- or 32-bit base GGUF of a checkpoint."),
-    "imatrix": ("imatrix", "Weigh columns by what goes through them."),
-    "quantize": ("quantize", "Write the planned GGUF from a base GGUF."),
-    "verify": ("verify", "Compare a GGUF with its plan, tensor by tensor."),
-    "bench": ("bench", "Measure what GGUF files are worth, with error bars."),
-    "reference": ("reference", "Keep a base's answers, to compare files with."),
-    "compare": ("compare", "Plans beside presets: made, measured alike, told apart."),
-    "frontier": ("frontier", "Draw size against KL divergence, with the best files."),
-    "study": ("study", "Measure what a way of planning is worth, with controls."),
-    "fastewq": ("fastewq", "Evaluate and train the classifier of layers."),
-    "paper": ("paper", "Recompute what the paper's tables allow."),
-    "setup": ("setup", "Build llama.cpp and install what it is used with."),
-    "doctor": ("doctor", "Say what is wrong here, and how to mend it."),
-    "demo": ("demo", "Write the built-in model's checkpoint."),
-    "toolchain": ("toolchain", "Build llama.cpp, or say which one is used."),
+#: Commands by task, each with its help line. A command's module, which has its name,
+#: is imported only when it is called.
+_SECTIONS = {
+    "Make a GGUF": {
+        "gguf": "Make a verified mixed-precision GGUF of a checkpoint.",
+    },
+    "Step by step": {
+        "scan": "Measure the entropy of every tensor of a checkpoint.",
+        "plan": "Choose each tensor's type and predict the file's size.",
+        "convert": "Write the unquantised base GGUF of a checkpoint.",
+        "imatrix": "Compute an importance matrix (llama-imatrix).",
+        "quantize": "Write the planned GGUF from a base GGUF (llama-quantize).",
+        "verify": "Compare a GGUF with its plan, tensor by tensor.",
+    },
+    "Evaluate": {
+        "bench": "Evaluate GGUF files: PPL, KLD, MMLU, speed, memory.",
+        "reference": "Store the base model's logits once, for KL divergence.",
+        "compare": "Compare mixed plans with presets of similar size.",
+        "frontier": "Plot file size against KL divergence, best files included.",
+    },
+    "Study EWQ and FastEWQ": {
+        "study": "Measure sensitivities, controls and factors with many files.",
+        "fastewq": "Evaluate and train FastEWQ's classifier of layers.",
+        "paper": "Recompute what the paper's tables allow.",
+    },
+    "Installation": {
+        "setup": "Build llama.cpp and install its Python bindings.",
+        "doctor": "Check the installation and say how to repair it.",
+        "toolchain": "Build or test llama.cpp, or say which build is used.",
+        "demo": "Write the built-in model's checkpoint to a folder.",
+    },
 }
 
 
@@ -53,20 +64,20 @@ class _Commands(click.Group):
     """The commands by name, imported when called; their help lines are known."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return [name for commands in _SECTIONS.values() for name in commands]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
+        if name not in self.list_commands(ctx):
             return None
-        module = import_module(f"ewq_gguf.cli.{_COMMANDS[name][0]}")
-        command: click.Command = getattr(module, name)
+        command: click.Command = getattr(import_module(f"ewq_gguf.cli.{name}"), name)
         return command
 
     def format_commands(
         self, ctx: click.Context, formatter: click.HelpFormatter
     ) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+        for title, commands in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()))
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -135,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _system_error(error: OSError) -> ResourceError:
-    """What the system said where nothing better was."""
+    """The system's own message, where no better one was given."""
     path = error.filename or disk.full_folder(disk.usual_folders())
     remedy = "check the disk and its permissions"
     if disk.is_full(error) and path is not None:

@@ -1,4 +1,4 @@
-"""`ewq compare`: plans beside presets, under the same conditions."""
+"""`ewq compare`: plans and presets, measured under the same conditions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ewq_gguf.records import Plan, PresetPolicy, load_record
 
 @click.group(cls=DefaultGroup, default="make")
 def compare() -> None:
-    """Compare plans with presets: made, measured alike, told apart or not."""
+    """Compare mixed plans with presets of similar size."""
 
 
 @compare.command(name="make", hidden=True)
@@ -76,7 +76,7 @@ def make(
     progress: BarProgress,
     **values: Any,
 ) -> None:
-    """Compare plans of MODEL with presets of the same size.
+    """Compare mixed plans of MODEL with presets of similar size.
 
     Makes what is missing, measures all files under the same conditions (speeds in
     turns), and says what can and cannot be told apart. A run that was killed goes on

@@ -11,8 +11,8 @@ from ewq_gguf.checkpoint.demo import write_demo
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Write into a folder with other content.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--force", is_flag=True, help="Write into a folder that has other files.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def demo(out: Path, force: bool, quiet: bool) -> None:
     """Write the built-in checkpoint (SmolLM2-135M-Instruct) to the folder OUT.
 

@@ -16,7 +16,9 @@ _WIDTH = max(map(len, _COLOURS))
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
+)
 def doctor(as_json: bool) -> None:
     """Check what commands need: packages, llama.cpp, devices, disks, the Hub.
 

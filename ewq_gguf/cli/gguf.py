@@ -135,7 +135,7 @@ def _quoted(model: str, options: api.Options) -> str:
 
 
 def _making_base(model: str, plan: Plan, options: api.Options) -> list[str]:
-    """What is made, and the command that makes its base GGUF where it is none."""
+    """The file's size, and the command that makes the base GGUF where MODEL is none."""
     totals = plan.totals
     size = f"# {totals.file_size_bytes} bytes, {totals.bpw:.3f} bits per weight"
     if plan.model.is_gguf:

@@ -65,7 +65,7 @@ _FORMATS: dict[str, Callable[[Plan], str]] = {
 
 @click.group(cls=DefaultGroup, default="make")
 def plan() -> None:
-    """Decide each tensor's type and predict the file's bytes."""
+    """Choose each tensor's type and predict the file's size."""
 
 
 @plan.command(name="make", hidden=True, cls=SectionedCommand)
@@ -87,7 +87,7 @@ def make(
     options: api.Options,
     progress: BarProgress,
 ) -> None:
-    """Decide each tensor's type and predict the file's bytes.
+    """Choose each tensor's type and predict the file's size.
 
     The prediction is exact where the checkpoint and the toolchain are at hand, and
     marked as an estimate elsewhere. Prints the plan's path.

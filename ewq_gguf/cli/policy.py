@@ -26,7 +26,7 @@ _MAX_FACTORS = 1000
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What a command plans by.
+    """The policy and the budget of a command.
 
     Attributes:
         policy: Policy with every parameter that was given.

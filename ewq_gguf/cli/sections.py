@@ -107,7 +107,7 @@ class DefaultGroup(click.Group):
         with formatter.section("Subcommands"):
             formatter.write_dl(
                 [
-                    (name, command.get_short_help_str())
+                    (name, command.get_short_help_str(limit=66))
                     for name, command in self.commands.items()
                     if name != self.default
                 ]

@@ -11,7 +11,7 @@ from ewq_gguf.llamacpp.setting_up import set_up
 @click.command()
 @backend_option(default=None, note="  [default: that of the build in use, else cpu]")
 @jobs_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def setup(backend: str | None, jobs: int | None, quiet: bool) -> None:
     """Build llama.cpp and install the bindings: once, then every command works.
 

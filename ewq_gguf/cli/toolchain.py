@@ -37,26 +37,26 @@ def backend_option(
         type=click.Choice(BACKENDS),
         default=default,
         show_default=default is not None,
-        help=f"What computes besides the CPU.{note}",
+        help=f"Backend to build llama.cpp with, besides the CPU's.{note}",
     )
 
 
 jobs_option = click.option(
     "--jobs",
     type=click.IntRange(min=1),
-    help="Compilers at once.  [default: one per CPU]",
+    help="Compilers to run at once.  [default: one per CPU]",
 )
 
 
 @click.group()
 def toolchain() -> None:
-    """Build llama.cpp at the pinned commit, or say which one is used."""
+    """Build or test llama.cpp at the pinned commit, or say which build is used."""
 
 
 @toolchain.command()
 @backend_option(default="cpu")
 @jobs_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def build(backend: str, jobs: int | None, quiet: bool) -> None:
     """Build llama.cpp once, and test it: a build counts when it computes.
 
@@ -78,12 +78,14 @@ def test() -> None:
 
 
 @toolchain.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
+)
 @click.option(
     "--llama-cpp",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Your own llama.cpp.  [default: EWQ_LLAMA_CPP, else ours]",
+    help="Your own build of llama.cpp.  [default: EWQ_LLAMA_CPP, else ewq's]",
 )
 def info(as_json: bool, llama_cpp: Path | None) -> None:
     """Say which llama.cpp is used."""
