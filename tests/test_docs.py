@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import click
+import pytest
 
 from ewq_gguf.cli import ewq
 from ewq_gguf.cli.sections import SHOW_ALL
@@ -54,6 +55,46 @@ def test_the_cli_page_is_what_help_prints():
     if os.environ.get("EWQ_UPDATE_DOCS"):
         CLI_PAGE.write_text(page)
     assert CLI_PAGE.read_text() == page
+
+
+@pytest.mark.parametrize("command", ["gguf", "plan"])
+def test_the_help_of_a_command_is_a_page_that_names_every_option(command):
+    text, everything = (
+        subprocess.run(
+            [sys.executable, "-m", "ewq_gguf", command, option],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "80"},
+        ).stdout
+        for option in ("--help", "--help-all")
+    )
+
+    assert len(text.splitlines()) <= 60
+    assert max(map(len, text.splitlines())) <= 80
+    pattern = re.compile(r"--[a-z][a-z-]+[a-z]")
+    flags = re.findall(r"^ +(?:-., )?(--[a-z-]+)", everything, re.MULTILINE)
+    assert len(flags) > 35
+    # click breaks lines at hyphens.
+    assert set(flags) <= set(pattern.findall(re.sub(r"-\n +", "-", text)))
+
+
+def test_every_option_says_what_it_does_to_a_reader_of_one_line():
+    pages = dict(help_texts(ewq, "ewq"))
+    bad = re.compile(r"(of|that|what|which|who|likewise)\b", re.IGNORECASE)
+
+    assert len(pages) > 30
+    for command, page in pages.items():
+        for line in re.findall(r"^ +-[^\n]*?(?:\n {20,}| {2,})(\S.*)$", page, re.M):
+            assert not bad.match(line), f"{command}: {line}"
+
+
+def test_the_first_page_has_every_command():
+    names = {path.stem for path in (ROOT / "ewq_gguf" / "cli").glob("*.py")}
+    context = click.Context(ewq)
+
+    assert set(ewq.list_commands(context)) <= names
+    assert len(ewq.list_commands(context)) == 18
 
 
 def test_every_data_file_is_packaged():

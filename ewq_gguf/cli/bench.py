@@ -32,25 +32,25 @@ from ewq_gguf.report.bench_view import bench_view
 @click.option(
     "--base",
     type=PATH,
-    help="The model to compare with: the base GGUF, its reference, or a checkpoint.",
+    help="Model to compare with: the base GGUF, its reference, or a checkpoint.",
 )
 @click.option(
     "--backend",
     type=click.Choice(("llama", "bnb")),
     default="llama",
     show_default=True,
-    help="bnb: MODEL in transformers, with bitsandbytes' layers.",
+    help="Engine: llama.cpp, or transformers with bitsandbytes' layers (bnb).",
 )
 @click.option(
     "--plan",
     type=PATH,
-    help="With bnb: the plan for MODEL's matrices.  [default: unquantised]",
+    help="Plan that --backend bnb quantises MODEL by.  [default: unquantised]",
 )
 @click.option(
     "--save",
     type=PATH,
     metavar="DIR",
-    help="With bnb: write the quantised model there, and measure it from there.",
+    help="Folder to write the quantised model of --backend bnb to.",
 )
 @bench_options
 @run_options("force")

@@ -34,14 +34,14 @@ ctx_option = click.option(
     type=click.IntRange(8),
     default=512,
     show_default=True,
-    help="Tokens of a window; its second half is scored.",
+    help="Tokens of a window of text, of which the second half is scored.",
 )
 device_option = click.option(
     "--device",
     default="auto",
     show_default=True,
     metavar="auto|cpu|NAMES",
-    help="Where the model goes; names as llama.cpp lists them.",
+    help="Devices to load the model on, named as llama.cpp lists them.",
 )
 
 
@@ -68,19 +68,19 @@ text_options = all_of(
             "texts",
             multiple=True,
             metavar="NAME=FILE|domains",
-            help="A text to score; repeat. `domains` are six short ones of ours, by "
+            help="Text to score; repeat. domains: six short texts of the package, by "
             "--lines.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
         ),
         click.option(
             "--chunks",
             type=click.IntRange(1),
-            help="Windows per text, at most.  [default: all]",
+            help="Windows of each text to score, at most.  [default: all]",
         ),
         ctx_option,
         click.option(
             "--lines",
             is_flag=True,
-            help="Each line is a document, all of it is scored.",
+            help="Score each line as a document of its own, all of it.",
         ),
     )
 )

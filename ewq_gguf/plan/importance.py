@@ -28,9 +28,9 @@ class Importance:
     """A matrix that was read.
 
     Attributes:
-        record: what a plan says about it.
-        n_values: of each tensor's entry, by the tensor's name.
-        kv_bytes: what llama-quantize's keys about it take in the file.
+        record: The plan's part about it.
+        n_values: Values of each tensor's entry, by the tensor's name.
+        kv_bytes: Bytes of llama-quantize's keys about it in the file.
     """
 
     record: Imatrix
@@ -64,7 +64,7 @@ def check_model(
     tensors that the model does not have, or if most of the layers' have none.
 
     Args:
-        tensors: all of the file.
+        tensors: All tensors of the file.
         importance: the matrix.
 
     Returns:
@@ -77,9 +77,11 @@ def check_model(
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     quantized = [n for n, s in shapes.items() if is_quantizable(n, n_dims(s))]
     for name in quantized:
-        found, needed = n_values.get(name), entry_length(shapes[name])
-        if found is not None and found != needed:
-            raise _another(file, f"has {found} values for {name}, which needs {needed}")
+        n_given, needed = n_values.get(name), entry_length(shapes[name])
+        if n_given is not None and n_given != needed:
+            raise _another(
+                file, f"has {n_given} values for {name}, which needs {needed}"
+            )
     last = max((layer_idx(name) or 0 for name in shapes), default=0)
     foreign = [name for name in n_values if name not in shapes]
     beyond = [name for name in foreign if (layer_idx(name) or 0) > last]
@@ -89,12 +91,12 @@ def check_model(
         raise _another(file, problem)
     # llama-imatrix collects one for the head where it is told to, for the embedding
     # never.
-    wanted = [name for name in quantized if layer_idx(name) is not None]
-    missing = [name for name in wanted if name not in n_values]
+    in_layers = [name for name in quantized if layer_idx(name) is not None]
+    missing = [name for name in in_layers if name not in n_values]
     if not missing:
         return None
-    problem = f"has no entry for {len(missing)} of the layers' {len(wanted)} tensors"
-    if 2 * len(missing) > len(wanted):
+    problem = f"has no entry for {len(missing)} of the layers' {len(in_layers)} tensors"
+    if 2 * len(missing) > len(in_layers):
         raise _another(file, f"{problem}: {_few(missing)}")
     return f"{file} {problem}, which are quantised without: {_few(missing)}"
 

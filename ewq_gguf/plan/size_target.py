@@ -1,4 +1,4 @@
-"""What the user lets a file take: a size, a share of the unquantised, or bits."""
+"""Budgets: the size, share of the unquantised file or bits that a file may take."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _NUMBER = re.compile(r"[0-9]{1,30}(\.[0-9]{1,30})?")
 
 @dataclass(frozen=True)
 class SizeLimit:
-    """What a file may take.
+    """The bytes that a file may take.
 
     Attributes:
-        asked: as the user gave it.
-        n_bytes: of the whole file.
+        asked: Budget as the user gave it.
+        n_bytes: Bytes of the whole file.
         may_exceed: whether it may be more than the unquantised file takes: what a
             machine has often is, what a user asks for is a mistake.
-        n_ctx: tokens of context that room was left for, or None.
-        context_bytes: that room.
+        n_ctx: Tokens of context that memory was left for, or None.
+        context_bytes: Memory of that context.
     """
 
     asked: str
@@ -39,9 +39,9 @@ class SizeLimit:
 
         Args:
             least: bytes of the smallest file.
-            most: of the unquantised one.
+            most: Bytes of the unquantised one.
             reach: whose files these are, and the verb: `these types reach`.
-            other: what else could be asked for.
+            other: Another thing to ask for, for the message.
 
         Raises:
             InputError: it is smaller, or larger where that is a mistake.
@@ -62,13 +62,13 @@ class SizeTarget:
 
     Attributes:
         text: as it was typed.
-        n_bytes: of the file.
-        share: of the unquantised file.
+        n_bytes: Bytes of the file.
+        share: Share of the unquantised file.
         bpw: bits per weight of the whole file.
-        memory_bytes: of a machine that holds the file and its context.
-        n_devices: that this memory belongs to.
-        machines: of a cluster that does; the file is then placed on them too.
-        n_ctx: tokens of that context.
+        memory_bytes: Memory of a machine that holds the file and its context.
+        n_devices: Number of devices that this memory belongs to.
+        machines: Machines of a cluster that hold it; the file is also placed on them.
+        n_ctx: Tokens of that context.
         may_exceed: as of SizeLimit.
     """
 
@@ -94,7 +94,7 @@ class SizeTarget:
         if self.machines:
             context = sum(kv_bytes(tensors, self.n_ctx).values())
             memory = sum(machine.memory_bytes for machine in self.machines)
-            return self._beside(context, memory, weight_room(self.machines))
+            return self._beside(context, memory, weight_capacity(self.machines))
         if self.n_bytes is not None:
             n_bytes = self.n_bytes
         elif self.share is not None:
@@ -105,7 +105,7 @@ class SizeTarget:
         return SizeLimit(self.text, n_bytes, self.may_exceed)
 
     def _beside(self, context: int, memory: int, weights: int) -> SizeLimit:
-        """What memory leaves beside a context, but not more than room for weights."""
+        """The memory that a context leaves, but no more than the machines can hold."""
         if memory <= context:
             raise InputError(
                 "plan",
@@ -119,7 +119,7 @@ class SizeTarget:
         )
 
 
-def weight_room(machines: Sequence[Machine]) -> int:
+def weight_capacity(machines: Sequence[Machine]) -> int:
     """Bytes of weights that machines could hold together: sum of min(memory, disk)."""
     return sum(min(m.memory_bytes, m.disk_bytes or m.memory_bytes) for m in machines)
 

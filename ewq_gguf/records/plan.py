@@ -1,4 +1,4 @@
-"""Plan: which type each tensor gets, why, and how large the file will be."""
+"""Plan: the type of each tensor, the reasons, and the predicted size of the file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Budget(Part):
     Of policy `optimal`, which reaches it otherwise, there are only the bytes.
 
     Attributes:
-        asked: as it was given: `6GiB`, `80%`, `4.5 bpw`, `auto`, or the machines.
-        limit_bytes: of the file; no more than it takes unquantised.
+        asked: Budget as given: `6GiB`, `80%`, `4.5 bpw`, `auto`, or the machines.
+        limit_bytes: Largest size of the file; no more than it takes unquantised.
         case: 1 everything fits raw; 2 the decision fits and was promoted; 3 it does
             not: a uniform type was promoted; 4 not even the lowest uniform type fits:
             demoted below the ladder.
-        start: what promotion or demotion began with: `raw`, `decision` or a type.
-        n_steps: how many steps up or down were taken.
-        n_ctx: tokens of context that room was left for, where it was.
-        context_bytes: that room: KV cache and compute buffer.
+        start: Types that promotion or demotion began with: `raw`, `decision` or a type.
+        n_steps: Number of steps up or down.
+        n_ctx: Tokens of context that memory was left for, where it was.
+        context_bytes: Memory of that context: KV cache and compute buffer.
     """
 
     asked: str
@@ -45,10 +45,10 @@ class Imatrix(Part):
     The file itself says the same, but for the hash: `quantize.imatrix.*`.
 
     Attributes:
-        file_name: without its folder.
-        file_sha256: of its bytes.
-        n_entries: how many tensors it weighs.
-        n_chunks: of the text it was computed on; 0 where it does not say.
+        file_name: Name without its folder.
+        file_sha256: SHA-256 of its bytes.
+        n_entries: Number of tensors that it has weights for.
+        n_chunks: Chunks of the text it was computed on; 0 where it does not say.
         dataset: the text's name, cut as llama-quantize cuts it; None without one.
     """
 
@@ -63,16 +63,16 @@ class PlanTensor(Part):
     """One tensor of the file.
 
     Attributes:
-        name: in the GGUF.
+        name: Name in the GGUF.
         role: such as `attn_q`.
         layer_idx: None outside the layers.
         shape: slowest dimension first.
-        base_type: in the base GGUF.
+        base_type: Type in the base GGUF.
         is_quantizable: whether llama-quantize touches it; if not, base_type stays.
-        ggml_type: asked for.
-        written_type: what is written, after llama-quantize's fallback.
-        size_bytes: of its data, without padding.
-        entropy: that decided, where tensors are decided one by one, else None.
+        ggml_type: Type that llama-quantize is asked for.
+        written_type: Type that is written, after llama-quantize's fallback.
+        size_bytes: Bytes of its data, without padding.
+        entropy: Entropy that decided where tensors are decided one by one, else None.
         is_exact: whether the scan found every weight on the type's lattice, so that
             nothing is lost; left out of the JSON where not, as by older versions.
     """
@@ -135,8 +135,8 @@ class Totals(Part):
     """The whole file.
 
     Attributes:
-        n_weights: of all tensors.
-        tensor_bytes: of their data, padded.
+        n_weights: Weights of all tensors.
+        tensor_bytes: Bytes of their data, padded.
         header_bytes: everything before the data; None where it is not known.
         file_size_bytes: the prediction.
         is_estimate: True where the header is not known and left out.
@@ -155,19 +155,19 @@ class Plan(Record):
     """Enough to rebuild the same GGUF, byte for byte, with the same toolchain.
 
     Attributes:
-        ewq_version: of the package that planned it; the file carries it.
-        model: of which checkpoint.
-        weights_sha256: and which weights; see Scan.weights_sha256. None where the
+        ewq_version: Version of the package that planned it; the file carries it.
+        model: Identity of the checkpoint.
+        weights_sha256: Hash of its weights; see Scan.weights_sha256. None where the
             policy has not read them.
         policy: with every parameter.
-        raw_type: what `raw` means here.
+        raw_type: Type that `raw` means here.
         ftype: llama-quantize's base type, and the file's `general.file_type`.
-        thresholds: of the rule: of `layer`, or of each role where tensors are decided
+        thresholds: Thresholds of `layer`, or of each role where tensors are decided
             one by one; empty where the policy has none.
         budget: the limit and how it was reached; None without one.
         placement: on a cluster's machines; None without one.
-        imatrix: that the file is made with; None without one.
-        search: what was measured to choose the types; None where a rule did.
+        imatrix: Importance matrix that the file is made with; None without one.
+        search: Measurements that chose the types; None where a rule did.
         tensors: every tensor of the file.
         layers: the decisions.
         totals: the prediction.
