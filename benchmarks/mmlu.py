@@ -115,7 +115,7 @@ def shifted(file: Path, task: MmluTask) -> Way:
             tokens = prompt_tokens(model, prompt.text)
             started = time.perf_counter()
             scorer.clear()
-            scorer.evaluate(Batch.of(tokens[:1], 0, sequence=1, n_wanted=0))
+            scorer.evaluate(Batch.of(tokens[:1], 0, sequence=1, n_outputs=0))
             (logits,) = scorer.evaluate(Batch.of(tokens, 0))
             way.seconds += time.perf_counter() - started
             way.n_tokens += len(tokens) + 1

@@ -85,7 +85,7 @@ class TableScorer:
         assert len(self.held) <= self.n_sequences
         assert sum(map(len, self.held.values())) <= self.n_ctx
         self.table.evaluated += len(batch)
-        return self.table.logits[batch.tokens[batch.wanted]]
+        return self.table.logits[batch.tokens[batch.is_output]]
 
     def copy(self, source: int, target: int) -> None:
         self.held[target] = list(self.held[source])
@@ -116,7 +116,7 @@ def check_protocol(model: Model, tolerance: float) -> None:
     def alone(*parts: IntArray) -> FloatArray:
         with model.scorer(96) as scorer:
             joined = np.concatenate(parts)
-            return scorer.evaluate(Batch.of(joined, 0, n_wanted=len(joined)))
+            return scorer.evaluate(Batch.of(joined, 0, n_outputs=len(joined)))
 
     def same(found: FloatArray, expected: FloatArray) -> None:
         assert found.shape == expected.shape
@@ -128,14 +128,14 @@ def check_protocol(model: Model, tolerance: float) -> None:
         assert (scorer.n_sequences, scorer.n_ctx >= 96) == (4, True)
         # Several sequences of different lengths, and wanted tokens in the middle.
         parts = [
-            Batch.of(first, 0, 0, n_wanted=3),
-            Batch.of(second, 0, 1, n_wanted=0),
-            Batch.of(third, 0, 2, n_wanted=8),
+            Batch.of(first, 0, 0, n_outputs=3),
+            Batch.of(second, 0, 1, n_outputs=0),
+            Batch.of(third, 0, 2, n_outputs=8),
         ]
         expected = np.concatenate([alone(first)[-3:], alone(third)])
         same(scorer.evaluate(Batch.join(parts)), expected)
         # They go on with different numbers of tokens held, in another order.
-        parts = [Batch.of(first[:4], 8, 2), Batch.of(third[:2], 5, 1, n_wanted=2)]
+        parts = [Batch.of(first[:4], 8, 2), Batch.of(third[:2], 5, 1, n_outputs=2)]
         expected = np.concatenate(
             [alone(third, first[:4])[-1:], alone(second, third[:2])[-2:]]
         )
@@ -159,7 +159,7 @@ def check_protocol(model: Model, tolerance: float) -> None:
     # More tokens than one pass takes are passed one piece after the other.
     with model.scorer(96, n_batch=16) as scorer:
         rows = [
-            scorer.evaluate(Batch.of(tokens[i : i + 16], i, n_wanted=16))
+            scorer.evaluate(Batch.of(tokens[i : i + 16], i, n_outputs=16))
             for i in (0, 16)
         ]
         same(np.concatenate(rows), alone(tokens[:32]))

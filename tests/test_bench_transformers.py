@@ -68,7 +68,7 @@ def load(folder: Path, precisions=None, setup: BenchSetup = SETUP):
 def logits_of(model, n_tokens: int = 20):
     tokens = np.arange(5, 5 + n_tokens, dtype=np.int32)
     with model.scorer(64) as scorer:
-        return scorer.evaluate(Batch.of(tokens, 0, n_wanted=n_tokens))
+        return scorer.evaluate(Batch.of(tokens, 0, n_outputs=n_tokens))
 
 
 def with_config(folder: Path, name: str = "config.json", **changes) -> Path:

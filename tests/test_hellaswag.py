@@ -162,8 +162,8 @@ def test_likelihoods_are_the_tables_whatever_is_shared(add_bos):
         assert one.nats == pytest.approx([sum(nats) for nats in expected], abs=1e-9)
         assert one.n_scored.tolist() == [len(nats) for nats in expected]
     # What is known is passed over, and the others come out the same.
-    known = {question.id for question in questions[:7]}
-    rest = list(likelihoods(table, tokens, n_ctx=1500, known=known))
+    finished = {question.id for question in questions[:7]}
+    rest = list(likelihoods(table, tokens, n_ctx=1500, finished=finished))
     assert [one.id for one in rest] == [one.id for one in found[7:]]
 
 

@@ -73,7 +73,7 @@ class SumsScorer(TableScorer):
             assert position == len(held)
             held.append((self.table.evaluated, int(token)))
             self.table.evaluated += 1
-            if batch.wanted[i]:
+            if batch.is_output[i]:
                 rows.append(sum(token for _, token in held) % N_VOCAB)
         assert len(self.cells) <= self.n_sequences
         assert len({cell for held in self.cells.values() for cell in held}) <= (
@@ -169,7 +169,7 @@ def test_prompts_longer_than_the_context_are_named_and_never_cut():
     ]
     asked = [one.id for one in found if isinstance(one, MmluOutcome)]
     assert asked == [id_ for i, id_ in enumerate(TASK.ids) if i not in long]
-    assert list(ask(model, TASK, n_ctx=n_ctx, known=TASK.ids)) == []
+    assert list(ask(model, TASK, n_ctx=n_ctx, finished=TASK.ids)) == []
     assert all(isinstance(one, TooLong) for one in ask(model, TASK, n_ctx=5))
 
 
@@ -180,11 +180,13 @@ def test_an_interrupted_run_goes_on_where_it_was():
     first = [next(begun) for _ in range(4)]
     del begun
 
-    rest = list(ask(model, TASK, n_ctx=1000, n_parallel=3, known={o.id for o in first}))
+    rest = list(
+        ask(model, TASK, n_ctx=1000, n_parallel=3, finished={o.id for o in first})
+    )
 
     assert first + rest == whole
     model.evaluated = 0
-    assert list(ask(model, TASK, n_ctx=1000, known=TASK.ids)) == []
+    assert list(ask(model, TASK, n_ctx=1000, finished=TASK.ids)) == []
     assert model.evaluated == 0
 
 
@@ -267,7 +269,7 @@ def test_answers_take_the_likeliest_token_to_the_end(n_parallel, n_ctx):
 def test_prompts_without_room_for_an_answer_are_named():
     model = chain(a="b")
 
-    found = answers(model, ["za", "zzzza", "a"], n_ctx=8, known=["line 3"])
+    found = answers(model, ["za", "zzzza", "a"], n_ctx=8, finished=["line 3"])
 
     assert found == [
         TooLong(id="line 2", n_tokens=10, n_ctx=8),

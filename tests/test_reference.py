@@ -223,7 +223,7 @@ def test_a_reference_is_found_by_tokens_in_any_order(made):
     ]
     last = len(first.tokens) - 1
     one, other = (
-        Batch.of(window.tokens[:last], 0, sequence=i, n_wanted=2)
+        Batch.of(window.tokens[:last], 0, sequence=i, n_outputs=2)
         for i, window in enumerate((first, second))
     )
     both = Batch.join([one, other])
@@ -232,7 +232,7 @@ def test_a_reference_is_found_by_tokens_in_any_order(made):
         both.tokens[turns],
         both.positions[turns],
         both.sequences[turns],
-        both.wanted[turns],
+        both.is_output[turns],
     )
 
     with model.scorer(2 * N_CTX, n_sequences=3) as scorer:

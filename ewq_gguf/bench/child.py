@@ -90,35 +90,35 @@ def main(path: Path) -> int:
 
 def _probe(
     job: Job,
-    asked: ProbingRequest,
+    request: ProbingRequest,
     compared: Named,
     log: Log,
     keep: Callable[[Part], None],
 ) -> None:
-    told = job.parameters
+    parameters = job.parameters
     if isinstance(compared.model, ReferenceModel):
-        stored = compared.model.windows(told.texts[0].sha256)
-        windows = Windows(stored.windows[: told.n_chunks])
+        stored = compared.model.windows(parameters.texts[0].sha256)
+        windows = Windows(stored.windows[: parameters.n_chunks])
     else:
         windows = windows_of(job, 0, compared, None)
-    importance = importance_values(Path(asked.imatrix)) if asked.imatrix else {}
+    importance = importance_values(Path(request.imatrix)) if request.imatrix else {}
     base = PerturbedCopy(
         Path(job.model),
-        Path(asked.copy_path),
-        Ggml(Path(asked.lib_dir)),
+        Path(request.copy_path),
+        Ggml(Path(request.lib_dir)),
         importance,
-        told.setup.n_threads,
+        parameters.setup.n_threads,
     )
-    for i, one in enumerate(asked.probes):
+    for i, probe in enumerate(request.probes):
         with (
-            base.perturbed(one.tensors, one.ggml_type) as path,
-            closing(LlamaModel(path, told.setup, log)) as model,
+            base.perturbed(probe.tensors, probe.ggml_type) as path,
+            closing(LlamaModel(path, parameters.setup, log)) as model,
         ):
             scored = score_text(
                 Named(path, model),
                 compared,
                 windows,
-                told.n_ctx,
+                parameters.n_ctx,
                 lambda i: False,
             )
             parts = []
@@ -126,32 +126,34 @@ def _probe(
                 for number, (_, part) in enumerate(scored, 1):
                     parts += [part] if part else []
                     done = min(number / len(windows.windows), 1.0)
-                    _tell((i + done) / len(asked.probes))
+                    _tell((i + done) / len(request.probes))
             except VerificationError as error:
                 if error.subject != printable(path):
                     raise  # the base itself
-                keep(TypeProbePart(name=one.name, n_tokens=(), kld_nats=()))
+                keep(TypeProbePart(name=probe.name, n_tokens=(), kld_nats=()))
                 continue
             text = text_result("", parts, 0)
         keep(
             TypeProbePart(
-                name=one.name,
+                name=probe.name,
                 n_tokens=tuple(chunk.n_tokens for chunk in text.chunks),
                 kld_nats=tuple(chunk.kld_nats or 0.0 for chunk in text.chunks),
             )
         )
-        _tell((i + 1) / len(asked.probes))
+        _tell((i + 1) / len(request.probes))
 
 
-def _write(asked: WritingRequest, model: Named) -> None:
-    texts = self_text(model.model, asked.n_documents, asked.n_tokens, asked.seed, _tell)
-    Path(asked.out).write_text("\n\n".join(texts), encoding="utf-8")
+def _write(request: WritingRequest, model: Named) -> None:
+    texts = self_text(
+        model.model, request.n_documents, request.n_tokens, request.seed, _tell
+    )
+    Path(request.out).write_text("\n\n".join(texts), encoding="utf-8")
 
 
-def _reference(job: Job, asked: ReferenceRequest, model: LlamaModel) -> None:
+def _reference(job: Job, request: ReferenceRequest, model: LlamaModel) -> None:
     named = Named(model.path, model)
     texts = [windows_of(job, i, named, None) for i in range(len(job.texts))]
-    write_reference(model, asked, job.parameters, texts, _tell)
+    write_reference(model, request, job.parameters, texts, _tell)
 
 
 def _tell(share: float) -> None:

@@ -78,7 +78,7 @@ def check_measurable(path: Path, n_ctx: int) -> None:
         )
 
 
-def identify_base(path: Path, asked: BenchParameters) -> BenchedFile:
+def identify_base(path: Path, parameters: BenchParameters) -> BenchedFile:
     """The same for what a file is compared with: a model, or a reference of one.
 
     Raises:
@@ -89,8 +89,8 @@ def identify_base(path: Path, asked: BenchParameters) -> BenchedFile:
     if not path.is_file() or not is_reference(read_gguf(path)):
         return identify(path)
     reference = read_reference(path)
-    if "kld" in asked.tasks:
-        check_asked(reference, asked)
+    if "kld" in parameters.tasks:
+        check_asked(reference, parameters)
     model = reference.record.model.sha256
     return _hashed(path).model_copy(update={"reference_of": model})
 

@@ -165,10 +165,10 @@ class ReferenceScorer:
         self.n_vocab = head.n_vocab
 
     def evaluate(self, batch: Batch) -> FloatArray:
-        """The base's logits after the wanted tokens.
+        """The base's logits after the output tokens.
 
         Returns:
-            (n_wanted, n_vocab), in the batch's order; the caller's own.
+            (n_outputs, n_vocab), in the batch's order; the caller's own.
 
         Raises:
             InputError: the base was never asked about such a sequence.
@@ -177,12 +177,12 @@ class ReferenceScorer:
         for sequence in dict.fromkeys(batch.sequences.tolist()):
             held = self._held.setdefault(sequence, [])
             places = np.flatnonzero(batch.sequences == sequence)
-            wanted = np.flatnonzero(batch.wanted[places])
-            ends = set((len(held) + wanted).tolist())
+            is_output = np.flatnonzero(batch.is_output[places])
+            ends = set((len(held) + is_output).tolist())
             held += batch.tokens[places].tolist()
             digests = _digests(np.array(held, np.int32), ends)
             rows = map(self._find, digests)
-            found |= dict(zip(places[wanted].tolist(), rows, strict=True))
+            found |= dict(zip(places[is_output].tolist(), rows, strict=True))
         # Sequences may alternate in a batch; its order is the caller's.
         return self._head.logits(self._states([found[i] for i in sorted(found)]))
 

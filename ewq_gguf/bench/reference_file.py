@@ -203,7 +203,7 @@ def write_header(path: Path, record: Reference, rows: Iterable[Row]) -> Referenc
     return ReferenceFile(path, record, tensors)
 
 
-def check_asked(file: ReferenceFile, asked: BenchParameters) -> None:
+def check_asked(file: ReferenceFile, parameters: BenchParameters) -> None:
     """Refuse a reference that was made of something else than is asked.
 
     Raises:
@@ -211,20 +211,22 @@ def check_asked(file: ReferenceFile, asked: BenchParameters) -> None:
     """
     record = file.record
     wrong = []
-    if record.n_ctx != asked.n_ctx:
-        wrong.append(f"its context has {record.n_ctx} tokens, {asked.n_ctx} are asked")
-    if record.is_lines != asked.is_lines:
-        kinds = ("windows", "lines")
-        own, other = kinds[record.is_lines], kinds[asked.is_lines]
+    if record.n_ctx != parameters.n_ctx:
+        wrong.append(
+            f"its context has {record.n_ctx} tokens, {parameters.n_ctx} are asked"
+        )
+    if record.is_lines != parameters.is_lines:
+        units = ("windows", "lines")
+        own, other = units[record.is_lines], units[parameters.is_lines]
         wrong.append(f"its texts are cut into {own}, {other} are asked")
     if record.engine.commit != LLAMA_CPP_COMMIT:
         commits = (record.engine.commit[:9], LLAMA_CPP_COMMIT[:9])
         wrong.append("it was made by llama.cpp {}, this is {}".format(*commits))
-    setups = (record.setup, asked.setup)
-    made, wanted = (f"{one.cache_type_k}/{one.cache_type_v}" for one in setups)
-    if made != wanted:
-        wrong.append(f"its KV cache is of {made}, {wanted} is asked")
-    for text in asked.texts:
+    setups = (record.setup, parameters.setup)
+    made, needed = (f"{setup.cache_type_k}/{setup.cache_type_v}" for setup in setups)
+    if made != needed:
+        wrong.append(f"its KV cache is of {made}, {needed} is asked")
+    for text in parameters.texts:
         if text.sha256 not in {t.sha256 for t in record.texts}:
             names = ", ".join(t.name for t in record.texts)
             wrong.append(f"it has no text with the bytes of {text.name}, only {names}")
@@ -237,13 +239,15 @@ def check_asked(file: ReferenceFile, asked: BenchParameters) -> None:
         )
 
 
-def is_made_of(record: Reference, model: BenchedFile, asked: BenchParameters) -> bool:
+def is_made_of(
+    record: Reference, model: BenchedFile, parameters: BenchParameters
+) -> bool:
     """Whether a reference is what would be made of a model."""
     return (
-        (record.model.sha256, record.setup) == (model.sha256, asked.setup)
-        and (record.n_ctx, record.n_chunks) == (asked.n_ctx, asked.n_chunks)
-        and record.is_lines == asked.is_lines
+        (record.model.sha256, record.setup) == (model.sha256, parameters.setup)
+        and (record.n_ctx, record.n_chunks) == (parameters.n_ctx, parameters.n_chunks)
+        and record.is_lines == parameters.is_lines
         and record.engine.commit == LLAMA_CPP_COMMIT
         and [(t.name, t.sha256) for t in record.texts]
-        == [(t.name, t.sha256) for t in asked.texts]
+        == [(t.name, t.sha256) for t in parameters.texts]
     )

@@ -42,14 +42,14 @@ def make_reference(
         ResourceError: memory or the disk is full.
     """
     check_bindings(STAGE)
-    asked, model = _asked(request), identify(base)
+    parameters, model = _asked(request), identify(base)
     with store.replacing(out, stage=STAGE) as temporary:
         job = Job(
             part="reference",
             model=str(base.absolute()),
             base=None,
             texts=tuple(str(text.absolute()) for _, text in request.texts),
-            parameters=asked,
+            parameters=parameters,
             journal=str(temporary.absolute().with_suffix(".journal")),
             failure=str(temporary.absolute().with_suffix(".failure")),
             reference=ReferenceRequest(out=str(temporary.absolute()), model=model),
@@ -76,14 +76,16 @@ def cached_reference(
     Raises:
         EwqError: as of `make_reference`.
     """
-    asked, model = _asked(request), identify(base)
+    parameters, model = _asked(request), identify(base)
     # Only what the file depends on, so that every command finds the same one.
-    matters = asked.model_dump_json(include=_MATTERS)
+    matters = parameters.model_dump_json(include=_MATTERS)
     key = store.sha256_text(f"{model.sha256} {LLAMA_CPP_COMMIT} {matters}")
     path = store.cache_dir("references") / f"{key[:32]}.gguf"
     with store.locked(path, stage=STAGE, wait=True):
         try:
-            if path.exists() and is_made_of(read_reference(path).record, model, asked):
+            if path.exists() and is_made_of(
+                read_reference(path).record, model, parameters
+            ):
                 return path
         except (InputError, VerificationError):
             pass  # damaged: made again
@@ -109,12 +111,12 @@ def existing_reference(out: Path, base: Path, request: Request) -> Reference | N
     """
     if not out.exists():
         return None
-    asked, model = _asked(request), identify(base)
+    parameters, model = _asked(request), identify(base)
     try:
         record = read_reference(out).record
     except (InputError, VerificationError):
         raise store.already_exists(out, STAGE) from None
-    if not is_made_of(record, model, asked):
+    if not is_made_of(record, model, parameters):
         raise store.already_exists(out, STAGE)
     return record
 

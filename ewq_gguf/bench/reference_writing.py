@@ -43,7 +43,7 @@ _TIED = "token_embd.weight"
 def write_reference(
     model: LlamaModel,
     request: ReferenceRequest,
-    asked: BenchParameters,
+    parameters: BenchParameters,
     texts: Sequence[Windows],
     tell: Callable[[float], None],
 ) -> None:
@@ -52,7 +52,7 @@ def write_reference(
     Args:
         model: the base.
         request: the file, and the base's identity.
-        asked: with the texts' names and hashes.
+        parameters: with the texts' names and hashes.
         texts: their windows.
         tell: told the share done.
 
@@ -62,7 +62,7 @@ def write_reference(
         ResourceError: disk or memory is full.
     """
     weights, n_embd = _weights(model.path)
-    n_ctx = max(asked.n_ctx, N_BATCH)
+    n_ctx = max(parameters.n_ctx, N_BATCH)
     batches = [windows.batches(n_ctx) for windows in texts]
     n_sequences = max(len(batch) for text in batches for batch in text)
     with ExitStack() as stack:
@@ -72,14 +72,14 @@ def write_reference(
             )
         )
         maker = _Maker(model.path, scorer, n_embd, states_type(weights.ggml_type))
-        shape = _shape(maker, weights, asked.setup.n_threads, batches[0][0])
-        record = _record(model, request, asked, texts, shape)
+        shape = _shape(maker, weights, parameters.setup.n_threads, batches[0][0])
+        record = _record(model, request, parameters, texts, shape)
         has_bias = weights.bias is not None
         matrix_shape = (len(weights.matrix), n_embd)
         rows = table(record, weights.ggml_type, matrix_shape, has_bias=has_bias)
         reference = write_header(Path(request.out), record, rows)
         head = stack.enter_context(
-            open_head(weights, shape, n_embd, asked.setup.n_threads)
+            open_head(weights, shape, n_embd, parameters.setup.n_threads)
         )
         out = stack.enter_context(reference.path.open("r+b"))
         _write_weights(out, reference, weights)
@@ -98,7 +98,7 @@ def write_reference(
 def _record(
     model: LlamaModel,
     request: ReferenceRequest,
-    asked: BenchParameters,
+    parameters: BenchParameters,
     texts: Sequence[Windows],
     shape: HeadShape,
 ) -> Reference:
@@ -106,15 +106,15 @@ def _record(
         model=request.model,
         tokenizer_sha256=_tokenizer_sha256(model.path),
         engine=model.engine,
-        setup=asked.setup,
-        n_ctx=asked.n_ctx,
-        n_chunks=asked.n_chunks,
-        is_lines=asked.is_lines,
+        setup=parameters.setup,
+        n_ctx=parameters.n_ctx,
+        n_chunks=parameters.n_chunks,
+        is_lines=parameters.is_lines,
         head=shape,
         max_error_nats=MAX_ERROR_NATS,
         texts=tuple(
             _text(text.name, text.sha256, windows)
-            for text, windows in zip(asked.texts, texts, strict=True)
+            for text, windows in zip(parameters.texts, texts, strict=True)
         ),
     )
 

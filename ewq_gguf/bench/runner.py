@@ -172,18 +172,18 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
     """
     check_bindings(STAGE)
     stall_seconds(STAGE)  # a wrong one is said before anything is read
-    asked = request.parameters()
+    parameters = request.parameters()
     file = identify(path, request.plan)
-    base = _base(request, asked)
+    base = _base(request, parameters)
     engines = " ".join(engine_key(one) for one in (path, request.base) if one)
-    journal = _journal(engines, file, base, asked)
-    tasks = tasks_of(asked.tasks)
+    journal = _journal(engines, file, base, parameters)
+    tasks = tasks_of(parameters.tasks)
     with store.locked(journal, stage=STAGE):
         for i, task in enumerate(tasks):
             if task.name not in read_journal(journal, RunPart):
-                job = _job(task, path, request, base, asked, journal)
+                job = _job(task, path, request, base, parameters, journal)
                 run_job(job, _share_of(on_progress, i, len(tasks)))
-        result = _result(file, base, asked, journal)
+        result = _result(file, base, parameters, journal)
         # The next run of the same measures anew: speeds differ from day to day.
         journal.unlink()
     return result
@@ -192,7 +192,7 @@ def bench_file(path: Path, request: Request, on_progress: OnProgress) -> Result:
 def _result(
     file: BenchedFile,
     base: BenchedFile | None,
-    asked: BenchParameters,
+    parameters: BenchParameters,
     journal: Path,
 ) -> Result:
     """Everything that the finished children of a journal measured."""
@@ -201,7 +201,7 @@ def _result(
     result = Result(
         file=file,
         base=base,
-        parameters=asked,
+        parameters=parameters,
         engine=engine,
         size_bytes=engine.weights_bytes or file.size_bytes,
     )
@@ -217,23 +217,23 @@ def is_result_of(result: Result, path: Path, request: Request) -> bool:
     Raises:
         InputError, VerificationError: the file or its base is not sound.
     """
-    asked = request.parameters()
-    base = _base(request, asked)
+    parameters = request.parameters()
+    base = _base(request, parameters)
     return (
         result.file.sha256 == identify(path, request.plan).sha256
         and (result.base and result.base.sha256) == (base and base.sha256)
-        and result.parameters == asked
+        and result.parameters == parameters
         and result.engine.key == engine_key(path)
     )
 
 
-def _base(request: Request, asked: BenchParameters) -> BenchedFile | None:
+def _base(request: Request, parameters: BenchParameters) -> BenchedFile | None:
     path = request.compared_base
     if path is None:
         return None
-    base = identify_base(path, asked)
-    if request.reference is not None and "kld" in asked.tasks:
-        model = identify_base(request.reference, asked).reference_of
+    base = identify_base(path, parameters)
+    if request.reference is not None and "kld" in parameters.tasks:
+        model = identify_base(request.reference, parameters).reference_of
         if model != base.sha256:
             raise InputError(
                 STAGE, request.reference, f"is not of {path}", "make it anew"
@@ -242,11 +242,14 @@ def _base(request: Request, asked: BenchParameters) -> BenchedFile | None:
 
 
 def _journal(
-    engines: str, file: BenchedFile, base: BenchedFile | None, asked: BenchParameters
+    engines: str,
+    file: BenchedFile,
+    base: BenchedFile | None,
+    parameters: BenchParameters,
 ) -> Path:
     """Where finished parts are kept, by everything they depend on."""
     hashes = f"{file.sha256} {base and base.sha256} {engines}"
-    key = store.sha256_text(f"{hashes} {asked.model_dump_json()}")
+    key = store.sha256_text(f"{hashes} {parameters.model_dump_json()}")
     return store.cache_dir("bench") / f"{key}.journal"
 
 
@@ -255,7 +258,7 @@ def _job(
     path: Path,
     request: Request,
     base: BenchedFile | None,
-    asked: BenchParameters,
+    parameters: BenchParameters,
     journal: Path,
 ) -> Job:
     settings = request.settings.get(task.name)
@@ -265,11 +268,11 @@ def _job(
         "precisions": dict(request.plan.precisions) if request.plan else {},
         "texts": tuple(str(text.absolute()) for _, text in request.texts),
         "settings": settings.model_dump(mode="json") if settings else None,
-        "parameters": asked,
+        "parameters": parameters,
         "journal": str(journal),
         "failure": str(journal.with_suffix(".failure")),
     }
-    return Job(**(fields | task.job_fields(request, base, asked)))
+    return Job(**(fields | task.job_fields(request, base, parameters)))
 
 
 def _share_of(on_progress: OnProgress, index: int, count: int) -> OnProgress:

@@ -154,7 +154,7 @@ class Task(ABC):
         return fields
 
     def job_fields(
-        self, request: Request, base: BenchedFile | None, asked: BenchParameters
+        self, request: Request, base: BenchedFile | None, parameters: BenchParameters
     ) -> dict[str, object]:
         """Fields of Job besides those that all tasks have."""
         return {}

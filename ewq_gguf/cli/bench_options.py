@@ -149,9 +149,9 @@ def request_of(values: dict[str, Any]) -> Request:
         UsageError: a task is unknown, or an option says nothing.
     """
     default = [name for task in all_tasks() for name in task.default_names(values)]
-    asked = comma_list(values["tasks"]) or default
-    tasks = tuple(name for name in task_names() if name in asked)
-    if unknown := sorted(set(asked).difference(task_names())):
+    selected = comma_list(values["tasks"]) or default
+    tasks = tuple(name for name in task_names() if name in selected)
+    if unknown := sorted(set(selected).difference(task_names())):
         problem, names = f"there is no {unknown[0]!r}", ",".join(task_names())
         raise UsageError(STAGE, "--tasks", problem, f"use {names}")
     has_domains = _DOMAINS in values["texts"]

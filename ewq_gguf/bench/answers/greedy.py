@@ -86,12 +86,12 @@ def answer(
     n_ctx: int,
     max_tokens: int,
     n_parallel: int = N_PARALLEL,
-    known: Collection[str] = (),
+    finished: Collection[str] = (),
     on_step: Callable[[float], None] = lambda _n_answers: None,
 ) -> Iterator[Answer | TooLong]:
     """The likeliest token after the likeliest token, to the end of each answer.
 
-    Groups are the same whatever is known, and whatever is answered.
+    Groups are the same whatever is finished, and whatever is answered.
 
     Args:
         model: any.
@@ -100,7 +100,7 @@ def answer(
             together.
         max_tokens: longest answer; at least 1.
         n_parallel: answers of a group, at most.
-        known: ids of prompts that are passed over.
+        finished: ids of prompts that are passed over.
         on_step: told after each token how many answers those of the group that grows
             amount to; a group may take long.
 
@@ -115,14 +115,14 @@ def answer(
     tokens = tokens_of(model, texts)
     lengths = [len(some) + max_tokens for some in tokens]
     skipped = too_long(texts.ids, lengths, n_ctx)
-    yield from (one for one in skipped if one.id not in known)
+    yield from (one for one in skipped if one.id not in finished)
     fitting = [i for i, length in enumerate(lengths) if length <= n_ctx]
     with model.scorer(n_ctx, n_sequences=n_parallel) as scorer:
         for members in groups_of([lengths[i] for i in fitting], n_ctx, n_parallel):
             group = [
                 (texts.ids[i], tokens[i])
                 for i in (fitting[member] for member in members)
-                if texts.ids[i] not in known
+                if texts.ids[i] not in finished
             ]
             if group:
                 yield from _answer_group(model, scorer, group, max_tokens, on_step)

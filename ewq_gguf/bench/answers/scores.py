@@ -183,8 +183,8 @@ def fidelity(answers: Sequence[Answer], base: Sequence[Answer]) -> Fidelity:
         InputError: they share no prompt.
         ToolError: sacrebleu or rouge-score is missing.
     """
-    known = {answer.id: answer for answer in base}
-    pairs = [(answer, known[answer.id]) for answer in answers if answer.id in known]
+    by_id = {answer.id: answer for answer in base}
+    pairs = [(answer, by_id[answer.id]) for answer in answers if answer.id in by_id]
     if not pairs:
         problem = "the base model answered none of the prompts"
         raise InputError(STAGE, "prompts", problem, "run both on the same file")

@@ -62,7 +62,7 @@ def devices_for(setup: BenchSetup) -> Devices:
     """
     own = _gpus()
     workers = _workers(setup.rpc)
-    known = {_text(_name, device): device for device in [*workers, *own]}
+    by_name = {_text(_name, device): device for device in [*workers, *own]}
     if setup.device == "cpu":
         if setup.rpc or setup.n_gpu_layers:
             raise UsageError(
@@ -76,10 +76,10 @@ def devices_for(setup: BenchSetup) -> Devices:
         if not chosen and setup.n_gpu_layers:
             raise _no_device(f"-ngl {setup.n_gpu_layers}")
     else:
-        if not known:
+        if not by_name:
             raise _no_device(setup.device)
         names = [_own_name(name.strip()) for name in setup.device.split(",")]
-        chosen = [_named(known, name) for name in names]
+        chosen = [_named(by_name, name) for name in names]
         chosen = [worker for worker in workers if worker not in chosen] + chosen
     return (ctypes.c_void_p * (len(chosen) + 1))(*chosen, None)
 
@@ -105,8 +105,10 @@ def check_offloaded(path: Path, setup: BenchSetup, n_offloaded: int) -> None:
     Raises:
         ToolError: it did.
     """
-    wanted = setup.device not in {"auto", "cpu"} or setup.rpc or setup.n_gpu_layers
-    if wanted and not n_offloaded and setup.n_gpu_layers != 0:
+    needs_device = (
+        setup.device not in {"auto", "cpu"} or setup.rpc or setup.n_gpu_layers
+    )
+    if needs_device and not n_offloaded and setup.n_gpu_layers != 0:
         raise ToolError(
             STAGE,
             path,
@@ -143,23 +145,23 @@ def _workers(servers: tuple[str, ...]) -> list[int]:
     return [_get(i) for i in range(before, _count())]
 
 
-def _named(known: dict[str, int], wanted: str) -> int:
-    by_lower = {name.lower(): device for name, device in known.items()}
-    if wanted.lower() not in by_lower:
+def _named(by_name: dict[str, int], wished: str) -> int:
+    by_lower = {name.lower(): device for name, device in by_name.items()}
+    if wished.lower() not in by_lower:
         raise UsageError(
             STAGE,
             "--device",
-            f"there is no {wanted!r}",
-            f"use cpu, auto or one of {', '.join(known)}",
+            f"there is no {wished!r}",
+            f"use cpu, auto or one of {', '.join(by_name)}",
         )
-    return by_lower[wanted.lower()]
+    return by_lower[wished.lower()]
 
 
-def _no_device(asked: str) -> ToolError:
+def _no_device(option: str) -> ToolError:
     return ToolError(
         STAGE,
         "--device",
-        f"{asked} is asked for, and this llama.cpp has no device but the CPU",
+        f"{option} is asked for, and this llama.cpp has no device but the CPU",
         "run `ewq toolchain build --backend cuda` (or vulkan), or use --device cpu",
     )
 

@@ -20,7 +20,7 @@ def forward(scorer: Scorer, batch: Batch) -> FloatArray:
     """Run a batch of any length, in one pass where it fits.
 
     Returns:
-        (n_wanted, n_vocab), in the batch's order.
+        (n_outputs, n_vocab), in the batch's order.
     """
     rows = []
     for begin in range(0, len(batch), scorer.n_batch):
@@ -29,7 +29,7 @@ def forward(scorer: Scorer, batch: Batch) -> FloatArray:
             batch.tokens[piece],
             batch.positions[piece],
             batch.sequences[piece],
-            batch.wanted[piece],
+            batch.is_output[piece],
         )
         rows.append(scorer.evaluate(part))
     return np.concatenate(rows)

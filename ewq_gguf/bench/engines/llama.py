@@ -202,11 +202,11 @@ class LlamaScorer:
         Raises:
             ResourceError, ChildError: memory ran out, or the engine failed.
         """
-        rows = np.empty((int(batch.wanted.sum()), self.n_vocab), np.float32)
+        rows = np.empty((int(batch.is_output.sum()), self.n_vocab), np.float32)
         done = 0
         for begin in range(0, len(batch), self.n_batch):
             piece = slice(begin, begin + self.n_batch)
-            count = int(batch.wanted[piece].sum())
+            count = int(batch.is_output[piece].sum())
             self._decode(batch, piece)
             if count:
                 pointer = llama_cpp.llama_get_logits(self._context)
@@ -221,7 +221,7 @@ class LlamaScorer:
         """The same, with what enters the output matrix; only of a context made for it.
 
         Returns:
-            (n_wanted, n_vocab) and the normed final hidden states, (n_wanted, n_embd).
+            (n_outputs, n_vocab) logits, (n_outputs, n_embd) normed final hidden states.
 
         Raises:
             ResourceError, ChildError: as of `evaluate`.
@@ -229,18 +229,20 @@ class LlamaScorer:
         model = llama_cpp.llama_get_model(self._context)
         n_embd = int(llama_cpp.llama_model_n_embd_out(model))
         # Such a context gives both for every token, wanted or not.
-        everything = replace(batch, wanted=np.ones_like(batch.wanted))
+        everything = replace(batch, is_output=np.ones_like(batch.is_output))
         found = []
         for begin in range(0, len(batch), self.n_batch):
             piece = slice(begin, begin + self.n_batch)
             self._decode(everything, piece)
-            wanted = batch.wanted[piece]
+            is_output = batch.is_output[piece]
             logits = llama_cpp.llama_get_logits(self._context)
             states = llama_cpp.llama_get_embeddings(self._context)
             found.append(
                 (
-                    np.ctypeslib.as_array(logits, (len(wanted), self.n_vocab))[wanted],
-                    np.ctypeslib.as_array(states, (len(wanted), n_embd))[wanted],
+                    np.ctypeslib.as_array(logits, (len(is_output), self.n_vocab))[
+                        is_output
+                    ],
+                    np.ctypeslib.as_array(states, (len(is_output), n_embd))[is_output],
                 )
             )
         parts = zip(*found, strict=True)
@@ -268,7 +270,7 @@ class LlamaScorer:
         tokens = np.ascontiguousarray(batch.tokens[piece], np.int32)
         positions = np.ascontiguousarray(batch.positions[piece], np.int32)
         sequences = np.ascontiguousarray(batch.sequences[piece], np.int32)
-        wanted = np.ascontiguousarray(batch.wanted[piece], np.int8)
+        is_output = np.ascontiguousarray(batch.is_output[piece], np.int8)
         counts = np.ones(len(tokens), np.int32)
         # Each token's list of sequences has one entry: its own in `sequences`.
         lists = sequences.ctypes.data + 4 * np.arange(len(tokens), dtype=np.uintp)
@@ -278,7 +280,7 @@ class LlamaScorer:
             pos=positions.ctypes.data_as(_INTS),
             n_seq_id=counts.ctypes.data_as(_INTS),
             seq_id=lists.ctypes.data_as(_LISTS),
-            logits=wanted.ctypes.data_as(_BYTES),
+            logits=is_output.ctypes.data_as(_BYTES),
         )
         code = llama_cpp.llama_decode(self._context, fields)
         if code in {_NO_SLOT, _NO_MEMORY}:

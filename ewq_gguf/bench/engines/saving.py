@@ -72,10 +72,10 @@ def save_quantised(
     with store.locked(out, stage=STAGE):
         is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
         if is_used:
-            known = _metadata(out)
-            if known.items() >= metadata.items():
+            existing = _metadata(out)
+            if existing.items() >= metadata.items():
                 return False
-            if not known or not force:
+            if not existing or not force:
                 raise store.already_exists(out, STAGE)
         with store.work_dir(out, stage=STAGE) as work:
             new = store.ensure_dir(work / out.name, STAGE)

@@ -26,13 +26,13 @@ class Batch:
         tokens: ids.
         positions: in their sequences; each sequence's rise by one.
         sequences: number of each token's sequence, from 0.
-        wanted: whether the logits after it are wanted.
+        is_output: whether the logits after each token are needed.
     """
 
     tokens: IntArray
     positions: IntArray
     sequences: IntArray
-    wanted: BoolArray
+    is_output: BoolArray
 
     def __len__(self) -> int:
         """Tokens."""
@@ -40,15 +40,15 @@ class Batch:
 
     @classmethod
     def of(
-        cls, tokens: IntArray, begin: int, sequence: int = 0, n_wanted: int = 1
+        cls, tokens: IntArray, begin: int, sequence: int = 0, n_outputs: int = 1
     ) -> Batch:
-        """Consecutive tokens of one sequence, the last `n_wanted` of them wanted."""
+        """Consecutive tokens of a sequence, with logits after the last `n_outputs`."""
         count = len(tokens)
         return cls(
             tokens=tokens.astype(np.int32),
             positions=np.arange(begin, begin + count, dtype=np.int32),
             sequences=np.full(count, sequence, np.int32),
-            wanted=np.arange(count) >= count - n_wanted,
+            is_output=np.arange(count) >= count - n_outputs,
         )
 
     @classmethod
@@ -58,7 +58,7 @@ class Batch:
             tokens=np.concatenate([part.tokens for part in parts]),
             positions=np.concatenate([part.positions for part in parts]),
             sequences=np.concatenate([part.sequences for part in parts]),
-            wanted=np.concatenate([part.wanted for part in parts]),
+            is_output=np.concatenate([part.is_output for part in parts]),
         )
 
 
@@ -102,7 +102,7 @@ class Scorer(Protocol):
         """Run the model over a batch, whose tokens its sequences then hold.
 
         Returns:
-            (n_wanted, n_vocab), in the batch's order; the caller's own.
+            (n_outputs, n_vocab), in the batch's order; the caller's own.
 
         Raises:
             ResourceError: the context is full, or memory ran out.

@@ -235,15 +235,17 @@ class TransformersModel:
     def _end_tokens(self) -> frozenset[int]:
         """Tokens that end an answer, by configs, tokenizer and names."""
         names = self._tokenizer.get_vocab()
-        found: list[Any] = [names.get(name) for name in _END_NAMES]
-        found += [self._tokenizer.eos_token_id, self._model.config.eos_token_id]
+        tokens: list[Any] = [names.get(name) for name in _END_NAMES]
+        tokens += [self._tokenizer.eos_token_id, self._model.config.eos_token_id]
         path = self.folder / "generation_config.json"
         if path.is_file():
-            _, known = read_json(path, STAGE, "check the checkpoint")
-            if isinstance(known, dict):
-                found.append(known.get("eos_token_id"))
-        lists = [one if isinstance(one, list) else [one] for one in found]
-        return frozenset(int(one) for part in lists for one in part if one is not None)
+            _, config = read_json(path, STAGE, "check the checkpoint")
+            if isinstance(config, dict):
+                tokens.append(config.get("eos_token_id"))
+        lists = [token if isinstance(token, list) else [token] for token in tokens]
+        return frozenset(
+            int(token) for part in lists for token in part if token is not None
+        )
 
     def _decode(self, tokens: IntArray) -> str:
         return str(

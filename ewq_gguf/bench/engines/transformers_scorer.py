@@ -86,13 +86,13 @@ class TransformersScorer:
         """Run the model over a batch, whose tokens its sequences then hold.
 
         Returns:
-            (n_wanted, n_vocab), in the batch's order; the caller's own.
+            (n_outputs, n_vocab), in the batch's order; the caller's own.
 
         Raises:
             ResourceError: the context is full, or memory ran out.
         """
-        rows = np.empty((int(batch.wanted.sum()), self.n_vocab), np.float32)
-        row_of = np.cumsum(batch.wanted) - 1
+        rows = np.empty((int(batch.is_output.sum()), self.n_vocab), np.float32)
+        row_of = np.cumsum(batch.is_output) - 1
         for begin in range(0, len(batch), self.n_batch):
             piece = np.arange(begin, min(begin + self.n_batch, len(batch)))
             self._check_room(len(piece))
@@ -181,7 +181,7 @@ class TransformersScorer:
         rows: FloatArray,
         row_of: NDArray[np.intp],
     ) -> None:
-        """One pass: a group's tokens in, their wanted logits into `rows`."""
+        """One pass: a group's tokens in, their logits into `rows`."""
         sequences = [int(batch.sequences[part[0]]) for part in group]
         held = [self._held(sequence) for sequence in sequences]
         n_held, length = len(held[0]), len(group[0])
@@ -191,23 +191,23 @@ class TransformersScorer:
         tokens = np.zeros((len(group), length), np.int64)
         for i, part in enumerate(group):
             tokens[i, : len(part)] = batch.tokens[part]
-        places = [np.flatnonzero(batch.wanted[part]) for part in group]
+        places = [np.flatnonzero(batch.is_output[part]) for part in group]
         # At least one column: none would mean all.
         columns = np.unique(np.concatenate([*places, [length - 1]]))
         if not self._keeps_logits:
             columns = np.arange(length)
         logits, layers = self._run(tokens, n_held, columns, held)
-        for i, (part, wanted) in enumerate(zip(group, places, strict=True)):
+        for i, (part, is_output) in enumerate(zip(group, places, strict=True)):
             # The memory of padded sequences stays taken as long as the others'.
             end = n_held + len(part)
             self._sequences[sequences[i]] = _Sequence(
                 np.concatenate([held[i].cells, self._new_cells(len(part))]),
                 _cut(layers, i, end),
             )
-            if len(wanted):
-                kept = np.searchsorted(columns, wanted)
+            if len(is_output):
+                kept = np.searchsorted(columns, is_output)
                 found = logits[i, torch.from_numpy(kept).to(self._device)]
-                rows[row_of[part[wanted]]] = found.float().cpu().numpy()
+                rows[row_of[part[is_output]]] = found.float().cpu().numpy()
 
     def _run(
         self,

@@ -168,7 +168,9 @@ class ChoiceTask(Task):
         items = {name: part.item for name, part in run.finished(ItemPart).items()}
         tokens = [self.tokenize(run.model.model, question) for question in questions]
         skipped: list[TooLong] = []
-        for one in likelihoods(run.model.model, tokens, n_ctx=_N_CTX, known=set(items)):
+        for one in likelihoods(
+            run.model.model, tokens, n_ctx=_N_CTX, finished=set(items)
+        ):
             if isinstance(one, TooLong):
                 skipped.append(one)
             else:
@@ -178,19 +180,19 @@ class ChoiceTask(Task):
         if not items:
             problem = f"all {len(skipped)} questions are longer than {_N_CTX} tokens"
             raise InputError(STAGE, self.name, problem, "give shorter ones")
-        asked = [items[q.id] for q in questions if q.id in items]
+        ordered = [items[q.id] for q in questions if q.id in items]
         scores = TaskScores(
-            n=len(asked),
+            n=len(ordered),
             n_available=n_available,
             limit=settings.limit,
             seed=settings.seed,
             data_sha256=data_hash(questions),
-            chance=fmean(1 / len(item.nats) for item in asked),
+            chance=fmean(1 / len(item.nats) for item in ordered),
             measures={
-                name: share([item.values[name] for item in asked])
+                name: share([item.values[name] for item in ordered])
                 for name in self.measures
             },
-            items=tuple(asked),
+            items=tuple(ordered),
             too_long=tuple(skipped),
             faults=tuple(faults),
         )

@@ -77,18 +77,18 @@ def likelihoods(
     questions: Sequence[Continuations],
     *,
     n_ctx: int,
-    known: Collection[str] = (),
+    finished: Collection[str] = (),
 ) -> Iterator[Likelihoods | TooLong]:
     """Score the choices of all questions.
 
-    Groups are the same whatever is known, so that a run that was interrupted between
+    Groups are the same whatever is finished, so that a run that was interrupted between
     two of them gives the numbers of one that was not.
 
     Args:
         model: any.
         questions: with choices of a number that N_SEQUENCES allows.
         n_ctx: tokens of context: of a question, and of a group's together.
-        known: ids of questions that are passed over.
+        finished: ids of questions that are passed over.
 
     Yields:
         First the questions that do not fit the context; then the others in order.
@@ -99,7 +99,7 @@ def likelihoods(
     """
     lengths = [question.n_tokens for question in questions]
     skipped = too_long([question.id for question in questions], lengths, n_ctx)
-    yield from (one for one in skipped if one.id not in known)
+    yield from (one for one in skipped if one.id not in finished)
     fitting = [i for i, length in enumerate(lengths) if length <= n_ctx]
     most = max((len(question.tokens) for question in questions), default=1)
     with model.scorer(n_ctx, n_sequences=N_SEQUENCES, n_batch=_N_BATCH) as scorer:
@@ -107,7 +107,7 @@ def likelihoods(
             [lengths[i] for i in fitting], n_ctx, N_SEQUENCES // most
         ):
             group = [questions[fitting[member]] for member in members]
-            group = [question for question in group if question.id not in known]
+            group = [question for question in group if question.id not in finished]
             if group:
                 yield from _score_group(scorer, group)
 
@@ -150,9 +150,11 @@ def _endings(scorer: Scorer, group: Sequence[Continuations]) -> list[Float64Arra
         n_shared = question.n_shared
         ending = tokens[n_shared:-1]
         positions = np.arange(n_shared, len(tokens) - 1, dtype=np.int32)
-        wanted = positions >= question.n_given - 1
+        is_output = positions >= question.n_given - 1
         parts.append(
-            Batch(ending, positions, np.full(len(ending), sequence, np.int32), wanted)
+            Batch(
+                ending, positions, np.full(len(ending), sequence, np.int32), is_output
+            )
         )
         targets.append(tokens[n_shared + 1 :])
         owners.append(np.full(len(ending), sequence))
@@ -161,18 +163,18 @@ def _endings(scorer: Scorer, group: Sequence[Continuations]) -> list[Float64Arra
     step = min(scorer.n_batch, _N_BATCH)
     for begin in range(0, len(batch), step):
         piece = slice(begin, begin + step)
-        wanted = batch.wanted[piece]
+        is_output = batch.is_output[piece]
         rows = scorer.evaluate(
             Batch(
                 batch.tokens[piece],
                 batch.positions[piece],
                 batch.sequences[piece],
-                wanted,
+                is_output,
             )
         )
-        if wanted.any():
-            nll = token_nll(rows, following[piece][wanted])
-            np.add.at(totals, owner[piece][wanted], nll)
+        if is_output.any():
+            nll = token_nll(rows, following[piece][is_output])
+            np.add.at(totals, owner[piece][is_output], nll)
     return np.split(totals, np.cumsum([len(q.tokens) for q in group])[:-1])
 
 

@@ -99,8 +99,8 @@ def read_parquet(
         with pyarrow.parquet.ParquetFile(path) as file:
             lacking = set(columns or ()).difference(file.schema_arrow.names)
             if not lacking:
-                wanted = None if columns is None else list(columns)
-                return list(file.read(columns=wanted).to_pylist())
+                names = None if columns is None else list(columns)
+                return list(file.read(columns=names).to_pylist())
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         problem = f"is not a sound parquet file ({error})"
         raise InputError(STAGE, path, problem, "download it again") from error

@@ -21,7 +21,7 @@ from ewq_gguf.records.scores import MmluOutcome, TooLong
 #: Questions side by side. Each also computes, and masks, what the others hold.
 N_PARALLEL = 16
 
-_Asked = tuple[Question, IntArray]
+_Tokenized = tuple[Question, IntArray]
 
 
 def ask(
@@ -30,11 +30,11 @@ def ask(
     *,
     n_ctx: int,
     n_parallel: int = N_PARALLEL,
-    known: Collection[str] = (),
+    finished: Collection[str] = (),
 ) -> Iterator[MmluOutcome | TooLong]:
     """Ask all questions, one subject after the other.
 
-    Groups are the same whatever is known, so that a run that was interrupted between
+    Groups are the same whatever is finished, so that a run that was interrupted between
     two of them gives the numbers of one that was not.
 
     Args:
@@ -42,7 +42,7 @@ def ask(
         task: the prompts.
         n_ctx: tokens of context: of the longest prompt, and of a group's together.
         n_parallel: questions of a group, at most.
-        known: ids of questions that are passed over.
+        finished: ids of questions that are passed over.
 
     Yields:
         The outcome of each question, in the task's order; those that do not fit the
@@ -56,47 +56,47 @@ def ask(
     letters = letter_tokens(lambda text: model.tokenize(text).tolist())
     with model.scorer(n_ctx, n_sequences=n_parallel + 1) as scorer:
         for _, prompts in groupby(task.prompts, lambda prompt: prompt.question.subject):
-            asked, skipped = _tokenized(model, list(prompts), n_ctx)
-            yield from (one for one in skipped if one.id not in known)
-            yield from _ask_subject(scorer, asked, letters, known)
+            tokenized, skipped = _tokenized(model, list(prompts), n_ctx)
+            yield from (prompt for prompt in skipped if prompt.id not in finished)
+            yield from _ask_subject(scorer, tokenized, letters, finished)
 
 
 def _tokenized(
     model: Model, prompts: Sequence[Prompt], n_ctx: int
-) -> tuple[list[_Asked], list[TooLong]]:
+) -> tuple[list[_Tokenized], list[TooLong]]:
     """The questions that fit, with their prompts' tokens; and those that do not."""
-    found = [(p.question, prompt_tokens(model, p.text)) for p in prompts]
-    ids = [question.id for question, _ in found]
-    skipped = too_long(ids, [len(tokens) for _, tokens in found], n_ctx)
-    left_out = {one.id for one in skipped}
-    return [one for one in found if one[0].id not in left_out], skipped
+    tokenized = [(p.question, prompt_tokens(model, p.text)) for p in prompts]
+    ids = [question.id for question, _ in tokenized]
+    skipped = too_long(ids, [len(tokens) for _, tokens in tokenized], n_ctx)
+    left_out = {prompt.id for prompt in skipped}
+    return [prompt for prompt in tokenized if prompt[0].id not in left_out], skipped
 
 
 def _ask_subject(
     scorer: Scorer,
-    asked: Sequence[_Asked],
+    tokenized: Sequence[_Tokenized],
     letters: Sequence[int],
-    known: Collection[str],
+    finished: Collection[str],
 ) -> Iterator[MmluOutcome]:
-    n_shared = _n_shared([tokens for _, tokens in asked])
-    lengths = [len(tokens) - n_shared for _, tokens in asked]
+    n_shared = _n_shared([tokens for _, tokens in tokenized])
+    lengths = [len(tokens) - n_shared for _, tokens in tokenized]
     # One pass holds a group, and the context all of it beside what is shared.
     n_fitting = min(scorer.n_batch, scorer.n_ctx - n_shared)
     is_read = False
     for members in groups_of(lengths, n_fitting, scorer.n_sequences - 1):
-        group = [asked[i] for i in members if asked[i][0].id not in known]
+        group = [tokenized[i] for i in members if tokenized[i][0].id not in finished]
         if not group:
             continue
         if not is_read:
             scorer.clear()
             if n_shared:
-                forward(scorer, Batch.of(group[0][1][:n_shared], 0, n_wanted=0))
+                forward(scorer, Batch.of(group[0][1][:n_shared], 0, n_outputs=0))
             is_read = True
         yield from _ask_group(scorer, group, n_shared, letters)
 
 
 def _ask_group(
-    scorer: Scorer, group: Sequence[_Asked], n_shared: int, letters: Sequence[int]
+    scorer: Scorer, group: Sequence[_Tokenized], n_shared: int, letters: Sequence[int]
 ) -> list[MmluOutcome]:
     """Sequence 0 holds what is shared; each question continues a copy of it."""
     sequences = range(1, len(group) + 1)
@@ -121,7 +121,7 @@ def _ask_group(
 def _n_shared(prompts: Sequence[IntArray]) -> int:
     # In pairs: a subject's tokens as Python numbers would take a hundred megabytes.
     return min(
-        (n_shared_tokens([prompts[0].tolist(), one.tolist()]) for one in prompts),
+        (n_shared_tokens([prompts[0].tolist(), tokens.tolist()]) for tokens in prompts),
         default=0,
     )
 
@@ -136,9 +136,11 @@ def letter_tokens(tokenize: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
         InputError: the tokenizer needs more than one token for a letter, or the same.
     """
     before = list(tokenize("Answer:"))
-    found = [list(tokenize(f"Answer: {letter}")) for letter in LETTERS]
-    tokens = tuple(with_letter[-1] for with_letter in found)
-    if any(some[:-1] != before for some in found) or len(set(tokens)) < len(LETTERS):
+    tokenized = [list(tokenize(f"Answer: {letter}")) for letter in LETTERS]
+    tokens = tuple(with_letter[-1] for with_letter in tokenized)
+    if any(some[:-1] != before for some in tokenized) or len(set(tokens)) < len(
+        LETTERS
+    ):
         raise InputError(
             STAGE,
             "tokenizer",

@@ -212,7 +212,7 @@ def make_prompts(
         InputError: a subject has fewer examples.
     """
     prompts = []
-    for subject, asked in groupby(questions, key=lambda question: question.subject):
+    for subject, group in groupby(questions, key=lambda question: question.subject):
         shown = examples.get(subject, ())[:n_shots]
         if len(shown) < n_shots:
             problem = f"dev has {len(shown)} sound examples, {n_shots} are needed"
@@ -222,7 +222,7 @@ def make_prompts(
             f"{subject.replace('_', ' ')}.\n\n"
         )
         prefix = header + "".join(f"{q.block} {q.answer}\n\n" for q in shown)
-        prompts += [Prompt(question, prefix, question.block) for question in asked]
+        prompts += [Prompt(question, prefix, question.block) for question in group]
     return tuple(prompts)
 
 
@@ -238,17 +238,17 @@ def _select(
     return {name: files[name] for name in files if name in subjects or not subjects}
 
 
-def _read(subject: str, found: SubjectRows, faults: list[RowFault]) -> list[Question]:
+def _read(subject: str, rows: SubjectRows, faults: list[RowFault]) -> list[Question]:
     """A subject's sound rows; what is wrong with the others goes to `faults`."""
 
     def fault(row: int, problem: str, *, is_left_out: bool = True) -> None:
         faults.append(
-            RowFault(file=found.name, row=row, problem=problem, is_left_out=is_left_out)
+            RowFault(file=rows.name, row=row, problem=problem, is_left_out=is_left_out)
         )
 
     questions: list[Question] = []
-    known: dict[tuple[str, ...], Question] = {}
-    for row, fields in enumerate(found.read(), 1):
+    first_rows: dict[tuple[str, ...], Question] = {}
+    for row, fields in enumerate(rows.read(), 1):
         if problem := _problem(fields):
             fault(row, problem)
             continue
@@ -256,7 +256,7 @@ def _read(subject: str, found: SubjectRows, faults: list[RowFault]) -> list[Ques
         question = Question(
             subject, row, text, tuple(choices), cast("Letter", answer.strip())
         )
-        same = known.setdefault((text.strip(), *choices), question)
+        same = first_rows.setdefault((text.strip(), *choices), question)
         if same is not question:
             other = "" if same.answer == question.answer else " with another answer"
             fault(row, f"repeats row {same.row}{other}", is_left_out=False)

@@ -113,15 +113,15 @@ class Task(_Task):
         )
 
     def job_fields(
-        self, request: Request, base: BenchedFile | None, asked: BenchParameters
+        self, request: Request, base: BenchedFile | None, parameters: BenchParameters
     ) -> dict[str, object]:
         """The base, and the folder of its answers, which other files find there."""
         # A reference gives no answers.
         if request.base is None or base is None or base.reference_of is not None:
             return {}
-        setup = asked.setup.model_dump_json()
-        hashes = f"{base.sha256} {engine_key(request.base)} {asked.prompts_sha256}"
-        key = store.sha256_text(f"{hashes} {asked.max_tokens} {setup}")
+        setup = parameters.setup.model_dump_json()
+        hashes = f"{base.sha256} {engine_key(request.base)} {parameters.prompts_sha256}"
+        key = store.sha256_text(f"{hashes} {parameters.max_tokens} {setup}")
         folder = store.cache_dir("bench", "answers", key)
         return {"base": str(request.base.absolute()), "base_answers": str(folder)}
 
@@ -177,16 +177,16 @@ def _base_answers(
     # The same texts are other tokens to another tokenizer, and then no answers to them.
     key = store.sha256_text(repr([some.tolist() for some in tokens]))
     journal = Path(run.job.base_answers) / f"{key}.journal"
-    known = read_journal(journal, AnswerPart)
-    if known.keys() >= set(ids):
-        return [known[name].answer for name in ids]
+    finished = read_journal(journal, AnswerPart)
+    if finished.keys() >= set(ids):
+        return [finished[name].answer for name in ids]
     base = run.load(Path(run.job.base))
     others = tokens_of(base.model, texts)
     if not all(map(np.array_equal, tokens, others)):
         raise another_tokenizer(run.model, base)
     with open_journal(journal) as keep:
         answers, _ = _answers(
-            base.model, texts, max_tokens, known, keep,
+            base.model, texts, max_tokens, finished, keep,
             lambda share: run.tell((1 + share) / 2),
         )  # fmt: skip
     return answers
@@ -196,12 +196,12 @@ def _answers(
     model: Model,
     texts: Texts,
     max_tokens: int,
-    known: dict[str, AnswerPart],
+    finished: dict[str, AnswerPart],
     keep: Callable[[Part], None],
     tell: Callable[[float], None],
 ) -> tuple[list[Answer], list[TooLong]]:
     """A model's answers in order, those known among them; and what is too long."""
-    answers = {name: part.answer for name, part in known.items()}
+    answers = {name: part.answer for name, part in finished.items()}
     skipped: list[TooLong] = []
     n_all = len(texts.ids)
     answered = answer(
@@ -209,7 +209,7 @@ def _answers(
         texts,
         n_ctx=_N_CTX,
         max_tokens=max_tokens,
-        known=set(known),
+        finished=set(finished),
         on_step=lambda n: tell((len(answers) + len(skipped) + n) / n_all),
     )
     for one in answered:

@@ -91,10 +91,10 @@ class Task(_Task):
     def measure(self, run: TaskRun) -> dict[str, object]:
         """Ask the questions that are not in the journal."""
         task = Settings.model_validate(run.job.settings).task()
-        known = run.finished(MmluPart)
-        outcomes = {name: part.outcome for name, part in known.items()}
+        finished = run.finished(MmluPart)
+        outcomes = {name: part.outcome for name, part in finished.items()}
         skipped = []
-        for one in ask(run.model.model, task, n_ctx=_N_CTX, known=set(known)):
+        for one in ask(run.model.model, task, n_ctx=_N_CTX, finished=set(finished)):
             if isinstance(one, MmluOutcome):
                 outcomes[one.id] = one
                 run.keep(MmluPart(name=one.id, outcome=one))

@@ -47,10 +47,14 @@ class Task(_Task):
 
     def measure(self, run: TaskRun) -> dict[str, object]:
         """Time prompts and answers where that is asked for, and read the memory."""
-        asked = run.job.parameters
-        n_repeats = asked.n_repeats if "speed" in asked.tasks else 0
+        parameters = run.job.parameters
+        n_repeats = parameters.n_repeats if "speed" in parameters.tasks else 0
         speed, memory = measure(
-            run.model.model, asked.n_prompt, asked.n_generated, n_repeats, run.tell
+            run.model.model,
+            parameters.n_prompt,
+            parameters.n_generated,
+            n_repeats,
+            run.tell,
         )
         fields: dict[str, object] = {}
         if speed is not None:
@@ -60,7 +64,7 @@ class Task(_Task):
                 "generation_tps": speed.generation_tps,
                 "ttft_seconds": speed.ttft_seconds,
             }
-        if "memory" in asked.tasks:
+        if "memory" in parameters.tasks:
             fields |= {
                 "memory": memory,
                 "peak_rss_bytes": memory.peak_rss_bytes,

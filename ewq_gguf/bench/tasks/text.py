@@ -59,10 +59,12 @@ class Task(_Task):
         return {"texts": tuple(texts)}
 
     def job_fields(
-        self, request: Request, base: BenchedFile | None, asked: BenchParameters
+        self, request: Request, base: BenchedFile | None, parameters: BenchParameters
     ) -> dict[str, object]:
         """The base, or its reference, where the divergence is asked for."""
-        compared = (request.reference or request.base) if "kld" in asked.tasks else None
+        compared = (
+            (request.reference or request.base) if "kld" in parameters.tasks else None
+        )
         return {"base": str(compared.absolute()) if compared else None}
 
     def measure(self, run: TaskRun) -> dict[str, object]:
@@ -119,16 +121,16 @@ def windows_of(job: Job, number: int, model: Named, base: Named | None) -> Windo
     # With llama.cpp, which only children load.
     from ewq_gguf.bench.reference import ReferenceModel
 
-    asked, path = job.parameters, Path(job.texts[number])
-    cut = lines_of if asked.is_lines else chunks_of
+    parameters, path = job.parameters, Path(job.texts[number])
+    cut = lines_of if parameters.is_lines else chunks_of
     text = read_text(path)
-    whole = cut(model.model, text, asked.n_ctx, path)
-    windows = Windows(whole.windows[: asked.n_chunks], whole.n_skipped)
+    whole = cut(model.model, text, parameters.n_ctx, path)
+    windows = Windows(whole.windows[: parameters.n_chunks], whole.n_skipped)
     if base is not None and isinstance(base.model, ReferenceModel):
-        stored = base.model.windows(asked.texts[number].sha256)
+        stored = base.model.windows(parameters.texts[number].sha256)
         check_stored(model, base, windows, stored)
     elif base is not None:
-        other = cut(base.model, text, asked.n_ctx, path)
+        other = cut(base.model, text, parameters.n_ctx, path)
         check_comparable(model, base, whole, other)
     return windows
 
@@ -184,8 +186,8 @@ def _kld_cells(text: TextResult) -> list[str]:
 
 
 def _about(result: Result, text: TextResult) -> str:
-    asked = result.parameters
-    units = "lines" if asked.is_lines else f"windows of {asked.n_ctx}"
+    parameters = result.parameters
+    units = "lines" if parameters.is_lines else f"windows of {parameters.n_ctx}"
     skipped = f", {text.n_skipped} longer left out" if text.n_skipped else ""
     against = ""
     if text.kld and result.base:

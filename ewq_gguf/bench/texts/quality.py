@@ -135,14 +135,14 @@ def _score(
         scorer.clear()
     nll: list[float] = []
     compared: list[Divergence] = []
-    for piece, wanted in pieces(batch):
+    for piece, is_output in pieces(batch):
         rows = [scorer.evaluate(piece) for scorer in scorers]
-        if not len(wanted):
+        if not len(is_output):
             continue
         if base is None:
-            nll += _finite(token_nll(rows[0], wanted), model)
+            nll += _finite(token_nll(rows[0], is_output), model)
         else:
-            both = divergence(rows[0], rows[1], wanted)
+            both = divergence(rows[0], rows[1], is_output)
             _finite(both.base_nll_nats, base)
             nll += _finite(both.nll_nats, model)
             _finite(both.kld_nats, model)
@@ -165,7 +165,7 @@ def pieces(batch: Sequence[Window]) -> Iterator[tuple[Batch, IntArray]]:
     joined, targets = _joined(batch)
     for begin in range(0, len(joined), N_BATCH):
         piece = _slice(joined, slice(begin, begin + N_BATCH))
-        yield piece, targets[begin : begin + N_BATCH][piece.wanted]
+        yield piece, targets[begin : begin + N_BATCH][piece.is_output]
 
 
 def _joined(batch: Sequence[Window]) -> tuple[Batch, IntArray]:
@@ -179,7 +179,7 @@ def _joined(batch: Sequence[Window]) -> tuple[Batch, IntArray]:
                 tokens=window.tokens,
                 positions=indices,
                 sequences=np.full(count, i, np.int32),
-                wanted=(indices >= window.first - 1) & (indices < count - 1),
+                is_output=(indices >= window.first - 1) & (indices < count - 1),
             )
         )
         targets.append(np.roll(window.tokens, -1))
@@ -191,7 +191,7 @@ def _slice(batch: Batch, piece: slice) -> Batch:
         batch.tokens[piece],
         batch.positions[piece],
         batch.sequences[piece],
-        batch.wanted[piece],
+        batch.is_output[piece],
     )
 
 
