@@ -24,7 +24,7 @@ _LAST_BITS = 2.0**-50
 
 
 class Rule(NamedTuple):
-    """What a type allows, as arrays.
+    """A type's lattice, as arrays.
 
     Attributes:
         allowed: (256,): whether the integer i - 128 is.
@@ -52,7 +52,7 @@ def fit_blocks(
     Args:
         low: (n, block), from `intervals`.
         high: likewise.
-        rule: of the type.
+        rule: lattice of the type.
         scales: (n,), written; 0 of a block of zeros.
         integers: (n, block), written.
 
@@ -63,13 +63,13 @@ def fit_blocks(
     for i in range(low.shape[0]):
         # Groups, channels and whole tensors share a scale: the last one first.
         if scale == 0.0 or not _write(low[i], high[i], rule, scale, integers[i]):
-            found = _scale(low[i], high[i], rule, integers[i])
-            if np.isnan(found):
+            candidate = _scale(low[i], high[i], rule, integers[i])
+            if np.isnan(candidate):
                 return i
-            if found == 0.0:  # all are zero: any scale does
+            if candidate == 0.0:  # all are zero: any scale does
                 integers[i] = 0
                 continue
-            scale = found
+            scale = candidate
         scales[i] = scale
     return int(low.shape[0])
 
@@ -114,9 +114,9 @@ def _scale(low: Floats, high: Floats, rule: Rule, integers: Codes) -> float:
         if first > last:
             continue
         if rule.is_power:
-            found = _power(first, last)
-            if not np.isnan(found) and _write(low, high, rule, found, integers):
-                return found
+            candidate = _power(first, last)
+            if not np.isnan(candidate) and _write(low, high, rule, candidate, integers):
+                return candidate
             continue
         # A scale was mostly written in F16 or BF16: of all that do, the one of fewest
         # significant bits is most likely the one that was.
@@ -125,13 +125,13 @@ def _scale(low: Floats, high: Floats, rule: Rule, integers: Codes) -> float:
         exponent = frexp(most)[1]
         for bits in range(1, _F16_BITS + 1):
             step = ldexp(1.0, max(exponent - bits, _F16_LAST))
-            found = ceil(least / step) * step
-            while found <= most:
-                if 0 < found <= F16_MAX and _write(
-                    low, high, rule, sign * found, integers
+            candidate = ceil(least / step) * step
+            while candidate <= most:
+                if 0 < candidate <= F16_MAX and _write(
+                    low, high, rule, sign * candidate, integers
                 ):
-                    return sign * found
-                found += step
+                    return sign * candidate
+                candidate += step
     return nan
 
 
@@ -153,8 +153,8 @@ def _range(
         if not -OFFSET <= n < OFFSET or not rule.allowed[int(n) + OFFSET]:
             return 1.0, -1.0
         if n != 0:
-            one, other = _quotients(low[i], high[i], n)
-            first, last = max(first, one), min(last, other)
+            below, above = _quotients(low[i], high[i], n)
+            first, last = max(first, below), min(last, above)
         elif not low[i] <= 0 <= high[i]:
             return 1.0, -1.0
         if first - last > abs(first) * _LAST_BITS:
@@ -168,8 +168,8 @@ def _range(
 @njit(nogil=True, cache=True)
 def _quotients(low: float, high: float, q: float) -> tuple[float, float]:
     """The scales with which q gives a number from low to high."""
-    one, other = low / q, high / q
-    return min(one, other), max(one, other)
+    left, right = low / q, high / q
+    return min(left, right), max(left, right)
 
 
 @njit(nogil=True, cache=True)
@@ -180,5 +180,7 @@ def _power(first: float, last: float) -> float:
     mantissa, exponent = frexp(first)
     if mantissa == 0.5:
         exponent -= 1
-    found = ldexp(1.0, exponent)
-    return found if found <= last and _E8M0_LOW <= exponent <= _E8M0_HIGH else nan
+    candidate = ldexp(1.0, exponent)
+    return (
+        candidate if candidate <= last and _E8M0_LOW <= exponent <= _E8M0_HIGH else nan
+    )

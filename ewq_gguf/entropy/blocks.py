@@ -23,7 +23,7 @@ def pack(name: str, blocks: Blocks) -> Bytes:
     """Blocks as a type's bytes; (n blocks, bytes of one).
 
     Args:
-        name: of `PACKED`.
+        name: a type from `PACKED`.
         blocks: fitted to its lattice.
     """
     q = blocks.integers.astype(np.int64)
@@ -53,8 +53,8 @@ def _f16(values: Floats) -> Bytes:
 def _e8m0(scales: Floats) -> Bytes:
     """Half of 2^(e - 127) as e; of a block of zeros 0."""
     mantissas, exponents = np.frexp(scales)
-    found = np.where(mantissas, exponents - 1 + 128, 0)
-    return found.astype(np.uint8)[:, None]
+    codes = np.where(mantissas, exponents - 1 + 128, 0)
+    return codes.astype(np.uint8)[:, None]
 
 
 def _indices(table: tuple[int, ...], q: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -62,8 +62,8 @@ def _indices(table: tuple[int, ...], q: NDArray[np.int64]) -> NDArray[np.int64]:
     places = np.zeros(256, np.int64)
     for index, value in reversed(list(enumerate(table))):
         places[value] = index  # a negative one counts from the end
-    found: NDArray[np.int64] = places[q]
-    return found
+    indices: NDArray[np.int64] = places[q]
+    return indices
 
 
 def _nibbles(codes: NDArray[np.int64]) -> Bytes:

@@ -137,23 +137,23 @@ class CodeCounts:
 
 
 def summarise_codes(
-    found: CodeCounts, dtype: str, *, epsilon: float, n_bins: int
+    code_counts: CodeCounts, dtype: str, *, epsilon: float, n_bins: int
 ) -> Statistics:
     """Everything about a tensor, from its code counts.
 
     Args:
-        found: the codes that occur.
-        dtype: as for `code_values`.
-        epsilon: of the softmax measure.
-        n_bins: of the histogram measure.
+        code_counts: the codes that occur, with their counts.
+        dtype: dtype in the checkpoint, as for `code_values`.
+        epsilon: epsilon of the softmax entropy.
+        n_bins: bins of the histogram entropy.
 
     Returns:
         The summary of the finite weights; non-finite ones are only counted.
     """
-    n_weights = int(found.counts.sum())
-    values = code_values(dtype)[found.codes]
+    n_weights = int(code_counts.counts.sum())
+    values = code_values(dtype)[code_counts.codes]
     is_finite = np.isfinite(values)
-    codes, counts = found.codes, found.counts
+    codes, counts = code_counts.codes, code_counts.counts
     if not is_finite.all():
         codes, counts = codes[is_finite], counts[is_finite]
         values = values[is_finite]
@@ -183,8 +183,8 @@ def summarise_codes(
         outlier_share=n_outliers / n_finite,
         zero_share=int(counts[values == 0].sum()) / n_weights,
         exponent_entropy_bits=histogram_bits(exponents),
-        code_entropy_bits=histogram_bits(found.counts),
-        n_distinct=found.codes.size,
+        code_entropy_bits=histogram_bits(code_counts.counts),
+        n_distinct=code_counts.codes.size,
     )
 
 

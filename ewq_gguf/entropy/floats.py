@@ -12,21 +12,27 @@ from dataclasses import dataclass
 from math import frexp, fsum, log, sqrt
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from ewq_gguf.entropy.float_kernels import (
+    Floats,
+    Powers,
+    count_bins,
+    count_exponents,
+    deviations,
+    entropy_tail,
+    exponentials,
+    softmax_sums,
+    value_range,
+)
 from ewq_gguf.entropy.summary import (
     OUTLIER_SIGMAS,
     SERIES_LIMIT,
     histogram_bits,
     histogram_edges,
-    histogram_index,
     histogram_scale,
-    p_log1p,
 )
 from ewq_gguf.records import Statistics
-
-Floats = NDArray[np.float32] | NDArray[np.float64]
 
 #: No GGUF type holds a larger weight: beyond it a 64-bit one is as good as infinite.
 MAX_WEIGHT = float(np.finfo(np.float32).max)
@@ -38,16 +44,7 @@ _TINY_RANGE, _TINY_STD = 1e-300, 1e-70
 _EXPONENT = {4: (23, 255), 8: (52, 2047)}
 _N_EXPONENTS = 2048
 
-#: Sums of powers 2 to 7 of the softmax's exponentials.
-Powers = tuple[float, float, float, float, float, float]
 _NO_POWERS: Powers = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-
-#: Sums may be taken in any order, as wide registers do; only finite floats get there.
-_REORDER = {"reassoc", "contract", "nnan", "nsz"}
-
-#: Of the table of exponentials: (step / 2)^5 / 120 is below float64's last bit.
-_N_STEPS = 4096
-_MIN_STEP, _MAX_STEP = 1e-300, 2e-3  # 1 / step stays finite
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class Norms:
-    """What the second pass needs of the whole tensor, and what is final already."""
+    """Sums of the whole tensor that the second pass needs."""
 
     n_weights: int
     n_finite: int
@@ -107,8 +104,8 @@ def first_pass(data: Floats) -> FirstPass:
     finite = _finite(data)
     if not finite.size:
         return FirstPass(data.size, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, _NO_POWERS)
-    low, high, mean, n_zero = _range(finite)
-    sums = _sums(finite, low, high, mean, *_exponentials(low, high))
+    low, high, mean, n_zero = value_range(finite)
+    sums = softmax_sums(finite, low, high, mean, *exponentials(low, high))
     return FirstPass(data.size, finite.size, n_zero, low, high, mean, *sums)
 
 
@@ -164,22 +161,22 @@ def _combine_powers(parts: Sequence[FirstPass], scales: Sequence[float]) -> Powe
 def second_pass(
     data: Floats, norms: Norms, *, epsilon: float, n_bins: int
 ) -> SecondPass:
-    """What needs the whole tensor's norms, of one part, (n,) floats."""
+    """Sums of one part, (n,) floats, that need the whole tensor's norms."""
     data = _finite(data)
     bins = np.zeros(n_bins, np.int64)
     exponents = np.zeros(_N_EXPONENTS, np.int64)
     unit = norms.unit
     limit = (OUTLIER_SIGMAS * norms.std * unit) ** 2
-    fourth, n_outliers = _deviations(_scaled(data, unit), norms.mean * unit, limit)
+    fourth, n_outliers = deviations(_scaled(data, unit), norms.mean * unit, limit)
     unit = 2.0**600 if 0 < norms.max - norms.min < _TINY_RANGE else 1.0
     edges = histogram_edges(norms.min * unit, norms.max * unit, n_bins)
-    _count(_scaled(data, unit), edges, histogram_scale(edges), bins)
-    _count_exponents(
+    count_bins(_scaled(data, unit), edges, histogram_scale(edges), bins)
+    count_exponents(
         data.view(f"u{data.itemsize}"), *_EXPONENT[data.itemsize], exponents
     )
     tail = 0.0
     if epsilon > 0 and not norms.has_series(epsilon):
-        tail = _tail(data, norms.max, norms.exp_sum, epsilon)
+        tail = entropy_tail(data, norms.max, norms.exp_sum, epsilon)
     return SecondPass(fourth, n_outliers, tail, bins, exponents)
 
 
@@ -227,108 +224,3 @@ def _series(norms: Norms, epsilon: float) -> float:
         (-1) ** k * power / norms.exp_sum**k / (epsilon ** (k - 1) * (k - 1))
         for k, power in enumerate(norms.exp_powers, 2)
     )
-
-
-@njit(nogil=True, cache=True, fastmath=_REORDER)
-def _range(data: Floats) -> tuple[float, float, float, int]:
-    """Smallest, largest, mean, and how many are zero, of finite floats."""
-    low = np.float64(data[0])
-    high, total, n_zero = low, 0.0, 0
-    for i in range(data.size):
-        value = np.float64(data[i])
-        low = min(low, value)
-        high = max(high, value)
-        total += value
-        n_zero += int(value == 0)
-    return low, high, total / data.size, n_zero
-
-
-def _exponentials(low: float, high: float) -> tuple[NDArray[np.float64], float]:
-    """exp(w - high) at equal steps from low to high, and the step.
-
-    Between two of them a polynomial of four terms is exact to float64, ten times
-    faster than the library's exp. A wider range than that gets no table.
-    """
-    step = max((high - low) / _N_STEPS, _MIN_STEP)
-    if step > _MAX_STEP:
-        return np.empty(0), 1.0
-    table: NDArray[np.float64] = np.exp(np.arange(_N_STEPS + 1) * step + (low - high))
-    return table, step
-
-
-@njit(nogil=True, cache=True, fastmath=_REORDER)
-def _sums(
-    data: Floats,
-    low: float,
-    high: float,
-    mean: float,
-    table: NDArray[np.float64],
-    step: float,
-) -> tuple[float, float, float, Powers]:
-    """Squared deviations, and the softmax's sums, of finite floats."""
-    square, exp_sum, exp_moment = 0.0, 0.0, 0.0
-    e2, e3, e4, e5, e6, e7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for i in range(data.size):
-        value = np.float64(data[i])
-        square += (value - mean) * (value - mean)
-        if table.size:
-            k = np.int32((value - low) * (1 / step) + 0.5)
-            rest = (value - low) - k * step
-            weight = table[k] * (
-                1 + rest * (1 + rest * (1 / 2 + rest * (1 / 6 + rest * (1 / 24))))
-            )
-        else:
-            weight = np.exp(value - high)
-        exp_sum += weight
-        exp_moment += weight * (value - high)
-        power2 = weight * weight
-        power4 = power2 * power2
-        e2 += power2
-        e3 += power2 * weight
-        e4 += power4
-        e5 += power4 * weight
-        e6 += power4 * power2
-        e7 += power4 * power2 * weight
-    return square, exp_sum, exp_moment, (e2, e3, e4, e5, e6, e7)
-
-
-@njit(nogil=True, cache=True, fastmath=_REORDER)
-def _deviations(data: Floats, mean: float, limit: float) -> tuple[float, int]:
-    """The sum of deviations' fourth powers; how many squares are beyond `limit`."""
-    fourth, n_outliers = 0.0, 0
-    for i in range(data.size):
-        square = (np.float64(data[i]) - mean) * (np.float64(data[i]) - mean)
-        fourth += square * square
-        n_outliers += int(square > limit)
-    return fourth, n_outliers
-
-
-@njit(nogil=True, cache=True)
-def _count(
-    data: Floats,
-    edges: NDArray[np.float64],
-    scale: float,
-    bins: NDArray[np.int64],
-) -> None:
-    for i in range(data.size):
-        bins[histogram_index(np.float64(data[i]), edges, scale)] += 1
-
-
-@njit(nogil=True, cache=True)
-def _count_exponents(
-    bits: NDArray[np.uint32] | NDArray[np.uint64],
-    shift: int,
-    mask: int,
-    exponents: NDArray[np.int64],
-) -> None:
-    """Count the floats' exponent fields."""
-    for i in range(bits.size):
-        exponents[np.int64(bits[i] >> shift) & mask] += 1
-
-
-@njit(nogil=True, cache=True)
-def _tail(data: Floats, high: float, exp_sum: float, epsilon: float) -> float:
-    tail = 0.0
-    for i in range(data.size):
-        tail += p_log1p(np.exp(np.float64(data[i]) - high) / exp_sum, epsilon)
-    return tail

@@ -14,11 +14,11 @@ Floats = NDArray[np.float64]
 
 
 def intervals(data: NDArray[np.generic], dtype: str) -> tuple[Floats, Floats]:
-    """The numbers that are rounded to each weight: from and to, both included.
+    """The interval of numbers that are rounded to each weight, ends included.
 
     Args:
         data: (n,) codes of `BF16` or `F16`, or float32 of `F32`.
-        dtype: which of them.
+        dtype: dtype in the checkpoint.
     """
     if dtype == "F32":
         values = data.astype(np.float64)

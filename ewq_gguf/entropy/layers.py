@@ -40,19 +40,19 @@ def layer_statistics(tensors: Iterable[TensorScan]) -> dict[int, dict[str, float
     Counts of weights are summed; `variance` is the mean of the tensors', and `depth`
     the layer's index. What some tensor lacks is left out.
     """
-    found = {}
+    features = {}
     for idx, members in _members(tensors).items():
-        known = {"depth": float(idx)}
+        averages = {"depth": float(idx)}
         for name in Statistics.model_fields:
             values = [getattr(tensor, name) for tensor in members]
             if name in _COUNTS:
-                known[name] = float(sum(values))
+                averages[name] = float(sum(values))
             elif None not in values:
-                known[name] = _mean(members, name)
+                averages[name] = _mean(members, name)
         n_weights = sum(tensor.n_weights for tensor in members)
         squares = fsum(tensor.n_weights * tensor.std**2 for tensor in members)
-        found[idx] = known | {"variance": squares / n_weights}
-    return found
+        features[idx] = averages | {"variance": squares / n_weights}
+    return features
 
 
 def _members(tensors: Iterable[TensorScan]) -> dict[int, list[TensorScan]]:

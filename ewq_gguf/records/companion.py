@@ -14,17 +14,17 @@ class Companion(Record):
         content: `mmproj` (images and sounds become embeddings) or `mtp` (heads that
             draft further tokens).
         media: `vision`, `audio`, or both; empty for heads.
-        file_sha256: of the whole file.
+        file_sha256: hash of the whole file.
         file_bytes: its size.
         n_sources: tensors of the checkpoint that are in it.
         source_bytes: their size in the checkpoint.
-        n_tensors: of the file.
+        n_tensors: tensors in the file.
         n_equal: those whose values were compared with the checkpoint's and are equal,
             as far as their type holds them.
         computed: those whose values the converter computes; they were found finite.
         is_loaded: whether llama.cpp loaded it.
         embedded: how many embeddings it made of a test image or sound, all finite.
-        answer: what the text model said to them.
+        answer: the text model's answer to them.
     """
 
     schema_name: Literal["ewq.companion"] = "ewq.companion"

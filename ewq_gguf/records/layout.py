@@ -1,4 +1,4 @@
-"""Layout: what the converter would write for a checkpoint, weights left out."""
+"""Layout: the GGUF that the converter would write for a checkpoint, without weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class LayoutTensor(Part):
         name: in the GGUF.
         shape: slowest dimension first.
         ggml_type: in the base GGUF: the 16- or 32-bit type, F32 for norms.
-        sources: what it is made of; empty for a tensor the converter computes.
+        sources: the checkpoint's tensors that it is made of; empty where the converter
+            computes it.
     """
 
     name: str
@@ -39,16 +40,16 @@ class Layout(Record):
     """The header of a base GGUF.
 
     Attributes:
-        converter_commit: of the llama.cpp that was asked.
-        model_fingerprint: of the checkpoint.
-        kv_bytes: of all key-value pairs in the base GGUF.
+        converter_commit: commit of the llama.cpp whose converter it is.
+        model_fingerprint: fingerprint of the checkpoint.
+        kv_bytes: bytes of all key-value pairs in the base GGUF.
         added_kv_bytes: how many more bytes of them llama-quantize writes, without the
             plan's own.
         tensors: as the converter orders them.
         preset_bytes: file size of each standard preset, by its name.
         refusal: why llama.cpp would not load such a file: a tensor that it needs is
             missing; empty where it would, or was not asked.
-        warnings: of the converter.
+        warnings: the converter's warnings.
     """
 
     schema_name: Literal["ewq.layout"] = "ewq.layout"
@@ -65,10 +66,10 @@ class Layout(Record):
 
 
 class PresetTypes(Record):
-    """What llama-quantize would write for each standard preset of a model.
+    """The types that llama-quantize would write for each preset of a model.
 
     Attributes:
-        types: of every tensor, after llama-quantize's fallback, by preset and name.
+        types: type of every tensor after llama-quantize's fallback, by preset and name.
     """
 
     schema_name: Literal["ewq.preset-types"] = "ewq.preset-types"

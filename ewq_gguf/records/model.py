@@ -1,4 +1,4 @@
-"""Which model: names and hashes, and no path of any machine."""
+"""Identity of a model: names and hashes, but no path of any machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Shard(Part):
     """One weight file.
 
     Attributes:
-        name: of the file, without its folder.
-        size_bytes: of the whole file.
-        header_sha256: of the safetensors header's bytes; of a GGUF file of all bytes
+        name: the file's name without its folder.
+        size_bytes: size of the whole file.
+        header_sha256: hash of the safetensors header; for a GGUF file of all bytes
             before the data.
     """
 
@@ -26,14 +26,14 @@ class Shard(Part):
 
 
 class AdapterIdentity(Part):
-    """Which LoRA adapter was merged into a checkpoint.
+    """A LoRA adapter that was merged into a checkpoint.
 
     Attributes:
         name: the Hub repository's or the folder's name.
         hub_id: `org/name` of a Hub adapter, else None.
         revision: its commit, else None.
-        config_sha256: of adapter_config.json.
-        weights_sha256: of adapter_model.safetensors.
+        config_sha256: hash of adapter_config.json.
+        weights_sha256: hash of adapter_model.safetensors.
     """
 
     name: str
@@ -44,7 +44,7 @@ class AdapterIdentity(Part):
 
 
 class ModelIdentity(Part):
-    """What a checkpoint is, wherever it lies.
+    """Identity of a checkpoint, wherever its files are.
 
     Attributes:
         name: the Hub repository's or the folder's name; becomes `general.name`. Of a
@@ -54,10 +54,10 @@ class ModelIdentity(Part):
         hf_architecture: `architectures[0]` of config.json; of a GGUF file its
             `general.architecture`.
         n_layers: transformer layers.
-        files_sha256: of every small file that goes into a conversion, by name.
+        files_sha256: hash of every small file that goes into a conversion, by name.
         shards: the weight files, by name.
         adapters: merged into the weights, in this order; `name` ends with theirs.
-        chosen: what the converter is told beside the files, by option: `pre`, `mtp`,
+        chosen: settings of the converter beside the files, by option: `pre`, `mtp`,
             and `chat_template` (the SHA-256 of the file that was given).
     """
 

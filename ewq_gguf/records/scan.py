@@ -1,4 +1,4 @@
-"""Scan: what one pass over a checkpoint's weights found."""
+"""Scan: statistics from one pass over a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Measures(Part):
     """Parameters of the measures.
 
     Attributes:
-        epsilon: of the softmax measure; 0.01 in the paper.
-        n_bins: of the histogram measure.
+        epsilon: epsilon of the softmax entropy; 0.01 in the paper.
+        n_bins: bins of the histogram entropy.
     """
 
     epsilon: float = 0.01
@@ -22,22 +22,22 @@ class Measures(Part):
 
 
 class Statistics(Part):
-    """What one pass over some weights found; the finite ones decide the numbers.
+    """Statistics of some weights; non-finite ones are only counted.
 
     Attributes:
         n_weights: how many.
         n_nonfinite: NaN and infinities among them.
         softmax_entropy_nats: -sum p ln(p + epsilon), p = softmax(weights).
-        histogram_entropy_bits: of `n_bins` equal bins between min and max.
-        mean: of the weights.
+        histogram_entropy_bits: entropy of `n_bins` equal bins between min and max.
+        mean: mean weight.
         std: population standard deviation.
         min: smallest.
         max: largest.
         excess_kurtosis: 0 for a normal distribution.
-        outlier_share: of weights farther than 6 sigma from the mean.
-        zero_share: of weights that are exactly zero.
-        exponent_entropy_bits: of the floats' exponents.
-        code_entropy_bits: of the whole codes: to how many bits a weight could be
+        outlier_share: share of weights farther than 6 sigma from the mean.
+        zero_share: share of weights that are exactly zero.
+        exponent_entropy_bits: entropy of the floats' exponents.
+        code_entropy_bits: entropy of the whole codes: the bits that a weight could be
             compressed without loss, each on its own; None for 32- and 64-bit ones.
         n_distinct: codes that occur; None for 32- and 64-bit ones.
     """
@@ -59,7 +59,7 @@ class Statistics(Part):
 
     @classmethod
     def nonfinite(cls, n_weights: int) -> Statistics:
-        """Of weights that are all NaN or infinite."""
+        """Statistics of weights that are all NaN or infinite."""
         zero = 0.0
         return cls(
             n_weights=n_weights, n_nonfinite=n_weights, softmax_entropy_nats=zero,
@@ -74,7 +74,7 @@ class TensorScan(Statistics):
 
     Attributes:
         name: in the GGUF.
-        hf_names: of the checkpoint's tensors that feed it.
+        hf_names: names of the checkpoint's tensors that it is made of.
         role: such as `attn_q`; see tensor_names.
         layer_idx: None outside the layers.
         shape: slowest dimension first, as safetensors writes it.
@@ -100,7 +100,7 @@ class LayerScan(Part):
 
     Attributes:
         layer_idx: from 0.
-        n_weights: of the linear matrices.
+        n_weights: weights of the linear matrices.
         softmax_entropy_nats: weighted mean.
         histogram_entropy_bits: weighted mean.
     """
@@ -115,7 +115,7 @@ class Scan(Record):
     """A whole checkpoint.
 
     Attributes:
-        model: which one.
+        model: the scanned checkpoint.
         measures: the parameters.
         tensors: in the order of the GGUF names, layers numerically.
         layers: in order; empty where no layer has a linear matrix.

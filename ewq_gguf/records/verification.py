@@ -1,4 +1,4 @@
-"""Verification: what was found in the file that came out."""
+"""Verification: the contents of a made file, compared with its plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class VerifiedTensor(Part):
 
     Attributes:
         name: in the GGUF.
-        planned_type: of the plan, after fallback.
+        planned_type: the plan's type, after fallback.
         found_type: in the file.
     """
 
@@ -41,12 +41,12 @@ class Verification(Record):
     """A file that is what its plan says; another raises VerificationError.
 
     Attributes:
-        plan_sha256: of the plan's canonical JSON.
-        file_sha256: of the whole file.
+        plan_sha256: hash of the plan's canonical JSON.
+        file_sha256: hash of the whole file.
         planned_size_bytes: the prediction.
-        found_size_bytes: of the file.
+        found_size_bytes: size of the file.
         tensors: every tensor.
-        prompt: what the file was asked; None where it was not loaded.
+        prompt: prompt of the load check; None where the file was not loaded.
         answer: its greedy continuation.
         exact: by tensor, how exact those are that were planned so; empty where there
             is none, or the base was not at hand.
