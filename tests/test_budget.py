@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ewq_gguf import ggml_types
 from ewq_gguf.errors import InputError, UsageError
-from ewq_gguf.plan.budget import FLOOR, fit
+from ewq_gguf.plan.budget import FLOOR, fit_types
 from ewq_gguf.plan.build import make_fast_plan, make_plan
 from ewq_gguf.plan.groups import AllocationGroup
 from ewq_gguf.plan.model_tensors import ModelTensors
@@ -319,7 +319,9 @@ def test_the_result_is_what_the_repeated_passes_reach(problem):
     expected = slowly(groups, ladder, n_bytes)
 
     try:
-        found = fit(groups, ladder, "F16", SizeLimit("", n_bytes, True), other_bytes=0)
+        found = fit_types(
+            groups, ladder, "F16", SizeLimit("", n_bytes, True), other_bytes=0
+        )
     except InputError:
         assert expected is None
     else:

@@ -41,12 +41,12 @@ def assemble(
 
     Args:
         model: Tensors of the model that is planned.
-        policy: that led to the types.
-        types: by tensor name; a quantisable tensor that is not named is raw.
+        policy: policy that led to the types.
+        types: type by tensor name; a quantisable tensor that is not named is raw.
         layers: the decisions; without them each layer's type is its tensors', where
             they agree.
-        thresholds: of the rule.
-        entropies: by tensor name, where tensors were decided one by one.
+        thresholds: thresholds of the rule.
+        entropies: entropies by tensor name, where tensors were decided one by one.
         budget: the limit and how it was reached.
 
     Raises:
@@ -57,9 +57,9 @@ def assemble(
     tensors = tuple(
         plan_tensor(
             tensor,
-            asked := types.get(tensor.name, model.raw_type),
+            name := types.get(tensor.name, model.raw_type),
             entropies.get(tensor.name),
-            is_exact=asked in model.lattices.get(tensor.name, ()),
+            is_exact=name in model.lattices.get(tensor.name, ()),
         )
         for tensor in model.tensors
     )
@@ -86,8 +86,8 @@ def _layers(
     decided: Sequence[PlanLayer], tensors: Iterable[PlanTensor]
 ) -> tuple[PlanLayer, ...]:
     """The decisions, with the types that the tensors have after all."""
-    found = layers_of(tensors)
-    types = {layer.layer_idx: layer.ggml_type for layer in found}
+    undecided = layers_of(tensors)
+    types = {layer.layer_idx: layer.ggml_type for layer in undecided}
     return (
         tuple(
             layer.model_copy(
@@ -95,7 +95,7 @@ def _layers(
             )
             for layer in decided
         )
-        or found
+        or undecided
     )
 
 
@@ -110,9 +110,9 @@ def layers_of(tensors: Iterable[PlanTensor]) -> tuple[PlanLayer, ...]:
             layer_idx=idx,
             entropy=None,
             decision=None,
-            ggml_type=next(iter(found)) if len(found) == 1 else None,
+            ggml_type=next(iter(names)) if len(names) == 1 else None,
         )
-        for idx, found in sorted(types.items())
+        for idx, names in sorted(types.items())
     )
 
 
@@ -143,14 +143,14 @@ def provenance(
 
 def plan_tensor(
     tensor: LayoutTensor,
-    asked: str,
+    ggml_type: str,
     entropy: float | None = None,
     *,
     is_exact: bool = False,
 ) -> PlanTensor:
     """A tensor of the file, given the type asked for it."""
     quantizable = is_quantizable(tensor.name, n_dims(tensor.shape))
-    ggml_type = asked if quantizable else tensor.ggml_type
+    ggml_type = ggml_type if quantizable else tensor.ggml_type
     written = ggml_types.written_type(ggml_type, tensor.shape[-1])
     return PlanTensor(
         name=tensor.name,

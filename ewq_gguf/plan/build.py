@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ewq_gguf.errors import InputError
-from ewq_gguf.ggml_types import tensor_bytes
-from ewq_gguf.plan.assemble import assemble, header_of
-from ewq_gguf.plan.budget import fit, group_bytes
-from ewq_gguf.plan.groups import AllocationGroup, Decision, decide_ewq, decide_fast
+from ewq_gguf.plan.assemble import assemble
+from ewq_gguf.plan.decision_plan import plan_of_decision
+from ewq_gguf.plan.groups import Decision, decide_ewq, decide_fast
 from ewq_gguf.plan.importance import Importance
-from ewq_gguf.plan.lattice import Lattices, lattices_of
+from ewq_gguf.plan.lattice import lattices_of
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.policy import check_policy
 from ewq_gguf.plan.size_target import SizeTarget
-from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import (
-    Budget,
     EwqPolicy,
     FastEwqPolicy,
     Layout,
@@ -43,13 +40,13 @@ def make_plan(
     """Plan every tensor of the file and predict its size.
 
     Args:
-        scan: of the checkpoint.
-        policy: with every parameter.
-        layout: the converter's; without it the size is an estimate.
-        raw_type: what `raw` means: `F16`, `BF16`, or `auto` for the source's own.
-        budget: what the file may take; only of policy `ewq`.
-        importance: the matrix the file is made with.
-        keep_lattice: what is quantised already keeps its values.
+        scan: scan of the checkpoint.
+        policy: policy with every parameter.
+        layout: the converter's layout; without it the size is an estimate.
+        raw_type: type that `raw` stands for: `F16`, `BF16`, or `auto` for the source's.
+        budget: size that the file may have; only for policy `ewq`.
+        importance: importance matrix that the file is made with.
+        keep_lattice: whether weights that are quantised already keep their values.
 
     Raises:
         UsageError: the policy names an unknown type or an impossible ladder.
@@ -62,13 +59,13 @@ def make_plan(
     lattices = lattices_of(scan) if keep_lattice else {}
     model = replace(model, importance=importance, lattices=lattices)
     if isinstance(policy, UniformPolicy):
-        wanted = model.plain(policy.ggml_type)
+        uniform = model.plain(policy.ggml_type)
         layers = [
             PlanLayer(
                 layer_idx=layer.layer_idx,
                 entropy=None,
-                decision=wanted,
-                ggml_type=wanted,
+                decision=uniform,
+                ggml_type=uniform,
             )
             for layer in scan.layers
         ]
@@ -86,8 +83,8 @@ def _uniform_type(policy: UniformPolicy, name: str) -> str:
     if layer_idx(name) is not None:
         return policy.ggml_type
     is_output = name == "output.weight"
-    asked = policy.output_type if is_output else policy.embedding_type
-    return policy.ggml_type if asked == "auto" else asked
+    own = policy.output_type if is_output else policy.embedding_type
+    return policy.ggml_type if own == "auto" else own
 
 
 def make_fast_plan(
@@ -101,9 +98,9 @@ def make_fast_plan(
 
     Args:
         model: Tensors of the model that is planned.
-        policy: with every parameter.
+        policy: policy with every parameter.
         selected: layers to quantise.
-        budget: what the file may take.
+        budget: size that the file may have.
 
     Raises:
         UsageError, InputError: as of `make_plan`.
@@ -118,38 +115,42 @@ def _planned(
     model: ModelTensors,
     policy: EwqPolicy | FastEwqPolicy,
     decision: Decision,
-    ask: SizeTarget | None,
+    target: SizeTarget | None,
 ) -> Plan:
-    """A decision's plan within a budget and, on a cluster, placed.
+    """The decision's plan within a target and, on a cluster, placed.
 
     Raises:
-        InputError: the budget cannot be met, or nothing can be placed.
+        InputError: no file is as small, or none can be placed.
     """
-    plan = _decided(model, policy, decision, ask)
-    if ask is None or not ask.machines:
+    plan = plan_of_decision(model, policy, decision, target)
+    if target is None or not target.machines:
         return plan
-    if not can_place(plan.tensors, ask.machines, ask.n_ctx):
+    if not can_place(plan.tensors, target.machines, target.n_ctx):
         whole = plan.budget
-        smaller = replace(ask, machines=(), may_exceed=True)
-        plan = _placeable(
-            lambda n: _decided(model, policy, decision, replace(smaller, n_bytes=n)),
+        smaller = replace(target, machines=(), may_exceed=True)
+        plan = _largest_placeable(
+            lambda n: plan_of_decision(
+                model, policy, decision, replace(smaller, n_bytes=n)
+            ),
             plan.totals.file_size_bytes,
-            ask,
+            target,
         )
         assert whole is not None
         assert plan.budget is not None
         kept = {"limit_bytes", "n_ctx", "context_bytes"}
         budget = plan.budget.model_copy(update=whole.model_dump(include=kept))
         plan = plan.model_copy(update={"budget": budget})
-    placement = place(plan.tensors, ask.machines, ask.n_ctx)
+    placement = place(plan.tensors, target.machines, target.n_ctx)
     return plan.model_copy(update={"placement": placement})
 
 
-def _placeable(plan_of: Callable[[int], Plan], too_large: int, ask: SizeTarget) -> Plan:
+def _largest_placeable(
+    plan_of: Callable[[int], Plan], too_large: int, target: SizeTarget
+) -> Plan:
     """The largest plan that can be placed, to a 65 536th of its bytes.
 
-    Together machines have room that no run of layers on each of them fills: halve what
-    lies between a plan that can be placed and one that cannot.
+    Whole layers seldom fill each machine, so that the sum of the machines' memory is
+    too much: a bisection between sizes that can be placed and sizes that cannot.
     """
     small, best = 0, None
     while too_large - small > too_large >> 16:
@@ -159,7 +160,7 @@ def _placeable(plan_of: Callable[[int], Plan], too_large: int, ask: SizeTarget) 
         except InputError:  # less than the ladder reaches
             small = n_bytes
             continue
-        if can_place(plan.tensors, ask.machines, ask.n_ctx):
+        if can_place(plan.tensors, target.machines, target.n_ctx):
             small, best = n_bytes, plan
         else:
             too_large = plan.totals.file_size_bytes
@@ -167,141 +168,25 @@ def _placeable(plan_of: Callable[[int], Plan], too_large: int, ask: SizeTarget) 
         raise InputError(
             "plan",
             "--machine",
-            f"not even {too_large:,} bytes can be placed on {ask.text} with "
-            f"{ask.n_ctx} tokens of context",
+            f"not even {too_large:,} bytes can be placed on {target.text} with "
+            f"{target.n_ctx} tokens of context",
             "give them more memory, or use more of them or a smaller --ctx",
         )
     return best
 
 
-def _decided(
-    model: ModelTensors,
-    policy: EwqPolicy | FastEwqPolicy,
-    decision: Decision,
-    ask: SizeTarget | None,
-) -> Plan:
-    """A decision's plan, fitted to a budget if there is one.
-
-    What is quantised already is exact first, and the budget is for the rest; where the
-    rest would then be demoted below the ladder, all are fitted alike.
-    """
-    if ask is not None and model.lattices:
-        try:
-            plan = _fitted_plan(model, policy, decision, ask, model.lattices)
-        except InputError:
-            pass  # they alone take more than there is
-        else:
-            if plan.budget is not None and plan.budget.case != 4:
-                return plan
-    return _fitted_plan(model, policy, decision, ask, {})
-
-
-def _fitted_plan(
-    model: ModelTensors,
-    policy: EwqPolicy | FastEwqPolicy,
-    decision: Decision,
-    ask: SizeTarget | None,
-    kept: Lattices,
-) -> Plan:
-    """A decision's plan where some tensors are exact, whatever else is decided."""
-    raw = model.raw_type
-    groups = [
-        replace(group, fixed=group.fixed and model.plain(group.fixed))
-        for group in decision.groups
-    ]
-    ladder = [model.plain(name) for name in policy.ladder]
-    decided = [raw if group.rung is None else ladder[group.rung] for group in groups]
-    types = [group.fixed or name for group, name in zip(groups, decided, strict=True)]
-    budget = None
-    if ask is not None:
-        types, budget = _fitted(model, policy, groups, ask, kept)
-    asked = {
-        tensor.name: name
-        for group, name in zip(groups, types, strict=True)
-        for tensor in group.tensors
-    } | {name: types[0] for name, types in kept.items()}
-    by_tensor = isinstance(policy, EwqPolicy) and policy.granularity == "tensor"
-    entropies = {str(u.key): u.entropy for u in groups} if by_tensor else {}
-    layers = [
-        PlanLayer(
-            layer_idx=group.key,
-            entropy=group.entropy,
-            decision=was,
-            ggml_type=name,
-        )
-        for group, was, name in zip(groups, decided, types, strict=True)
-        if isinstance(group.key, int)
-    ]
-    return assemble(
-        model,
-        policy,
-        asked,
-        layers=layers,
-        thresholds=decision.thresholds,
-        entropies=entropies,
-        budget=budget,
-    )
-
-
-def _fitted(
-    model: ModelTensors,
-    policy: EwqPolicy | FastEwqPolicy,
-    groups: Sequence[AllocationGroup],
-    ask: SizeTarget,
-    kept: Lattices,
-) -> tuple[list[str], Budget]:
-    """Each group's type under a budget; what is kept as it is takes its own bytes."""
-    groups = [
-        replace(group, tensors=tuple(t for t in group.tensors if t.name not in kept))
-        for group in groups
-    ]
-    in_groups = {tensor.name for group in groups for tensor in group.tensors}
-    other_bytes = (header_of(model) or 0) + sum(
-        padded(
-            tensor_bytes(kept.get(tensor.name, (tensor.ggml_type,))[0], tensor.shape)
-        )
-        for tensor in model.tensors
-        if tensor.name not in in_groups
-    )
-    of_groups = sum(group_bytes(group.tensors, model.raw_type) for group in groups)
-    limit = ask.limit(other_bytes + of_groups, model.tensors)
-    fitted = fit(
-        groups,
-        [model.plain(name) for name in policy.ladder],
-        model.raw_type,
-        limit,
-        other_bytes=other_bytes,
-        demote_decision=isinstance(policy, FastEwqPolicy),
-        entries=model.importance.n_values.keys() if model.importance else None,
-    )
-    of_file = other_bytes + sum(
-        group_bytes(group.tensors, name)
-        for group, name in zip(groups, fitted.types, strict=True)
-    )
-    return list(fitted.types), Budget(
-        asked=limit.asked,
-        # Room that nothing can fill is none: it varies from one minute to the next.
-        limit_bytes=of_file if fitted.case == 1 else limit.n_bytes,
-        case=fitted.case,
-        start=fitted.start,
-        n_steps=fitted.n_steps,
-        n_ctx=limit.n_ctx,
-        context_bytes=limit.context_bytes,
-    )
-
-
 def _check_measures(scan: Scan, policy: EwqPolicy) -> None:
-    wrong = (
+    problem = (
         f"epsilon {scan.measures.epsilon}, the policy {policy.epsilon}"
         if policy.measure == "softmax" and policy.epsilon != scan.measures.epsilon
         else f"{scan.measures.n_bins} bins, the policy {policy.n_bins}"
         if policy.measure == "histogram" and policy.n_bins != scan.measures.n_bins
         else None
     )
-    if wrong:
+    if problem:
         raise InputError(
             "plan",
             scan.model.name,
-            f"the scan was measured with {wrong}",
+            f"the scan was measured with {problem}",
             "scan again with the same",
         )

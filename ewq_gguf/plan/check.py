@@ -31,9 +31,9 @@ def check_sound(plan: Plan) -> None:
     _check_layers(plan)
     made = totals_of(plan.tensors, plan.totals.header_bytes)
     for key in Totals.model_fields:
-        found, needed = getattr(plan.totals, key), getattr(made, key)
-        if found != needed:
-            raise _wrong(plan, f"/totals/{key}", found, f"must be {needed}")
+        value, needed = getattr(plan.totals, key), getattr(made, key)
+        if value != needed:
+            raise _wrong(plan, f"/totals/{key}", value, f"must be {needed}")
     if plan.budget and plan.budget.limit_bytes < plan.totals.file_size_bytes:
         problem = f"is less than the file's {plan.totals.file_size_bytes}"
         raise _wrong(plan, "/budget/limit_bytes", plan.budget.limit_bytes, problem)
@@ -47,9 +47,10 @@ def _check_layers(plan: Plan) -> None:
         raise _wrong(plan, "/layers", len(plan.layers), f"must be {len(needed)}")
     for i, (layer, made) in enumerate(zip(plan.layers, needed, strict=True)):
         for key in ("layer_idx", "ggml_type"):
-            found, wanted = getattr(layer, key), getattr(made, key)
-            if found != wanted:
-                raise _wrong(plan, f"/layers/{i}/{key}", found, f"must be {wanted}")
+            value, needed_value = getattr(layer, key), getattr(made, key)
+            if value != needed_value:
+                problem = f"must be {needed_value}"
+                raise _wrong(plan, f"/layers/{i}/{key}", value, problem)
         if layer.decision is not None and layer.decision not in ggml_types.PLANNABLE:
             pointer = f"/layers/{i}/decision"
             raise _wrong(plan, pointer, layer.decision, "is no ggml type")
@@ -90,30 +91,30 @@ def _check_placement(plan: Plan, placement: Placement) -> None:
 def _check_tensor(plan: Plan, tensor: PlanTensor, pointer: str) -> None:
     if not tensor.shape or min(tensor.shape) < 1:
         raise _wrong(plan, f"{pointer}/shape", tensor.shape, "is no tensor's")
-    asked, base = tensor.ggml_type, tensor.base_type
+    ggml_type, base = tensor.ggml_type, tensor.base_type
     if base not in ggml_types.FLOAT_TYPES:
         raise _wrong(plan, f"{pointer}/base_type", base, "is no 16- or 32-bit type")
-    if asked not in ggml_types.PLANNABLE:
-        raise _wrong(plan, f"{pointer}/ggml_type", asked, "is no ggml type")
-    if asked in ggml_types.IMATRIX_TYPES and plan.imatrix is None:
+    if ggml_type not in ggml_types.PLANNABLE:
+        raise _wrong(plan, f"{pointer}/ggml_type", ggml_type, "is no ggml type")
+    if ggml_type in ggml_types.IMATRIX_TYPES and plan.imatrix is None:
         problem = "needs an importance matrix, and none is given"
-        raise _wrong(plan, f"{pointer}/ggml_type", asked, problem)
+        raise _wrong(plan, f"{pointer}/ggml_type", ggml_type, problem)
     made = plan_tensor(
         LayoutTensor(name=tensor.name, shape=tensor.shape, ggml_type=base),
-        asked,
+        ggml_type,
         tensor.entropy,
-        is_exact=tensor.is_exact and asked in ggml_types.LATTICE_TYPES,
+        is_exact=tensor.is_exact and ggml_type in ggml_types.LATTICE_TYPES,
     )
     for key in PlanTensor.model_fields:
-        found, needed = getattr(tensor, key), getattr(made, key)
-        if found != needed:
-            raise _wrong(plan, f"{pointer}/{key}", found, f"must be {needed}")
+        value, needed = getattr(tensor, key), getattr(made, key)
+        if value != needed:
+            raise _wrong(plan, f"{pointer}/{key}", value, f"must be {needed}")
 
 
-def _wrong(plan: Plan, pointer: str, found: object, problem: str) -> InputError:
+def _wrong(plan: Plan, pointer: str, value: object, problem: str) -> InputError:
     return InputError(
         "plan",
         plan.model.name,
-        f"at {pointer}: {found} {problem}",
+        f"at {pointer}: {value} {problem}",
         "plan again instead of editing the file",
     )

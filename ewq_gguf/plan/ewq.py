@@ -34,7 +34,7 @@ def thresholds(
         entropies: at least one, of the layers or of the tensors of a role.
         factor: X.
         rule: `mean` or `q75`.
-        n_weights: of each of them; rule `q75` needs it.
+        n_weights: weights of each layer or tensor; rule `q75` needs them.
     """
     mean = _mean(entropies, [1] * len(entropies))
     variance = fsum((entropy - mean) ** 2 for entropy in entropies) / len(entropies)

@@ -1,4 +1,4 @@
-"""What a policy decides: groups, each a layer or a single tensor, and their rungs.
+"""Allocation groups, each a layer or a single tensor, and the rungs policies decide.
 
 A group takes its steps up and down the ladder as a whole.
 """
@@ -15,21 +15,21 @@ from ewq_gguf.records import EwqPolicy, FastEwqPolicy, LayoutTensor, Scan, Tenso
 from ewq_gguf.records.plan import Thresholds
 from ewq_gguf.tensor_names import is_quantizable, layer_idx, role
 
-#: Of priorities: layers are promoted after what is outside them, the head first of all.
+#: Priorities: the output head is promoted first, then other tensors outside the layers.
 _LAYERS, _OUTSIDE, _OUTPUT = 0.0, 1.0, 2.0
 
 
 @dataclass(frozen=True)
 class AllocationGroup:
-    """A layer, or one tensor.
+    """A layer or one tensor, whose type is chosen as a whole.
 
     Attributes:
         key: the layer's index, or the tensor's name.
-        tensors: its quantisable ones.
+        tensors: its quantisable tensors.
         rung: the policy's decision, an index into the ladder; None: raw, whatever the
             ladder has.
         priority: greater is promoted earlier and demoted later.
-        entropy: that decided, or None.
+        entropy: entropy that decided, or None.
         fixed: the type the user gave it, or None.
     """
 
@@ -43,7 +43,7 @@ class AllocationGroup:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy decided, before any budget.
+    """A policy's decision, before any budget.
 
     Attributes:
         groups: every quantisable tensor is in exactly one.
@@ -57,7 +57,7 @@ class Decision:
 def decide_ewq(
     policy: EwqPolicy, scan: Scan, tensors: Iterable[LayoutTensor]
 ) -> Decision:
-    """By the entropies of a scan.
+    """Decide by the entropies of a scan.
 
     A layer without a linear matrix has no group; a tensor that was not scanned (the
     converter computed it) stays at the source's type.
@@ -73,7 +73,7 @@ def decide_ewq(
 def decide_fast(
     policy: FastEwqPolicy, selected: Iterable[int], tensors: Iterable[LayoutTensor]
 ) -> Decision:
-    """By the layers a classifier selected; the last of them give way first.
+    """Decide by the layers a classifier selected; the last ones are demoted first.
 
     Source: arXiv:2503.04704 section 4.4.2.
     """
@@ -95,7 +95,7 @@ def decide_fast(
 def _by_layer(
     policy: EwqPolicy, scan: Scan, layers: Mapping[int, list[LayoutTensor]]
 ) -> tuple[list[AllocationGroup], dict[str, Thresholds]]:
-    found = {
+    entropies = {
         layer.layer_idx: layer.softmax_entropy_nats
         if policy.measure == "softmax"
         else layer.histogram_entropy_bits
@@ -103,17 +103,17 @@ def _by_layer(
     }
     limits = (
         thresholds(
-            list(found.values()),
+            list(entropies.values()),
             policy.factor,
             rule=policy.rule,
             n_weights=[layer.n_weights for layer in scan.layers],
         )
-        if found
+        if entropies
         else None
     )
     groups = []
     for idx, tensors in sorted(layers.items()):
-        entropy = found.get(idx)
+        entropy = entropies.get(idx)
         groups.append(
             AllocationGroup(
                 key=idx,
@@ -141,19 +141,19 @@ def _by_tensor(
         if name in scanned:
             by_role[role(name)].append(scanned[name])
     limits = {
-        found: thresholds(
+        role_name: thresholds(
             [_entropy(policy, tensor) for tensor in tensors],
             policy.factor,
             rule=policy.rule,
             n_weights=[tensor.n_weights for tensor in tensors],
         )
-        for found, tensors in sorted(by_role.items())
+        for role_name, tensors in sorted(by_role.items())
     }
     groups = []
     for idx, members in sorted(layers.items()):
         for order, tensor in enumerate(members):
-            seen = scanned.get(tensor.name)
-            entropy = _entropy(policy, seen) if seen else None
+            scan_of_tensor = scanned.get(tensor.name)
+            entropy = _entropy(policy, scan_of_tensor) if scan_of_tensor else None
             of_role = limits.get(role(tensor.name))
             z = 0.0 if entropy is None or not of_role else z_score(entropy, of_role)
             groups.append(
@@ -195,14 +195,14 @@ def _split(
             layers[idx].append(tensor)
             continue
         is_output = tensor.name == "output.weight"
-        asked = policy.output_type if is_output else policy.embedding_type
+        own_type = policy.output_type if is_output else policy.embedding_type
         outside.append(
             AllocationGroup(
                 key=tensor.name,
                 tensors=(tensor,),
                 rung=None,
                 priority=(_OUTPUT if is_output else _OUTSIDE, -order),
-                fixed=None if asked == "auto" else asked,
+                fixed=None if own_type == "auto" else own_type,
             )
         )
     return layers, outside

@@ -35,11 +35,11 @@ _N_SHOWN = 3
 
 @dataclass(frozen=True)
 class Imported:
-    """What a file says about a model.
+    """Types that a file asks for.
 
     Attributes:
-        types: by tensor name; what is not named is raw.
-        notes: what of the file was not followed, one line each.
+        types: type by tensor name; tensors that are not named are raw.
+        notes: one line for each part of the file that was not followed.
     """
 
     types: Mapping[str, str]
@@ -67,13 +67,13 @@ def poc_types(values: object, model: ModelTensors, file: str) -> Imported:
     for tensor in model.tensors:
         if (idx := layer_idx(tensor.name)) is not None and tensor.name in quantizable:
             layers[idx].append(tensor.name)
-        for known in {tensor.name, *(source.hf_name for source in tensor.sources)}:
-            fed[known].append(tensor.name)
+        for name in {tensor.name, *(source.hf_name for source in tensor.sources)}:
+            fed[name].append(tensor.name)
     by_layer: dict[str, str] = {}
     by_name: dict[str, str] = {}
     left: list[str] = []
     for key, value in _entries(values, file).items():
-        asked = model.plain(_type_of(value, f"/{key}", file))
+        ggml_type = model.plain(_type_of(value, f"/{key}", file))
         if _LAYER.fullmatch(key):
             if int(key) not in layers:
                 raise InputError(
@@ -83,7 +83,7 @@ def poc_types(values: object, model: ModelTensors, file: str) -> Imported:
                     f"{max(layers, default=0)}",
                     "give the plan of this model",
                 )
-            by_layer |= dict.fromkeys(layers[int(key)], asked)
+            by_layer |= dict.fromkeys(layers[int(key)], ggml_type)
             continue
         names = fed.get(key, [])
         if not names and key != _HEAD and not key.endswith(_MAY_LACK):
@@ -91,11 +91,11 @@ def poc_types(values: object, model: ModelTensors, file: str) -> Imported:
         if not quantizable.intersection(names):
             left.append(key)
         for name in quantizable.intersection(names):
-            if by_name.setdefault(name, asked) != asked:
+            if by_name.setdefault(name, ggml_type) != ggml_type:
                 raise InputError(
                     "plan",
                     file,
-                    f"at /{key}: {asked}, and {by_name[name]} for another part of "
+                    f"at /{key}: {ggml_type}, and {by_name[name]} for another part of "
                     f"{name}",
                     "give all parts of one tensor one type",
                 )
@@ -105,12 +105,12 @@ def poc_types(values: object, model: ModelTensors, file: str) -> Imported:
 
 
 def gguf_types(
-    found: Mapping[str, tuple[tuple[int, ...], str]], model: ModelTensors, file: str
+    tensors: Mapping[str, tuple[tuple[int, ...], str]], model: ModelTensors, file: str
 ) -> Imported:
     """The types of another GGUF file of the same model.
 
     Args:
-        found: each tensor's shape, slowest dimension first, and type, by name.
+        tensors: each tensor's shape, slowest dimension first, and type, by name.
         model: the model.
         file: its name, for messages.
 
@@ -118,7 +118,7 @@ def gguf_types(
         InputError: its tensors are not the model's, or a type cannot be planned.
     """
     shapes = {tensor.name: tensor.shape for tensor in model.tensors}
-    for name, (shape, _) in found.items():
+    for name, (shape, _) in tensors.items():
         if name not in shapes:
             raise _unknown(name, list(shapes), file)
         if shape != shapes[name]:
@@ -128,7 +128,7 @@ def gguf_types(
                 f"{name} has shape {shape}, the model's {shapes[name]}",
                 "give a file of this model",
             )
-    if missing := [name for name in shapes if name not in found]:
+    if missing := [name for name in shapes if name not in tensors]:
         raise InputError(
             "plan",
             file,
@@ -137,12 +137,12 @@ def gguf_types(
             "give a whole file of this model",
         )
     types = {
-        name: _plannable(found[name][1], name, file) for name in _quantizable(model)
+        name: _plannable(tensors[name][1], name, file) for name in _quantizable(model)
     }
     left = [
         tensor.name
         for tensor in model.tensors
-        if tensor.name not in types and found[tensor.name][1] != tensor.ggml_type
+        if tensor.name not in types and tensors[tensor.name][1] != tensor.ggml_type
     ]
     return Imported(types, _left_note(left))
 
@@ -202,12 +202,12 @@ def _plannable(ggml_type: str, where: str, file: str) -> str:
     return ggml_type
 
 
-def _unknown(name: str, known: Sequence[str], file: str) -> InputError:
+def _unknown(name: str, names: Sequence[str], file: str) -> InputError:
     return InputError(
         "plan",
         file,
         f"the model has no tensor {name}",
-        f"the nearest name is {nearest_name(name, known)}",
+        f"the nearest name is {nearest_name(name, names)}",
     )
 
 

@@ -1,7 +1,7 @@
-"""What is quantised already keeps its values in every policy, where the size allows.
+"""Weights that are quantised already keep their values in every policy.
 
-A tensor is exact in a type whose lattice it is on: nothing is lost by it, so a type of
-no more bytes replaces whatever a policy chose.
+A tensor is exact in a type whose lattice it is on: nothing is lost by it, so such a
+type replaces the one that a policy chose, where it takes no more bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Lattices = Mapping[str, tuple[str, ...]]
 
 
 def lattices_of(scan: Scan) -> dict[str, tuple[str, ...]]:
-    """Those that a scan has found."""
+    """The lattices that a scan has found."""
     return {tensor.name: tensor.lattice for tensor in scan.tensors if tensor.lattice}
 
 
@@ -30,33 +30,33 @@ def exact_types(
     """The types of a plan where an exact one takes no more bytes than what was chosen.
 
     Args:
-        tensors: of the file.
-        types: that were chosen, by name; raw without one.
-        raw_type: what `raw` means.
-        lattices: of the tensors.
+        tensors: tensors of the file.
+        types: chosen types by name; raw without one.
+        raw_type: ggml type that `raw` stands for.
+        lattices: types that hold each tensor exactly.
     """
-    found = dict(types)
+    result = dict(types)
     for tensor in tensors:
         exact = lattices.get(tensor.name, ())
         chosen = written_type(types.get(tensor.name, raw_type), tensor.shape[-1])
         if exact and tensor_bytes(exact[0], tensor.shape) <= tensor_bytes(
             chosen, tensor.shape
         ):
-            found[tensor.name] = exact[0]
-    return found
+            result[tensor.name] = exact[0]
+    return result
 
 
 def allowed(
     lattices: Lattices, menus: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, ...]]:
-    """Those types that a tensor may have."""
-    found = {
+    """The exact types that are in each tensor's menu."""
+    exact = {
         name: tuple(
             ggml_type for ggml_type in types if ggml_type in menus.get(name, ())
         )
         for name, types in lattices.items()
     }
-    return {name: types for name, types in found.items() if types}
+    return {name: types for name, types in exact.items() if types}
 
 
 def without_loss(
@@ -66,14 +66,14 @@ def without_loss(
     return {
         name: {
             ggml_type: 0.0 if ggml_type in lattices.get(name, ()) else cost
-            for ggml_type, cost in one.items()
+            for ggml_type, cost in by_type.items()
         }
-        for name, one in costs.items()
+        for name, by_type in costs.items()
     }
 
 
 def lattice_line(tensors: Iterable[PlanTensor], lattices: Lattices) -> str | None:
-    """What is said of a plan of a model that is quantised already; None of others."""
+    """A line about a model that is quantised already; None for other models."""
     matrices = [tensor for tensor in tensors if tensor.is_quantizable]
     on = [tensor for tensor in matrices if tensor.name in lattices]
     if not on:
