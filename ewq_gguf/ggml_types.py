@@ -54,8 +54,8 @@ class GgmlType:
         block_bytes: Bytes per block.
         ftype: llama-quantize's name of a file whose main type this is; None for types
             that cannot be planned.
-        fallback: What llama-quantize writes where rows are no whole number of blocks;
-            None where that is F16 (src/llama-quant.cpp, tensor_type_fallback).
+        fallback: Type that llama-quantize writes where rows are no whole number of
+            blocks; None where that is F16 (src/llama-quant.cpp, tensor_type_fallback).
         dot_type: Type that the CPU rounds activations to before it multiplies them with
             weights of this type (ggml-cpu.c, vec_dot_type); None without a kernel.
         needs_imatrix: Whether llama-quantize refuses the type without an importance

@@ -1,4 +1,4 @@
-"""What all records share: unknown keys refused, a schema name, canonical JSON."""
+"""Base of all records: unknown keys are refused; schema names; canonical JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Record(Part):
 
     Attributes:
         schema_name: such as `ewq.plan`.
-        schema_version: of that schema.
+        schema_version: version of that schema.
     """
 
     schema_name: str
