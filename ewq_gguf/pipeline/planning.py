@@ -11,7 +11,6 @@ from ewq_gguf.errors import ChildError, InputError, ToolError, UsageError
 from ewq_gguf.fastewq.classifier import select_layers
 from ewq_gguf.fastewq.rows import layer_features, rows_in_use, rows_sha256
 from ewq_gguf.llamacpp.devices import free_memory
-from ewq_gguf.llamacpp.toolchain import toolchain_key
 from ewq_gguf.optimal.candidate_types import candidate_types
 from ewq_gguf.optimal.search import check_search, search
 from ewq_gguf.plan.build import make_fast_plan, make_plan
@@ -216,7 +215,7 @@ def _need_header(run: Run) -> None:
     if run.given_scan is None:
         _ = run.layout
     elif run.known_layout is None:
-        toolchain_key(run.options.llama_cpp)  # an own one that cannot be used is said
+        _ = run.toolchain_key  # an own llama.cpp that cannot be used is said
         raise InputError(
             "plan",
             run.identity.name,

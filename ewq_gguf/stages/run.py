@@ -51,14 +51,11 @@ class Run:
     def with_options(self, **changes: Any) -> Run:
         """The same run with other options; what they do not change stays read."""
         other = replace(self, options=replace(self.options, **changes))
-        read = {"toolchain", "checkpoint", "unchecked_layout", "importance"}
-        if _OPENING & changes.keys():
-            read.clear()
-        if "imatrix" in changes:
-            read -= {"importance"}
-        vars(other).update(
-            {name: vars(self)[name] for name in read & vars(self).keys()}
-        )
+        if not _OPENING & changes.keys():
+            names = {"toolchain", "toolchain_key", "checkpoint", "unchecked_layout"}
+            if "imatrix" not in changes:
+                names.add("importance")
+            vars(other).update({k: v for k, v in vars(self).items() if k in names})
         return other
 
     @cached_property
@@ -69,6 +66,15 @@ class Run:
             ToolError: there is none, or it fails its self-test.
         """
         return find_toolchain(self.options.llama_cpp)
+
+    @cached_property
+    def toolchain_key(self) -> str:
+        """The key of the llama.cpp that is used; ours need not be built.
+
+        Raises:
+            ToolError: the user's own cannot be used.
+        """
+        return toolchain_key(self.options.llama_cpp)
 
     @property
     def given_scan(self) -> Scan | None:
@@ -138,7 +144,7 @@ class Run:
         if "unchecked_layout" in vars(self):
             return self.unchecked_layout
         try:
-            key = toolchain_key(self.options.llama_cpp)
+            key = self.toolchain_key
         except ToolError:
             return None
         return cached_layout(self.identity.fingerprint, key)
