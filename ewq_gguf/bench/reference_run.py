@@ -79,7 +79,7 @@ def cached_reference(
     parameters, model = _asked(request), identify(base)
     # Only what the file depends on, so that every command finds the same one.
     matters = parameters.model_dump_json(include=_MATTERS)
-    key = store.sha256_text(f"{model.sha256} {LLAMA_CPP_COMMIT} {matters}")
+    key = store.cache_key(model.sha256, LLAMA_CPP_COMMIT, matters)
     path = store.cache_dir("references") / f"{key[:32]}.gguf"
     with store.locked(path, stage=STAGE, wait=True):
         try:

@@ -249,7 +249,7 @@ def _journal(
 ) -> Path:
     """Where finished parts are kept, by everything they depend on."""
     hashes = f"{file.sha256} {base and base.sha256} {engines}"
-    key = store.sha256_text(f"{hashes} {parameters.model_dump_json()}")
+    key = store.cache_key(hashes, parameters.model_dump_json())
     return store.cache_dir("bench") / f"{key}.journal"
 
 

@@ -50,8 +50,8 @@ def written_text(
     header = read_gguf(base)
     _check_writes(base, header)
     n_tokens = header.window(N_TOKENS)
-    settings = f"{n_documents} {n_tokens} {seed} {LLAMA_CPP_COMMIT}"
-    key = store.sha256_text(f"{identify(base).sha256} {settings}")
+    settings = (n_documents, n_tokens, seed, LLAMA_CPP_COMMIT)
+    key = store.cache_key(identify(base).sha256, *settings)
     path = store.cache_dir("texts") / f"self-{key[:32]}.txt"
     with store.locked(path, stage=STAGE, wait=True):
         if path.exists():

@@ -180,7 +180,7 @@ class KeptFiles:
         request = files[0].request
         hashes = [identify(file.path).sha256 for file in files]
         asked = _turn(request).parameters().model_dump_json()
-        key = store.sha256_text(f"{hashes} {asked} {LLAMA_CPP_COMMIT}")[:16]
+        key = store.cache_key(hashes, asked, LLAMA_CPP_COMMIT)[:16]
         turns: dict[str, list[Result]] = {file.name: [] for file in files}
         for turn in range(request.n_repeats):
             # Back and forth, so that what drifts with time meets all alike.

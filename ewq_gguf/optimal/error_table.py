@@ -58,8 +58,8 @@ def error_table(
     n_weights = sum(sizes[name] for name in types)
     share = min(max(_MAX_SAMPLED / n_weights, _MIN_SHARE), 1.0)
     matrix = store.sha256_file(options.imatrix) if options.imatrix else None
-    made_by = f"{identify(base).sha256} {matrix} {LLAMA_CPP_COMMIT} {share}"
-    journal = store.cache_dir("errors") / f"{store.sha256_text(made_by)}.journal"
+    key = store.cache_key(identify(base).sha256, matrix, LLAMA_CPP_COMMIT, share)
+    journal = store.cache_dir("errors") / f"{key}.journal"
     with store.locked(journal, stage=STAGE, wait=True):
         errors = read_journal(journal, QuantError)
         missing = {

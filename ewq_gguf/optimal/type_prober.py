@@ -113,8 +113,10 @@ class TypeProber:
         request = replace(self.request, tasks=("kld",), base=self.base)
         parameters, matrix = request.parameters(), self.options.imatrix
         matrix_sha256 = store.sha256_file(matrix) if matrix else None
-        made_by = f"{identify(self.base).sha256} {matrix_sha256} {LLAMA_CPP_COMMIT}"
-        key = store.sha256_text(f"{made_by} {parameters.model_dump_json()}")
+        key = store.cache_key(
+            *(identify(self.base).sha256, matrix_sha256, LLAMA_CPP_COMMIT),
+            parameters.model_dump_json(),
+        )
         journal = store.cache_dir("probes") / f"{key}.journal"
         with store.locked(journal, stage=STAGE, wait=True):
             measured = read_journal(journal, TypeProbePart)

@@ -168,8 +168,8 @@ def _journal(request: Request, toolchain: Toolchain) -> Path:
     """Path of the results of files that are measured alike."""
     assert request.base is not None
     parameters = request.parameters().model_dump_json()
-    made_by = f"{toolchain.key} {LLAMA_CPP_COMMIT}"
-    key = store.sha256_text(f"{identify(request.base).sha256} {made_by} {parameters}")
+    base_sha256 = identify(request.base).sha256
+    key = store.cache_key(base_sha256, toolchain.key, LLAMA_CPP_COMMIT, parameters)
     return store.cache_dir("studies") / f"{key}.journal"
 
 

@@ -121,7 +121,7 @@ class Task(_Task):
             return {}
         setup = parameters.setup.model_dump_json()
         hashes = f"{base.sha256} {engine_key(request.base)} {parameters.prompts_sha256}"
-        key = store.sha256_text(f"{hashes} {parameters.max_tokens} {setup}")
+        key = store.cache_key(hashes, parameters.max_tokens, setup)
         folder = store.cache_dir("bench", "answers", key)
         return {"base": str(request.base.absolute()), "base_answers": str(folder)}
 
