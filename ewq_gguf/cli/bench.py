@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 
 from ewq_gguf import api
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.bench.runner import Request
-from ewq_gguf.cli.bench_options import bench_options, request_of, with_data
+from ewq_gguf.cli.bench_options import BenchOptions, bench_options
 from ewq_gguf.cli.common import (
     PATH,
     json_option,
@@ -21,33 +20,40 @@ from ewq_gguf.cli.common import (
     run_options,
 )
 from ewq_gguf.cli.progress import BarProgress
+from ewq_gguf.cli.sections import SectionedCommand, option
 from ewq_gguf.errors import UsageError
 from ewq_gguf.records import Result
 from ewq_gguf.report.bench_view import bench_view
 
+_BNB = "bitsandbytes"
 
-@click.command()
+
+@click.command(cls=SectionedCommand)
 @click.argument("files", type=PATH, metavar="FILE...|MODEL", nargs=-1, required=True)
 @out_option("the result, a folder for several.  [default: results/NAME.json]")
-@click.option(
+@option(
     "--base",
     type=PATH,
+    metavar="FILE",
     help="Model to compare with: the base GGUF, its reference, or a checkpoint.",
 )
-@click.option(
+@option(
     "--backend",
+    section=_BNB,
     type=click.Choice(("llama", "bnb")),
     default="llama",
-    show_default=True,
     help="Engine: llama.cpp, or transformers with bitsandbytes' layers (bnb).",
 )
-@click.option(
+@option(
     "--plan",
+    section=_BNB,
     type=PATH,
+    metavar="PLAN",
     help="Plan that --backend bnb quantises MODEL by.  [default: unquantised]",
 )
-@click.option(
+@option(
     "--save",
+    section=_BNB,
     type=PATH,
     metavar="DIR",
     help="Folder to write the quantised model of --backend bnb to.",
@@ -58,10 +64,14 @@ from ewq_gguf.report.bench_view import bench_view
 def bench(
     files: tuple[Path, ...],
     out: Path | None,
+    base: Path | None,
+    backend: str,
+    plan: Path | None,
+    save: Path | None,
+    bench: BenchOptions,
     as_json: bool,
     options: api.Options,
     progress: BarProgress,
-    **values: Any,
 ) -> None:
     """Evaluate GGUF files, or a plan with bitsandbytes, with error bars.
 
@@ -70,45 +80,46 @@ def bench(
     llama-bench counts it; each file in processes of its own.
     A run that was killed goes on where it was.
     """
-    request = request_of(values)
+    request = bench.request(base)
     request.check_base()
-    files, out, request = _resolved(files, out, request, values, options, progress)
+    if backend == "llama":
+        _check_llama(files, plan, save)
+    else:
+        options = replace(options, n_threads=request.setup.n_threads)
+        run = api.Run(str(_only(files)), options, progress)
+        file, name, request = api.quantised_checkpoint(run, request, plan, save)
+        files, out = (file,), out or Path("results") / f"{name}.json"
     api.check_files(files, request)
-    request = with_data(request, values)
+    request = bench.with_data(request)
     results = api.bench(files, request, out, force=options.force, progress=progress)
     _print(results, as_json=as_json)
 
 
-def _resolved(
-    files: tuple[Path, ...],
-    out: Path | None,
-    request: Request,
-    values: dict[str, Any],
-    options: api.Options,
-    progress: BarProgress,
-) -> tuple[tuple[Path, ...], Path | None, Request]:
-    """The files to measure, and the result's place; for bnb the checkpoint's folder.
+def _check_llama(files: Iterable[Path], plan: Path | None, folder: Path | None) -> None:
+    """Refuse what only bitsandbytes takes.
 
     Raises:
-        UsageError: options that do not go together.
+        UsageError: naming it.
     """
-    plan, folder = values["plan"], values["save"]
-    if values["backend"] == "llama":
-        if plan or folder:
-            what = "--plan" if plan else "--save"
-            raise UsageError(STAGE, what, "is for --backend bnb", "add it")
-        for file in files:
-            if file.is_dir():
-                problem = "is a folder, llama.cpp takes GGUF files"
-                raise UsageError(STAGE, file, problem, "add --backend bnb")
-        return files, out, request
+    for flag, value in (("--plan", plan), ("--save", folder)):
+        if value:
+            raise UsageError(STAGE, flag, "is for --backend bnb", "add it")
+    for file in files:
+        if file.is_dir():
+            problem = "is a folder, llama.cpp takes GGUF files"
+            raise UsageError(STAGE, file, problem, "add --backend bnb")
+
+
+def _only(files: Sequence[Path]) -> Path:
+    """The one model that bitsandbytes takes.
+
+    Raises:
+        UsageError: there are more.
+    """
     if len(files) > 1:
         problem = f"{len(files)} models are given, bnb takes one"
         raise UsageError(STAGE, "MODEL", problem, "measure them one by one")
-    options = replace(options, n_threads=request.setup.n_threads)
-    run = api.Run(str(files[0]), options, progress)
-    file, name, request = api.quantised_checkpoint(run, request, plan, folder)
-    return (file,), out or Path("results") / f"{name}.json", request
+    return files[0]
 
 
 def _print(results: list[Result], *, as_json: bool) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,14 @@ import click
 
 from ewq_gguf import data
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.bench.runner import CACHE_TYPES, Request
-from ewq_gguf.bench.task import TaskOption
+from ewq_gguf.bench.runner import Request
+from ewq_gguf.bench.task import Task, TaskOption
 from ewq_gguf.bench.tasks import all_tasks, task_names, tasks_of
 from ewq_gguf.checkpoint.texts import wikitext
-from ewq_gguf.cli.common import threads_option
-from ewq_gguf.cli.sections import all_of
+from ewq_gguf.cli.devices import comma_list, setup_options
+from ewq_gguf.cli.sections import Decorator, collected, option
 from ewq_gguf.errors import UsageError
-from ewq_gguf.process import N_CPUS
 from ewq_gguf.records import BenchSetup
-from ewq_gguf.rpc.commands import server_address
 
 _WITH_DATA = ", ".join(
     f"{task.names[0]} with {task.options[0].flag}"
@@ -29,199 +27,193 @@ _WITH_DATA = ", ".join(
 )
 _DOMAINS = "domains"
 
-ctx_option = click.option(
+_TEXTS = "Texts"
+
+ctx_option = option(
     "--ctx",
+    section=_TEXTS,
     type=click.IntRange(8),
     default=512,
-    show_default=True,
+    metavar="N",
     help="Tokens of a window of text, of which the second half is scored.",
 )
-device_option = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="auto|cpu|NAMES",
-    help="Devices to load the model on, named as llama.cpp lists them.",
-)
 
 
-def _option(option: TaskOption) -> Callable[[Any], Any]:
-    """A task's option as click's."""
-    number = None
-    if option.minimum is not None:
-        number = click.IntRange(option.minimum, option.maximum)
-    return click.option(
-        option.flag,
-        type=number,
-        metavar=option.metavar,
-        default=option.default,
-        show_default=option.default is not None,
-        help=option.help,
+@dataclass(frozen=True)
+class TextOptions:
+    """The texts that are scored, and how.
+
+    Attributes:
+        texts: Name and file of each; empty for wikitext.
+        n_chunks: Windows of each, at most; None for all.
+        n_ctx: Tokens of a window.
+        is_lines: Whether each line is a document.
+    """
+
+    texts: tuple[tuple[str, Path], ...]
+    n_chunks: int | None
+    n_ctx: int
+    is_lines: bool
+
+
+def _texts(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of texts as TextOptions.
+
+    Raises:
+        UsageError: texts that are read by lines and others are given together.
+    """
+    texts, is_lines = values.pop("texts"), values.pop("lines")
+    has_domains = _DOMAINS in texts
+    if has_domains and len(texts) > 1 and not is_lines:
+        problem = "are read by lines, and the other texts would be, too"
+        raise UsageError(STAGE, "--text domains", problem, "say so with --lines")
+    options = TextOptions(
+        tuple(named for text in texts for named in named_texts(text)),
+        values.pop("chunks"),
+        values.pop("ctx"),
+        is_lines or has_domains,
     )
+    return {**values, "texts": options}
 
 
-#: Which texts are read, and how they are cut.
-text_options = all_of(
+#: The options of texts: the command takes `texts`, TextOptions.
+text_options = collected(
     (
-        click.option(
+        option(
             "--text",
             "texts",
+            section=_TEXTS,
             multiple=True,
             metavar="NAME=FILE|domains",
             help="Text to score; repeat. domains: six short texts of the package, by "
             "--lines.  [default: wikitext, of EWQ_TEXT_DIR or the Hub]",
         ),
-        click.option(
+        option(
             "--chunks",
+            section=_TEXTS,
             type=click.IntRange(1),
+            metavar="N",
             help="Windows of each text to score, at most.  [default: all]",
         ),
         ctx_option,
-        click.option(
+        option(
             "--lines",
+            section=_TEXTS,
             is_flag=True,
             help="Score each line as a document of its own, all of it.",
         ),
-    )
-)
-#: What `setup_of` reads.
-setup_options = all_of(
-    (
-        device_option,
-        click.option(
-            "-ngl",
-            "--gpu-layers",
-            type=click.IntRange(0),
-            help="Layers to put on the devices.  [default: all]",
-        ),
-        click.option(
-            "--tensor-split",
-            metavar="LIST",
-            help="Shares of the model on each device, such as 3,1.",
-        ),
-        click.option(
-            "--rpc",
-            metavar="LIST",
-            help="RPC workers of llama.cpp, as host:port,host:port.",
-        ),
-        click.option(
-            "--allow-public",
-            is_flag=True,
-            help="Allow RPC workers with public addresses; they are not encrypted.",
-        ),
-        click.option(
-            "--cache-type-k",
-            type=click.Choice(CACHE_TYPES),
-            default="f16",
-            show_default=True,
-            help="ggml type of the KV cache's keys.",
-        ),
-        click.option(
-            "--cache-type-v",
-            type=click.Choice(CACHE_TYPES),
-            default="f16",
-            show_default=True,
-            help="ggml type of the KV cache's values.",
-        ),
-        threads_option,
-    )
-)
-#: What `request_of` and `with_data` read, the base left out.
-bench_options = all_of(
-    (
-        click.option(
-            "--tasks",
-            metavar="LIST",
-            help=f"Tasks: {','.join(task_names())}.  [default: all; kld with a base, "
-            f"{_WITH_DATA}]",
-        ),
-        text_options,
-        *(_option(option) for task in all_tasks() for option in task.options),
-        setup_options,
-    )
+    ),
+    _texts,
 )
 
 
-def request_of(values: dict[str, Any]) -> Request:
-    """The request that the command line makes of every file.
+def _task_option(task: Task, own: TaskOption) -> Decorator:
+    """A task's option as click's."""
+    number = None
+    if own.minimum is not None:
+        number = click.IntRange(own.minimum, own.maximum)
+    return option(
+        own.flag,
+        section=f"Options of task {task.names[0]}",
+        type=number,
+        metavar=own.metavar or ("N" if number else None),
+        default=own.default,
+        help=own.help,
+    )
 
-    Raises:
-        UsageError: a task is unknown, or an option says nothing.
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The tasks, and the texts and devices that they are measured with.
+
+    Attributes:
+        tasks: Names of the tasks; empty for those that have their data.
+        texts: Texts to score.
+        setup: Devices and threads.
+        values: Values of the tasks' own options, by name.
     """
-    default = [name for task in all_tasks() for name in task.default_names(values)]
-    selected = comma_list(values["tasks"]) or default
-    tasks = tuple(name for name in task_names() if name in selected)
-    if unknown := sorted(set(selected).difference(task_names())):
-        problem, names = f"there is no {unknown[0]!r}", ",".join(task_names())
-        raise UsageError(STAGE, "--tasks", problem, f"use {names}")
-    has_domains = _DOMAINS in values["texts"]
-    if has_domains and len(values["texts"]) > 1 and not values["lines"]:
-        problem = "are read by lines, and the other texts would be, too"
-        raise UsageError(STAGE, "--text domains", problem, "say so with --lines")
-    return Request(
-        tasks=tasks,
-        base=values["base"],
-        texts=tuple(text for one in values["texts"] for text in named_texts(one)),
-        setup=setup_of(values),
-        n_ctx=values["ctx"],
-        n_chunks=values["chunks"],
-        is_lines=values["lines"] or has_domains,
-        n_repeats=values["repeats"],
-    )
+
+    tasks: tuple[str, ...]
+    texts: TextOptions
+    setup: BenchSetup
+    values: Mapping[str, Any]
+
+    def request(self, base: Path | None) -> Request:
+        """The request that the command line makes of every file."""
+        values = {**self.values, "base": base}
+        default = [name for task in all_tasks() for name in task.default_names(values)]
+        return Request(
+            tasks=tuple(n for n in task_names() if n in (self.tasks or default)),
+            base=base,
+            texts=self.texts.texts,
+            setup=self.setup,
+            n_ctx=self.texts.n_ctx,
+            n_chunks=self.texts.n_chunks,
+            is_lines=self.texts.is_lines,
+            n_repeats=self.values["repeats"],
+        )
+
+    def with_data(self, request: Request) -> Request:
+        """The request with its tasks' data, from the Hub where that is said.
+
+        Raises:
+            NetworkError, ResourceError: it cannot be fetched.
+            InputError: the fetched data are not the known ones.
+        """
+        settings = {
+            task.name: own
+            for task in tasks_of(request.tasks)
+            if (own := task.settings_of(self.values))
+        }
+        return replace(with_texts(request), settings=settings)
 
 
-def setup_of(values: dict[str, Any]) -> BenchSetup:
-    """How models are loaded, by the options.
-
-    Raises:
-        UsageError: a share or a worker's address is none.
-    """
-    return BenchSetup(
-        device=values["device"],
-        n_gpu_layers=values["gpu_layers"],
-        tensor_split=tuple(map(_share, comma_list(values["tensor_split"]))),
-        rpc=tuple(
-            server_address(server, allow_public=values["allow_public"])
-            for server in comma_list(values["rpc"])
-        ),
-        n_threads=values["n_threads"] or N_CPUS,
-        cache_type_k=values["cache_type_k"],
-        cache_type_v=values["cache_type_v"],
-    )
-
-
-def with_data(request: Request, values: dict[str, Any]) -> Request:
-    """The request with the data that its tasks read, from the Hub where that is said.
+def with_texts(request: Request) -> Request:
+    """The request with wikitext, where it scores texts and has none.
 
     Raises:
         NetworkError, ResourceError: it cannot be fetched.
-        InputError: the fetched data are not the known ones.
     """
-    texts = request.texts
-    tasks = tasks_of(request.tasks)
-    if any(task.name == "texts" for task in tasks) and not texts:
-        texts = (("wikitext", wikitext(STAGE)),)
-    settings = {
-        task.name: found for task in tasks if (found := task.settings_of(values))
-    }
-    return replace(request, texts=texts, settings=settings)
+    has_texts = any(task.name == "texts" for task in tasks_of(request.tasks))
+    if request.texts or not has_texts:
+        return request
+    return replace(request, texts=(("wikitext", wikitext(STAGE)),))
 
 
-def comma_list(text: str | None) -> list[str]:
-    """The parts of an option's text, without blanks and empty ones."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+def _bench(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of tasks as BenchOptions.
+
+    Raises:
+        UsageError: a task is unknown.
+    """
+    tasks = comma_list(values.pop("tasks"))
+    if unknown := sorted(set(tasks).difference(task_names())):
+        problem, names = f"there is no {unknown[0]!r}", ",".join(task_names())
+        raise UsageError(STAGE, "--tasks", problem, f"use {names}")
+    flags = [own.flag for task in all_tasks() for own in task.options]
+    keys = [flag.strip("-").replace("-", "_") for flag in flags]
+    own_values = {name: values.pop(name) for name in keys}
+    bench = BenchOptions(
+        tuple(tasks), values.pop("texts"), values.pop("setup"), own_values
+    )
+    return {**values, "bench": bench}
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < float("inf"):
-        raise UsageError(
-            STAGE, "--tensor-split", f"{text!r} is no share", "use numbers, as in 3,1"
-        )
-    return share
+#: The options of tasks, texts and devices: the command takes `bench`, BenchOptions.
+bench_options = collected(
+    (
+        option(
+            "--tasks",
+            metavar="LIST",
+            help=f"Tasks to run, with commas: {', '.join(task_names())}.  [default: "
+            f"all; kld with a base, {_WITH_DATA}]",
+        ),
+        text_options,
+        *(_task_option(task, own) for task in all_tasks() for own in task.options),
+        setup_options,
+    ),
+    _bench,
+)
 
 
 def named_texts(text: str) -> tuple[tuple[str, Path], ...]:

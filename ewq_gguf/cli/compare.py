@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 
 from ewq_gguf import api
 from ewq_gguf.bench.engines.scorer import STAGE
-from ewq_gguf.cli.bench_options import bench_options, comma_list, request_of, with_data
+from ewq_gguf.cli.bench_options import BenchOptions, bench_options
 from ewq_gguf.cli.common import (
     CHOICES,
     PATH,
@@ -22,9 +21,10 @@ from ewq_gguf.cli.common import (
     run_options,
     show_record,
 )
+from ewq_gguf.cli.devices import comma_list
 from ewq_gguf.cli.policy import rule_of
 from ewq_gguf.cli.progress import BarProgress
-from ewq_gguf.cli.sections import DefaultGroup, option
+from ewq_gguf.cli.sections import DefaultGroup, SectionedCommand, option
 from ewq_gguf.errors import UsageError
 from ewq_gguf.experiments.across_models import across_models, across_view
 from ewq_gguf.experiments.comparison_record import Comparison
@@ -38,7 +38,7 @@ def compare() -> None:
     """Compare mixed plans with presets of similar size."""
 
 
-@compare.command(name="make", hidden=True)
+@compare.command(name="make", hidden=True, cls=SectionedCommand)
 @click.argument("model")
 @option(
     "--plans",
@@ -71,10 +71,10 @@ def make(
     presets: tuple[str, ...],
     out: Path | None,
     keep_files: bool,
+    bench: BenchOptions,
     as_json: bool,
     options: api.Options,
     progress: BarProgress,
-    **values: Any,
 ) -> None:
     """Compare mixed plans of MODEL with presets of similar size.
 
@@ -83,7 +83,7 @@ def make(
     where it was.
     """
     # The model stands for its base, which is made later.
-    request = with_data(request_of({**values, "base": Path(model)}), values)
+    request = bench.with_data(bench.request(Path(model)))
     wanted = api.ComparisonSpec(
         plans=parse_plans(plans),
         presets=tuple(

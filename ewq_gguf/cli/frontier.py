@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from ewq_gguf import store
-from ewq_gguf.cli.bench_options import comma_list
 from ewq_gguf.cli.common import PATH
+from ewq_gguf.cli.devices import comma_list
 from ewq_gguf.cli.policy import parameter_options
 from ewq_gguf.cli.sections import option
 from ewq_gguf.cli.study import StudyOptions, run, study_options

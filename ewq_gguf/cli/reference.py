@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ewq_gguf import store
+from ewq_gguf.api import Options
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.files import check_measurable, identify
 from ewq_gguf.bench.reference_run import existing_reference, make_reference
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.cli.bench_options import (
-    named_texts,
-    setup_of,
-    setup_options,
+    TextOptions,
     text_options,
-    with_data,
+    with_texts,
 )
-from ewq_gguf.cli.common import (
-    PATH,
-    force_option,
-    json_option,
-    quiet_option,
-)
+from ewq_gguf.cli.common import PATH, json_option, out_option, run_options
+from ewq_gguf.cli.devices import setup_options
 from ewq_gguf.cli.progress import BarProgress
 from ewq_gguf.errors import UsageError
+from ewq_gguf.records import BenchSetup
 
 
 @click.command()
 @click.argument("base", type=PATH)
-@click.option(
-    "-o", "--out", type=PATH, required=True, help="Where to write the reference."
-)
+@out_option("the reference.", required=True)
 @text_options
 @setup_options
-@force_option
-@quiet_option
+@run_options("force")
 @json_option
 def reference(
-    base: Path, out: Path, force: bool, quiet: bool, as_json: bool, **values: Any
+    base: Path,
+    out: Path,
+    texts: TextOptions,
+    setup: BenchSetup,
+    as_json: bool,
+    options: Options,
+    progress: BarProgress,
 ) -> None:
     """Store the base model's logits once, for KL divergence; prints the path.
 
@@ -51,21 +49,21 @@ def reference(
         problem = "is a folder, a reference is made of a GGUF file"
         raise UsageError(STAGE, base, problem, "make it with `ewq convert`")
     identify(base)
-    check_measurable(base, values["ctx"])
+    check_measurable(base, texts.n_ctx)
     store.check_writable(out, STAGE)
-    request = Request(
-        tasks=("perplexity",),
-        texts=tuple(text for one in values["texts"] for text in named_texts(one)),
-        setup=setup_of(values),
-        n_ctx=values["ctx"],
-        n_chunks=values["chunks"],
-        is_lines=values["lines"] or "domains" in values["texts"],
+    request = with_texts(
+        Request(
+            tasks=("perplexity",),
+            texts=texts.texts,
+            setup=setup,
+            n_ctx=texts.n_ctx,
+            n_chunks=texts.n_chunks,
+            is_lines=texts.is_lines,
+        )
     )
-    request = with_data(request, values)
     store.check_distinct(out, [base, *(path for _, path in request.texts)], STAGE)
-    progress = BarProgress(quiet=quiet)
     with store.locked(out, stage=STAGE):
-        record = None if force else existing_reference(out, base, request)
+        record = None if options.force else existing_reference(out, base, request)
         if record is not None:
             progress.note(f"{out} was there already, still valid")
         else:

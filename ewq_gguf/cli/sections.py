@@ -50,7 +50,10 @@ class SectionedCommand(click.Command):
                 _write(ctx, formatter, str(title), params)
         elif sections:
             with formatter.section("More options, explained by --help-all"):
-                flags = [" ".join(p.opts[0] for p in ps) for ps in sections.values()]
+                flags = [
+                    " ".join(max(param.opts, key=len) for param in params)
+                    for params in sections.values()
+                ]
                 titles = [str(title).removeprefix("Options of ") for title in sections]
                 formatter.write_dl(list(zip(titles, flags, strict=True)))
 

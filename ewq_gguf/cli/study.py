@@ -11,7 +11,7 @@ import click
 from ewq_gguf import api, store
 from ewq_gguf.bench.runner import CPU_SETUP, Request
 from ewq_gguf.checkpoint.texts import wikitext
-from ewq_gguf.cli.bench_options import ctx_option, device_option, named_text
+from ewq_gguf.cli.bench_options import ctx_option, named_text
 from ewq_gguf.cli.common import (
     CHOICES,
     json_option,
@@ -19,6 +19,7 @@ from ewq_gguf.cli.common import (
     run_options,
     show_record,
 )
+from ewq_gguf.cli.devices import device_option
 from ewq_gguf.cli.policy import (
     factors_option,
     measure_options,
