@@ -22,7 +22,7 @@ from typing import TypeVar
 from ewq_gguf.api import Run, base_file
 from ewq_gguf.bench.reference_run import make_reference
 from ewq_gguf.bench.runner import Request, bench_file
-from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.checkpoint.hub_data import wikitext
 from ewq_gguf.llamacpp.toolchain import Toolchain, find_toolchain
 from ewq_gguf.process import N_CPUS, run
 from ewq_gguf.records import Result

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from ewq_gguf import api
 from ewq_gguf.api import Options
-from ewq_gguf.checkpoint import cluster
+from ewq_gguf.checkpoint import dask_worker
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.lora.low_rank import encode, exact_product, row_norms
 from ewq_gguf.checkpoint.lora.merge import open_merged
@@ -808,7 +808,7 @@ def test_no_script_and_no_dry_run_makes_the_base_of_a_merged_plan(
 
 def test_a_worker_of_a_cluster_merges_for_itself(llama, tmp_path):
     found = merged(llama, write_adapter(tmp_path / "tune", GOOD))
-    request = cluster._Request(
+    request = dask_worker.Request(
         run="1",
         origin=found.origin,
         adapters=found.adapters,
@@ -819,7 +819,7 @@ def test_a_worker_of_a_cluster_merges_for_itself(llama, tmp_path):
         allow_nonfinite=False,
         layout=None,
     )
-    answer = cluster.measure_part(cluster._VERSION, request.model_dump_json())
+    answer = dask_worker.measure_part(dask_worker.VERSION, request.model_dump_json())
     (tensor,) = json.loads(answer)["tensors"]
     whole = {t.name: t for t in scan_checkpoint(found).tensors}
     assert TensorScan.model_validate_json(json.dumps(tensor)) == whole[tensor["name"]]

@@ -28,7 +28,7 @@ from ewq_gguf.bench.texts.quality import Named, check_comparable, score_text
 from ewq_gguf.bench.texts.scoring import divergence, token_nll
 from ewq_gguf.bench.texts.summary import Tokens, kld, perplexity, text_result
 from ewq_gguf.bench.texts.windows import Window, Windows, chunks_of, lines_of
-from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.checkpoint.hub_data import wikitext
 from ewq_gguf.errors import ChildError, InputError, UsageError, VerificationError
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import BenchedFile, ChunkPart, Result

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from ewq_gguf import api
-from ewq_gguf.checkpoint.buffers import buffers_of
 from ewq_gguf.checkpoint.completeness import missing_tensors
 from ewq_gguf.checkpoint.files import model_name
 from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.checkpoint.other_tensors import buffers_of
 from ewq_gguf.checkpoint.overflow import F16_INFINITE, find_overflows
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.cli import main

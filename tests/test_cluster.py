@@ -22,7 +22,8 @@ import pytest
 from ewq_gguf import api, errors
 from ewq_gguf._version import __version__
 from ewq_gguf.api import Options
-from ewq_gguf.checkpoint import cluster as ours
+from ewq_gguf.checkpoint import dask_scan as ours
+from ewq_gguf.checkpoint import dask_worker
 from ewq_gguf.checkpoint.mapping import map_tensors
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
@@ -381,18 +382,22 @@ def request(folder: Path, **values) -> str:
 
 
 def test_a_worker_answers_with_the_tensors_it_was_asked_for(tiny):
-    answer = json.loads(ours.measure_part(ours._VERSION, request(tiny)))
+    text = dask_worker.measure_part(dask_worker.VERSION, request(tiny))
+    answer = json.loads(text)
     assert [t["name"] for t in answer["tensors"]] == ["output_norm.weight"]
 
 
 def test_a_worker_with_another_version_or_model_says_so(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "node7")
     with pytest.raises(ToolError, match=r"node7: has ewq .*, the client ewq 0"):
-        ours.measure_part("ewq 0 on Python 3", request(tiny))
+        dask_worker.measure_part("ewq 0 on Python 3", request(tiny))
     with pytest.raises(InputError, match="for the worker on node7, and 123456789abc "):
-        ours.measure_part(ours._VERSION, request(tiny, fingerprint="123456789abcdef"))
+        dask_worker.measure_part(
+            dask_worker.VERSION, request(tiny, fingerprint="123456789abcdef")
+        )
+    gone = request(tiny, origin=str(tmp_path / "no"))
     with pytest.raises(InputError, match="on worker node7: no such file or folder"):
-        ours.measure_part(ours._VERSION, request(tiny, origin=str(tmp_path / "no")))
+        dask_worker.measure_part(dask_worker.VERSION, gone)
 
 
 @pytest.mark.parametrize("answer", ["", "{}", '{"tensors": []}'])
@@ -465,8 +470,8 @@ def test_a_scheduler_that_goes_away_is_an_error(tiny, tmp_path):
 
 
 DEADLY = """import os
-from ewq_gguf.checkpoint import cluster
-cluster.measure = lambda *args: os._exit(1)
+from ewq_gguf.checkpoint import dask_worker
+dask_worker.measure = lambda *args: os._exit(1)
 """
 OLDER = "from ewq_gguf import _version; _version.__version__ = '0'"
 WITHOUT = "import sys; sys.modules['ewq_gguf'] = None"

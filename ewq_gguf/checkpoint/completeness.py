@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from ewq_gguf.checkpoint.buffers import is_buffer
 from ewq_gguf.checkpoint.folder import Checkpoint
+from ewq_gguf.checkpoint.other_tensors import is_buffer
 from ewq_gguf.errors import InputError
 from ewq_gguf.tensor_names import ARCHITECTURES, can_be, has_role
 

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import re
-import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ewq_gguf.checkpoint.files import (
-    no_checkpoint,
+    note_on_modules,
     note_on_repeated_keys,
-    read_json_object,
+    small_files_of,
 )
 from ewq_gguf.checkpoint.fp8 import (
     Fp8,
     fp8_of,
-    is_fp8,
-    method_name,
     quantisation_of,
 )
 from ewq_gguf.checkpoint.header import TensorHeader
-from ewq_gguf.checkpoint.packing import packing_of
+from ewq_gguf.checkpoint.model_config import hf_architecture, n_layers_of, read_config
 from ewq_gguf.checkpoint.remote import RemoteFile
 from ewq_gguf.checkpoint.shards import ShardFile as ShardFile
 from ewq_gguf.checkpoint.shards import open_shards
-from ewq_gguf.checkpoint.small_files import note_on_modules, small_files_of
 from ewq_gguf.errors import InputError, printable
 from ewq_gguf.records import ModelIdentity, Shard
 from ewq_gguf.tensor_names import ARCHITECTURES
-
-ADAPTER_CONFIG = "adapter_config.json"
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_CLASSIFIER = re.compile(
-    r"For(Sequence|Token|MultiLabel)Classification$|ForQuestionAnswering$|RewardModel$"
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +132,7 @@ def open_folder(
         InputError: it is not a sound checkpoint.
     """
     config = read_config(folder, architectures)
-    architecture = _hf_architecture(config, folder)
+    architecture = hf_architecture(config, folder)
     shards, notes = open_shards(folder, only, remote)
     small_files = small_files_of(folder)
     identity = ModelIdentity(
@@ -152,7 +140,7 @@ def open_folder(
         hub_id=hub_id,
         revision=revision,
         hf_architecture=architecture,
-        n_layers=_n_layers(config, folder),
+        n_layers=n_layers_of(config, folder),
         files_sha256={
             file: hashlib.sha256(path.read_bytes()).hexdigest()
             for file, path in small_files.items()
@@ -184,147 +172,3 @@ def _notes_on_keys(small_files: Mapping[str, Path]) -> tuple[str, ...]:
     """Of the files that people edit; the tokenizer's own are written by tools."""
     edited = [path for name, path in small_files.items() if "config.json" in name]
     return tuple(note for note in map(note_on_repeated_keys, edited) if note)
-
-
-def read_config(
-    folder: Path, architectures: Collection[str] | None = None
-) -> dict[str, Any]:
-    """config.json, refused where no weights would make its checkpoint usable.
-
-    Args:
-        folder: it is in.
-        architectures: the supported ones; None does not check.
-
-    Raises:
-        InputError: it is missing, not a JSON object, or names a quantised checkpoint
-            or an architecture that is not supported.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        _refuse_without_config(folder)
-    config = read_json_object(folder, "config.json")
-    quantised = quantisation_of(folder, config)
-    if quantised and not (is_fp8(quantised) or packing_of(quantised)):
-        raise InputError(
-            "scan",
-            path,
-            f"the weights are quantised already ({method_name(quantised)})",
-            "use the BF16 or F16 checkpoint it was made from",
-        )
-    _check_architecture(_hf_architecture(config, folder), path, architectures, config)
-    return config
-
-
-def _check_architecture(
-    architecture: str,
-    path: Path,
-    supported: Collection[str] | None,
-    config: Mapping[str, Any],
-) -> None:
-    # A model for images or sounds may name its text model's architecture apart.
-    text = config.get("text_config")
-    named = text.get("architectures") if isinstance(text, dict) else None
-    first = named[0] if isinstance(named, list) and named else None
-    names = {architecture, *([first] if isinstance(first, str) else ())}
-    if supported is None or not names.isdisjoint(supported):
-        return
-    if match := _CLASSIFIER.search(architecture):
-        of_this_kind = sorted(name for name in supported if name.endswith(match[0]))
-        raise InputError(
-            "scan",
-            path,
-            f"{architecture} is a classifier, such as a reranker or a reward model: "
-            f"llama.cpp's converter has no place for its head; it takes "
-            f"{', '.join(of_this_kind) or 'none of this kind'}",
-            "give a checkpoint of those; Qwen3's rerankers are taken as they were "
-            "published, as Qwen3ForCausalLM",
-        )
-    near = difflib.get_close_matches(architecture, sorted(supported), 3, 0.0)
-    raise InputError(
-        "scan",
-        path,
-        f"architecture {architecture} is not supported",
-        f"the nearest supported ones are {', '.join(near)}",
-    )
-
-
-def _refuse_without_config(folder: Path) -> None:
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise adapter_error(folder, read_json_object(folder, ADAPTER_CONFIG))
-    raise no_checkpoint(folder, "has no config.json")
-
-
-def adapter_error(
-    folder: Path, adapter: Mapping[str, Any], example: str = ""
-) -> InputError:
-    """What to say of a folder with an adapter and no model.
-
-    Args:
-        folder: the adapter.
-        adapter: its adapter_config.json, or an empty one.
-        example: of its tensors, in brackets.
-    """
-    base = adapter.get("base_model_name_or_path")
-    peft_type = adapter.get("peft_type") or "LORA"
-    what = "a LoRA adapter" if peft_type == "LORA" else f"an adapter ({peft_type})"
-    command = shlex.join(["ewq", "gguf", str(base or "BASE"), "--adapter", str(folder)])
-    return InputError(
-        "scan",
-        folder,
-        f"is {what} of {base or 'a model that it does not name'}, and no model"
-        f"{example}",
-        f"give the model and the adapter: `{command}`"
-        if peft_type == "LORA"
-        else "merge it with PEFT's merge_and_unload, and give the merged folder",
-    )
-
-
-def _hf_architecture(config: Mapping[str, Any], folder: Path) -> str:
-    architectures = config.get("architectures")
-    if (
-        not isinstance(architectures, list)
-        or not architectures
-        or not isinstance(architectures[0], str)
-    ):
-        raise InputError(
-            "scan",
-            folder / "config.json",
-            f"architectures is {architectures!r}, needed is a list of one name",
-            "download config.json again",
-        )
-    return architectures[0]
-
-
-def longest_context(config: Mapping[str, Any]) -> int | None:
-    """The longest context a model was made for, in tokens; None where it says none."""
-    sources = (config.get("text_config"), config)
-    found = (
-        source[key]
-        for source in sources
-        if isinstance(source, dict)
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len")
-        if key in source
-    )
-    return next((n for n in found if type(n) is int and n > 0), None)
-
-
-def _n_layers(config: Mapping[str, Any], folder: Path) -> int:
-    sources = (config, config.get("text_config"))
-    n_layers = next(
-        (
-            source[key]
-            for source in sources
-            if isinstance(source, dict)
-            for key in _LAYER_KEYS
-            if key in source
-        ),
-        None,
-    )
-    if type(n_layers) is not int or not 0 < n_layers <= 10_000:
-        raise InputError(
-            "scan",
-            folder / "config.json",
-            f"num_hidden_layers is {n_layers!r}, needed is 1 to 10000",
-            "download config.json again",
-        )
-    return n_layers

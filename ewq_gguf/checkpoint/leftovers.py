@@ -10,11 +10,12 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ewq_gguf.checkpoint.buffers import FLOATS, is_buffer
 from ewq_gguf.checkpoint.files import read_json_object
-from ewq_gguf.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, adapter_error
+from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.fp8 import quantisation_of
 from ewq_gguf.checkpoint.header import TensorHeader
+from ewq_gguf.checkpoint.model_config import ADAPTER_CONFIG, adapter_error
+from ewq_gguf.checkpoint.other_tensors import FLOATS, is_buffer
 from ewq_gguf.errors import InputError
 from ewq_gguf.tensor_names import ARCHITECTURES, gguf_name
 

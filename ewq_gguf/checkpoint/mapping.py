@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ewq_gguf.checkpoint.buffers import is_buffer
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.fp8 import BlockSize
 from ewq_gguf.checkpoint.header import TensorHeader
 from ewq_gguf.checkpoint.leftovers import no_place
+from ewq_gguf.checkpoint.other_tensors import is_buffer
 from ewq_gguf.checkpoint.shards import ShardFile
 from ewq_gguf.errors import InputError
 from ewq_gguf.records import Layout, LayoutTensor

@@ -11,11 +11,12 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.checkpoint.demo import DEMO_NAME, demo_checkpoint
 from ewq_gguf.checkpoint.files import model_name
-from ewq_gguf.checkpoint.folder import Checkpoint, open_folder, read_config
+from ewq_gguf.checkpoint.folder import Checkpoint, open_folder
 from ewq_gguf.checkpoint.fp8 import quantisation_of
 from ewq_gguf.checkpoint.gguf_source import is_gguf, open_gguf, open_remote_gguf
 from ewq_gguf.checkpoint.hub import HUB_FILES, check_has_weights, opener, snapshot
 from ewq_gguf.checkpoint.hub_names import HubName, hub_name
+from ewq_gguf.checkpoint.model_config import read_config
 from ewq_gguf.checkpoint.packing import packing_of
 from ewq_gguf.checkpoint.remote import RemoteFile, fetch_small
 from ewq_gguf.errors import InputError, UsageError

@@ -14,7 +14,7 @@ from ewq_gguf.bench.engines.scorer import STAGE
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.bench.task import Task, TaskOption
 from ewq_gguf.bench.tasks import all_tasks, task_names, tasks_of
-from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.checkpoint.hub_data import wikitext
 from ewq_gguf.cli.devices import comma_list, setup_options
 from ewq_gguf.cli.sections import Decorator, collected, option
 from ewq_gguf.errors import UsageError

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from ewq_gguf import api, store
-from ewq_gguf.checkpoint.cluster import check_scheduler
+from ewq_gguf.checkpoint.dask_scan import check_scheduler
 from ewq_gguf.checkpoint.scan import merge_scans
 from ewq_gguf.cli.common import (
     CHOICES,

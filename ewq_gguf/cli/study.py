@@ -10,7 +10,7 @@ import click
 
 from ewq_gguf import api, store
 from ewq_gguf.bench.runner import CPU_SETUP, Request
-from ewq_gguf.checkpoint.texts import wikitext
+from ewq_gguf.checkpoint.hub_data import wikitext
 from ewq_gguf.cli.bench_options import ctx_option, named_text
 from ewq_gguf.cli.common import (
     CHOICES,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ewq_gguf.checkpoint.buffers import buffers_of
+from ewq_gguf.checkpoint.files import MORE_TEMPLATES
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.fp8 import (
     QUANT_FILE,
@@ -14,8 +14,8 @@ from ewq_gguf.checkpoint.fp8 import (
     quantisation_of,
     without_quantisation,
 )
+from ewq_gguf.checkpoint.other_tensors import buffers_of
 from ewq_gguf.checkpoint.shards import ShardFile
-from ewq_gguf.checkpoint.small_files import MORE_TEMPLATES
 from ewq_gguf.llamacpp.left_out_child import VARIABLE as LEFT_OUT
 from ewq_gguf.records import Source
 from ewq_gguf.strict_json import parse_json

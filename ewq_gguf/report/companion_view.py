@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ewq_gguf.checkpoint.header import TensorHeader
-from ewq_gguf.checkpoint.media import is_audio
+from ewq_gguf.checkpoint.other_tensors import is_audio
 from ewq_gguf.records import Companion
 from ewq_gguf.size_text import size_text
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from ewq_gguf import store
 from ewq_gguf.bench.answers.template_child import syntax_error
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.checkpoint.heads import head_tensors
-from ewq_gguf.checkpoint.heads import n_promised as promised_heads
+from ewq_gguf.checkpoint.other_tensors import head_tensors
+from ewq_gguf.checkpoint.other_tensors import n_promised as promised_heads
 from ewq_gguf.errors import EwqError, InputError, UsageError
 from ewq_gguf.llamacpp.converter import UnknownPreTokenizerError
 from ewq_gguf.llamacpp.heads import can_leave_heads_out

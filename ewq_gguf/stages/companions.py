@@ -6,11 +6,9 @@ into an mmproj, or it is said that it is left out, and why.
 
 from __future__ import annotations
 
-from ewq_gguf.checkpoint.buffers import is_buffer
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.header import TensorHeader
-from ewq_gguf.checkpoint.heads import head_tensors
-from ewq_gguf.checkpoint.media import is_media
+from ewq_gguf.checkpoint.other_tensors import head_tensors, is_buffer, is_media
 from ewq_gguf.errors import (
     ChildError,
     InputError,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ewq_gguf import store
-from ewq_gguf.checkpoint.buffers import is_buffer
 from ewq_gguf.checkpoint.gguf_file import read_gguf
+from ewq_gguf.checkpoint.other_tensors import is_buffer
 from ewq_gguf.checkpoint.overflow import (
     F16_INFINITE,
     F16_MAX,

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ewq_gguf.checkpoint.buffers import note_on_buffers
 from ewq_gguf.checkpoint.completeness import check_complete
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.checkpoint.leftovers import check_names
 from ewq_gguf.checkpoint.lora.merge import open_merged
+from ewq_gguf.checkpoint.other_tensors import note_on_buffers
 from ewq_gguf.checkpoint.source import Opening
 from ewq_gguf.errors import InputError, ToolError
 from ewq_gguf.llamacpp.converter import converter_architectures

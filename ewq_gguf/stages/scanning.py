@@ -98,7 +98,7 @@ def _scanned(
             on_tensor=keep,
         )
         if options.scheduler:
-            from ewq_gguf.checkpoint.cluster import scan_on_cluster
+            from ewq_gguf.checkpoint.dask_scan import scan_on_cluster
 
             return scan_on_cluster(
                 options.scheduler, checkpoint, measures, layout, work
@@ -116,11 +116,11 @@ def find_lattices(run: Run) -> dict[str, tuple[str, ...]]:
     checkpoint = run.checkpoint
     if any(shard.remote for shard in checkpoint.shards):
         return {}
-    from ewq_gguf.checkpoint import lattice  # numba: not for other plans
+    from ewq_gguf.checkpoint import exact_types  # numba: not for other plans
 
     layout = None if checkpoint.is_mapped_by_name else run.layout
     with run.progress.stage("look for what is quantised already"):
-        return lattice.find_lattices(
+        return exact_types.find_lattices(
             checkpoint, layout, n_threads=run.options.n_threads
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ewq_gguf.checkpoint.files import read_json_object
-from ewq_gguf.checkpoint.folder import ADAPTER_CONFIG
+from ewq_gguf.checkpoint.model_config import ADAPTER_CONFIG
 from ewq_gguf.errors import InputError
 
 STAGE = "merge"

@@ -1,19 +1,16 @@
 """A scan on a Dask cluster: workers measure parts of it, this machine joins them.
 
-Each worker opens the model itself, by the same name. Requests and answers are JSON
-text and are validated as records; a part that a lost worker had goes to another one.
+Requests and answers are JSON text (dask_worker.py); a part that a lost worker had goes
+to another one.
 """
 
 from __future__ import annotations
 
 import logging
-import platform
 import re
-import socket
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -22,12 +19,9 @@ from pydantic import ValidationError
 
 from ewq_gguf._version import __version__
 from ewq_gguf.checkpoint.folder import Checkpoint
-from ewq_gguf.checkpoint.lora.merge import open_merged
 from ewq_gguf.checkpoint.mapping import MappedTensor, map_tensors
-from ewq_gguf.checkpoint.scan import Work, deal, measure, part_of, scan_checkpoint
-from ewq_gguf.checkpoint.source import Opening
+from ewq_gguf.checkpoint.scan import Work, deal, part_of, scan_checkpoint
 from ewq_gguf.errors import (
-    EwqError,
     InputError,
     NetworkError,
     ResourceError,
@@ -35,10 +29,16 @@ from ewq_gguf.errors import (
     UsageError,
 )
 from ewq_gguf.records import Layout, Measures, Scan, TensorScan
-from ewq_gguf.records.base import Part
 
 if TYPE_CHECKING:
     from distributed import Client, Future
+from ewq_gguf.checkpoint.dask_worker import (
+    VERSION,
+    Answer,
+    Request,
+    measure_part,
+    other_version,
+)
 
 _CONNECT_SECONDS = 10
 _WORKER_SECONDS = 30
@@ -46,43 +46,6 @@ _LOOK_SECONDS = 5  # between looks whether a worker is left
 _PARTS_PER_THREAD = 4
 _ADDRESS = re.compile(r"(tcp|tls)://.+:\d+")
 _VERSION_NAME = "ewq_gguf._version:__version__"
-_VERSION = f"ewq {__version__} on Python {platform.python_version()}"
-
-
-class _Request(Part):
-    """What one task is to measure.
-
-    Attributes:
-        run: differs between scans: a worker opens the model once in each.
-        origin: the MODEL.
-        adapters: that are merged into it; each worker merges them for itself.
-        is_streamed: leave the weights on their server.
-        fingerprint: of the checkpoint that the client sees.
-        names: of the tensors, in the GGUF.
-        measures: parameters of the measures.
-        allow_nonfinite: count NaN and infinities instead of refusing them.
-        layout: the converter's, of these tensors.
-    """
-
-    run: str
-    origin: str
-    adapters: tuple[str, ...] = ()
-    is_streamed: bool
-    fingerprint: str
-    names: tuple[str, ...]
-    measures: Measures
-    allow_nonfinite: bool
-    layout: Layout | None
-
-
-class _Answer(Part):
-    """What one task found.
-
-    Attributes:
-        tensors: in the order of the request.
-    """
-
-    tensors: tuple[TensorScan, ...]
 
 
 def check_scheduler(scheduler: str) -> None:
@@ -140,7 +103,7 @@ def scan_on_cluster(
         with _connected(scheduler) as client:
             _check_versions(client)
             parts = deal(left, min(len(left), _PARTS_PER_THREAD * _n_threads(client)))
-            request = _Request(
+            request = Request(
                 run=client.id,
                 origin=checkpoint.origin,
                 adapters=checkpoint.adapters,
@@ -163,60 +126,7 @@ def scan_on_cluster(
     )
 
 
-def measure_part(version: str, text: str) -> str:
-    """What a worker does: open the model, measure some of its tensors.
-
-    Args:
-        version: the client's.
-        text: a request as JSON.
-
-    Returns:
-        An answer as JSON.
-
-    Raises:
-        ToolError: this worker runs another version.
-        InputError: this worker sees another model, or a damaged one.
-    """
-    if version != _VERSION:
-        raise _other_version(socket.gethostname(), _VERSION, version)
-    request = _Request.model_validate_json(text)
-    checkpoint = _opened(
-        request.run, request.origin, request.adapters, request.is_streamed
-    )
-    found = checkpoint.identity.fingerprint
-    if found != request.fingerprint:
-        raise InputError(
-            "scan",
-            request.origin,
-            f"is checkpoint {found[:12]} for the worker on {socket.gethostname()}, "
-            f"and {request.fingerprint[:12]} for the client",
-            "let all machines see the same files",
-        )
-    wanted = set(request.names)
-    tensors = [
-        tensor
-        for tensor in map_tensors(checkpoint, request.layout)[0]
-        if tensor.name in wanted
-    ]
-    work = Work(allow_nonfinite=request.allow_nonfinite)
-    entries = measure(checkpoint, tensors, request.measures, work)
-    answer = _Answer(tensors=tuple(entries[tensor.name] for tensor in tensors))
-    return answer.model_dump_json()
-
-
-@lru_cache(maxsize=2)
-def _opened(
-    run: str, origin: str, adapters: tuple[str, ...], is_streamed: bool
-) -> Checkpoint:
-    """The model, opened once in a scan; errors say on which machine."""
-    try:
-        return open_merged(origin, adapters, Opening(is_streamed=is_streamed))
-    except EwqError as error:
-        problem = f"on worker {socket.gethostname()}: {error.problem}"
-        raise type(error)(error.stage, error.subject, problem, error.remedy) from error
-
-
-def _request(request: _Request, part: Sequence[MappedTensor]) -> str:
+def _request(request: Request, part: Sequence[MappedTensor]) -> str:
     """A part's request as JSON, with no more of the layout than it needs."""
     names = {tensor.name: None for tensor in part}
     layout = request.layout
@@ -230,7 +140,7 @@ def _request(request: _Request, part: Sequence[MappedTensor]) -> str:
 def _checked(answer: str, part: Sequence[MappedTensor]) -> tuple[TensorScan, ...]:
     """A worker's answer, refused where it is not about the tensors that were asked."""
     try:
-        found = _Answer.model_validate_json(answer).tensors
+        found = Answer.model_validate_json(answer).tensors
     except ValidationError:
         found = ()
     wanted = [(t.name, t.shape, t.dtype, t.hf_names) for t in part]
@@ -309,18 +219,9 @@ def _check_versions(client: Client) -> None:
         found[_address(client)] = error
     for address, version in found.items():
         if isinstance(version, ImportError):
-            raise _other_version(address, "no ewq", f"ewq {__version__}")
+            raise other_version(address, "no ewq", f"ewq {__version__}")
         if isinstance(version, str) and version != __version__:
-            raise _other_version(address, f"ewq {version}", f"ewq {__version__}")
-
-
-def _other_version(machine: str, theirs: str, ours: str) -> ToolError:
-    return ToolError(
-        "scan",
-        machine,
-        f"has {theirs}, the client {ours}",
-        "install the same versions on all machines of the cluster",
-    )
+            raise other_version(address, f"ewq {version}", f"ewq {__version__}")
 
 
 def _wait_for_worker(client: Client) -> None:
@@ -349,7 +250,7 @@ def _answers(
     from distributed import KilledWorker
 
     address = _address(client)
-    futures = client.map(measure_part, [_VERSION] * len(requests), requests, pure=False)
+    futures = client.map(measure_part, [VERSION] * len(requests), requests, pure=False)
     index = {future.key: i for i, future in enumerate(futures)}
     try:
         for key, answer in _results(client, futures):
