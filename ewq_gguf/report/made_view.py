@@ -1,4 +1,4 @@
-"""What a person wants to see when a file is made."""
+"""A made file: its size, types, checks, nearest presets, and a command to run it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def made_view(
     """Size, layers, neighbours, and how to run it.
 
     Args:
-        path: of the GGUF.
-        plan: it was made from.
-        verification: of the file.
+        path: path of the GGUF.
+        plan: plan that it was made from.
+        verification: verification of the file.
         preset_bytes: file sizes of the standard presets, by name.
-        plan_path: where the plan was written.
+        plan_path: path of the plan, where it was written.
         is_reused: whether the file was there already.
-        companions: the files beside it, and what was found in them.
+        companions: files beside it, with their verification.
     """
     table = Table.grid(padding=(0, 2))
     reused = " (was there already, still valid)" if is_reused else ""
@@ -52,7 +52,7 @@ def made_view(
         "size", f"{size:,} bytes{predicted}; {plan.totals.bpw:.2f} bits per weight"
     )
     table.add_row("layers", layer_counts(plan))
-    table.add_row("others", _others(plan))
+    table.add_row("non-layer tensors", _non_layer_types(plan))
     if plan.search is not None:
         table.add_row("search", Text(search_line(plan.search)))
     for line in fallback_lines(plan):
@@ -63,36 +63,36 @@ def made_view(
         for line in exact_lines(verification):
             table.add_row("exact", Text(line))
     table.add_row("presets", _presets(size, preset_bytes))
-    table.add_row("answers", _answer(verification))
-    for other, found in companions:
-        table.add_row(found.content, Text(companion_line(other, found)))
+    table.add_row("smoke test", _answer(verification))
+    for other, companion in companions:
+        table.add_row(companion.content, Text(companion_line(other, companion)))
     table.add_row("run", Text(_command(path, companions)))
     return Group(Text(), table, Text())
 
 
 def exact_lines(verification: Verification) -> list[str]:
-    """How exact the matrices are that were quantised already; those that are not."""
-    found = verification.exact
-    wrong = {name: one for name, one in found.items() if one.n_wrong}
+    """Errors of the matrices that were quantised already."""
+    exact = verification.exact
+    wrong = {name: values for name, values in exact.items() if values.n_wrong}
     lines = [
-        f"{name}: {one.n_wrong} weights are not the base's, by up to "
-        f"{one.max_error:.3g}"
-        for name, one in wrong.items()
+        f"{name}: {values.n_wrong} weights are not the base's, by up to "
+        f"{values.max_error:.3g}"
+        for name, values in wrong.items()
     ]
-    if len(wrong) < len(found):
-        rounding = max(one.max_rounding for one in found.values())
+    if len(wrong) < len(exact):
+        rounding = max(values.max_rounding for values in exact.values())
         after = f", once rounded to its dtype (by up to {rounding:.3g})"
         lines.insert(
             0,
-            f"{len(found) - len(wrong)} matrices that were quantised already are the "
+            f"{len(exact) - len(wrong)} matrices that were quantised already are the "
             f"base's, error 0{after if rounding else ''}",
         )
     return lines
 
 
 def _command(path: Path, companions: Sequence[tuple[Path, Companion]]) -> str:
-    """How to run it, with the files beside it."""
-    files = {found.content: other for other, found in companions}
+    """The command that runs it with the files beside it."""
+    files = {companion.content: other for other, companion in companions}
     if "mtp" in files:
         mmproj = f" --mmproj {files['mmproj']}" if "mmproj" in files else ""
         draft = f"-md {files['mtp']} --spec-type draft-mtp"
@@ -102,7 +102,7 @@ def _command(path: Path, companions: Sequence[tuple[Path, Companion]]) -> str:
     return f"llama-cli -m {path}"
 
 
-def _others(plan: Plan) -> str:
+def _non_layer_types(plan: Plan) -> str:
     return ", ".join(
         f"{tensor.role} {tensor.written_type}"
         for tensor in plan.tensors
@@ -111,7 +111,7 @@ def _others(plan: Plan) -> str:
 
 
 def _presets(size: int, preset_bytes: Mapping[str, int]) -> Table:
-    """The standard files nearest in size, and Q8_0 and Q4_K_M whatever theirs."""
+    """Presets nearest in size, and always Q8_0 and Q4_K_M."""
     by_distance = sorted(
         preset_bytes, key=lambda name: abs(log(preset_bytes[name] / size))
     )
@@ -126,5 +126,5 @@ def _presets(size: int, preset_bytes: Mapping[str, int]) -> Table:
 def _answer(verification: Verification) -> Text:
     if verification.answer is None:
         return Text("not loaded (llama-cpp-python is not installed, or --no-load)")
-    said = f"{verification.prompt}{verification.answer}"
-    return Text(printable(" ".join(said.split())))
+    text = f"{verification.prompt}{verification.answer}"
+    return Text(printable(" ".join(text.split())))

@@ -1,4 +1,4 @@
-"""A placement in 80 columns: machines in the order of their layers, and how full."""
+"""A placement in 80 columns: machines in the order of their layers, and their use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ewq_gguf.size_text import size_text
 
 
 def placement_view(placement: Placement) -> RenderableType:
-    """The stages, what each machine has room for, hops and time."""
+    """The stages with the bytes on each machine, hops and time."""
     return Group(_stages(placement), Text(), _foot(placement))
 
 
@@ -28,7 +28,7 @@ def _stages(placement: Placement) -> Map:
         "weights": [size_text(stage.weight_bytes) for stage in stages],
         "KV": [size_text(stage.kv_bytes) for stage in stages],
         "buffers": [size_text(stage.compute_bytes) for stage in stages],
-        "of its limit": [f"{bar(share)} {share:4.0%}" for share in shares],
+        "share of limit": [f"{bar(share)} {share:4.0%}" for share in shares],
         "speed": [
             "-" if speed is None else f"{size_text(speed)}/s" for speed in speeds
         ],
@@ -55,7 +55,7 @@ def _layers_text(stage: Stage) -> str:
 
 
 def _share(stage: Stage, machine: Machine) -> float:
-    """How much of the scarcer of memory and disk is used."""
+    """Used share of memory or disk, whichever is fuller."""
     used = stage.weight_bytes + stage.kv_bytes + stage.compute_bytes
     share = used / machine.memory_bytes
     if machine.disk_bytes is not None:
@@ -74,5 +74,5 @@ def _foot(placement: Placement) -> Table:
     used = {stage.machine for stage in placement.stages}
     idle = [m.name for m in placement.machines if m.name not in used]
     if idle:
-        table.add_row("not needed", Text(printable(", ".join(idle))))
+        table.add_row("unused machines", Text(printable(", ".join(idle))))
     return table

@@ -22,7 +22,7 @@ _N_SHOWN = 3
 
 
 def plan_diff_view(a: Plan, b: Plan) -> RenderableType:
-    """The totals, the changes by kind, and a layer x role map of what changes.
+    """The totals, the changes by pair of types, and a layer x role map of changes.
 
     Raises:
         InputError: the plans are of models that cannot be compared.
@@ -31,7 +31,7 @@ def plan_diff_view(a: Plan, b: Plan) -> RenderableType:
     changed = [pair for pair in pairs.values() if _type(pair[0]) != _type(pair[1])]
     parts: list[RenderableType] = [_head(a, b, pairs, changed)]
     if changed:
-        parts += [Text(), _kinds(changed)]
+        parts += [Text(), _type_changes(changed)]
     if any(_any(pair).layer_idx is not None for pair in changed):
         parts += [Text(), _map(pairs.values())]
     if outside := [pair for pair in changed if _any(pair).layer_idx is None]:
@@ -150,23 +150,24 @@ def _head(a: Plan, b: Plan, pairs: dict[str, Pair], changed: Sequence[Pair]) -> 
     return table
 
 
-def _kinds(changed: Iterable[Pair]) -> Table:
+def _type_changes(changed: Iterable[Pair]) -> Table:
     """One row per pair of types, most bytes first."""
-    kinds: dict[str, list[Pair]] = defaultdict(list)
+    by_types: dict[str, list[Pair]] = defaultdict(list)
     for pair in changed:
-        kinds[_cell(pair).plain].append(pair)
+        by_types[_cell(pair).plain].append(pair)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("A>B")
     table.add_column("tensors", justify="right")
     table.add_column("MB", justify="right")
-    table.add_column("of")
-    gains = {kind: sum(map(_gain, pairs)) for kind, pairs in kinds.items()}
-    for kind in sorted(kinds, key=lambda kind: (-abs(gains[kind]), kind)):
-        roles = in_order({_any(pair).role for pair in kinds[kind]})
+    table.add_column("roles")
+    gains = {types: sum(map(_gain, pairs)) for types, pairs in by_types.items()}
+    for types in sorted(by_types, key=lambda types: (-abs(gains[types]), types)):
+        pairs = by_types[types]
+        roles = in_order({_any(pair).role for pair in pairs})
         table.add_row(
-            _cell(kinds[kind][0]),
-            str(len(kinds[kind])),
-            _megabytes(gains[kind]),
+            _cell(pairs[0]),
+            str(len(pairs)),
+            _megabytes(gains[types]),
             Text(printable(" ".join(map(short_role, roles)))),
         )
     return table
@@ -185,14 +186,14 @@ def _map(pairs: Iterable[Pair]) -> Map:
     names: list[str] = []
     rows: list[dict[str, Pair]] = []
     for same, run in groupby(sorted(layers), lambda idx: _is_same(layers[idx])):
-        found = list(run)
+        indices = list(run)
         if same:
-            last = f"-{found[-1]}" if len(found) > 1 else ""
-            names.append(f"{found[0]}{last}")
+            last = f"-{indices[-1]}" if len(indices) > 1 else ""
+            names.append(f"{indices[0]}{last}")
             rows.append({})
         else:
-            names += map(str, found)
-            rows += [layers[idx] for idx in found]
+            names += map(str, indices)
+            rows += [layers[idx] for idx in indices]
     alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for role in in_order({role for row in rows for role in row}):
         alike[tuple(_layer_cell(row, role).plain for row in rows)].append(role)
@@ -221,7 +222,7 @@ def _is_same(layer: Mapping[str, Pair]) -> bool:
 
 
 def _layer_cell(layer: Mapping[str, Pair], role: str) -> Text:
-    """Of a layer's role; `=` where nothing changes, `-` where it has no such role."""
+    """Cell of a layer's role: `=` without a change, `-` without such a role."""
     pair = layer.get(role)
     if pair is None and layer:
         return Text("-", style="dim")

@@ -1,4 +1,4 @@
-"""A plan in 80 columns: what was decided, and a layer x role map in colour."""
+"""A plan in 80 columns: its decision, and a layer x role map in colour."""
 
 from __future__ import annotations
 
@@ -36,14 +36,20 @@ from ewq_gguf.size_text import size_text
 
 def plan_view(plan: Plan) -> RenderableType:
     """The whole view, for a rich console."""
-    said = [Text(f"note: {line}") for line in notes(plan)]
+    note_lines = [Text(f"note: {line}") for line in notes(plan)]
     below = []
     if plan.search:
         below += [Text(), search_view(plan.search)]
     if plan.placement:
         below += [Text(), placement_view(plan.placement)]
     return Group(
-        _head(plan), *said, Text(), _layer_map(plan), Text(), _other(plan), *below
+        _head(plan),
+        *note_lines,
+        Text(),
+        _layer_map(plan),
+        Text(),
+        _other(plan),
+        *below,
     )
 
 
@@ -58,20 +64,20 @@ def _rank(name: str) -> tuple[float, str]:
 
 
 def fallback_lines(plan: Plan) -> list[str]:
-    """What llama-quantize writes instead of a type that does not fit the rows."""
+    """A line for each type that llama-quantize replaces, for rows of odd lengths."""
     weights: Counter[tuple[str, str, int]] = Counter()
     for t in plan.tensors:
         if t.ggml_type != t.written_type:
             weights[t.ggml_type, t.written_type, t.shape[-1]] += prod(t.shape)
     return [
-        f"{asked} on rows of {columns} becomes {written}: "
+        f"{ggml_type} on rows of {columns} becomes {written}: "
         f"{n / plan.totals.n_weights:.0%} of the weights"
-        for (asked, written, columns), n in weights.most_common()
+        for (ggml_type, written, columns), n in weights.most_common()
     ]
 
 
 def notes(plan: Plan) -> list[str]:
-    """What a user should know of a plan before trusting it."""
+    """Notes on what the plan does and cannot promise."""
     policy, lines = plan.policy, []
     exact = sum(tensor.is_exact for tensor in plan.tensors)
     if exact:
@@ -89,7 +95,7 @@ def notes(plan: Plan) -> list[str]:
     if ternary := types & TERNARY_TYPES:
         lines.append(
             f"{' and '.join(sorted(ternary))} is for weights trained to be ternary; "
-            "others lose nearly all of their meaning in it"
+            "others lose nearly all of their information in it"
         )
     if isinstance(policy, EwqPolicy) and policy.granularity == "tensor":
         lines.append(
@@ -143,21 +149,21 @@ def _imatrix_text(imatrix: Imatrix) -> str:
 
 def _budget_text(plan: Plan, budget: Budget) -> str:
     gap = budget.limit_bytes - plan.totals.file_size_bytes
-    how = {
+    steps = {
         None: "filled by a search",
         1: "everything fits unquantised",
         2: f"the decision fits, {budget.n_steps} steps up",
-        3: f"begun with {budget.start}, {budget.n_steps} steps",
-        4: f"begun with {budget.start}, {budget.n_steps} steps below the ladder",
+        3: f"started from {budget.start}, {budget.n_steps} steps",
+        4: f"started from {budget.start}, {budget.n_steps} steps below the ladder",
     }[budget.case]
     context = (
         f" beside {budget.context_bytes:,} for {budget.n_ctx} tokens of context"
         if budget.context_bytes is not None
         else ""
     )
-    # A cluster's machines have more to hold than the file: their own table tells.
+    # On a cluster, the table of machines shows how full each one is.
     unused = "" if plan.placement else f", {gap:,} unused"
-    return f"{budget.asked}, {budget.limit_bytes:,} bytes{context}{unused}: {how}"
+    return f"{budget.asked}, {budget.limit_bytes:,} bytes{context}{unused}: {steps}"
 
 
 def _layer_map(plan: Plan) -> Map:
@@ -175,7 +181,7 @@ def _layer_map(plan: Plan) -> Map:
         lead.append(Column("z", zs, is_number=True))
     columns = [
         Column(short_role(role), [_type_text(members[i].get(role)) for i in layers])
-        for role in in_order({role for found in members.values() for role in found})
+        for role in in_order({role for layer in members.values() for role in layer})
     ]
     megabytes = [Text(f"{size / 1e6:.2f}") for size in sizes]
     return Map(lead, [*columns, Column("MB", megabytes, is_number=True)])

@@ -46,13 +46,15 @@ def _head(scan: Scan) -> Table:
         f"softmax with epsilon {scan.measures.epsilon:g}; histogram of "
         f"{scan.measures.n_bins} bins",
     )
-    lossless = _mean_by_weights(scan.tensors, lambda t: t.code_entropy_bits)
-    if lossless is not None:
-        table.add_row("lossless", f"{lossless:.2f} bits per weight, code by code")
+    code_bits = _mean_by_weights(scan.tensors, lambda t: t.code_entropy_bits)
+    if code_bits is not None:
+        table.add_row(
+            "code entropy", f"{code_bits:.2f} bits per weight: a lossless size"
+        )
     if line := _lattice_line(scan):
         table.add_row("quantised", line)
     if scan.dropped:
-        table.add_row("left out", f"{len(scan.dropped)} tensors that are no weights")
+        table.add_row("left out", f"{len(scan.dropped)} tensors that hold no weights")
     return table
 
 
@@ -101,15 +103,15 @@ def _others(scan: Scan) -> Table:
     return table
 
 
-def diff_view(one: Scan, two: Scan) -> RenderableType:
-    """Which tensors have other weights, and how their numbers moved."""
-    first = {tensor.name: tensor for tensor in one.tensors}
-    second = {tensor.name: tensor for tensor in two.tensors}
+def diff_view(a: Scan, b: Scan) -> RenderableType:
+    """Tensors whose weights differ between two scans, with both scans' numbers."""
+    first = {tensor.name: tensor for tensor in a.tensors}
+    second = {tensor.name: tensor for tensor in b.tensors}
     both = [name for name in first if name in second]
     changed = [n for n in both if _weights(first[n]) != _weights(second[n])]
     head = Table.grid(padding=(0, 2))
-    head.add_row("A", Text(printable(one.model.name)))
-    head.add_row("B", Text(printable(two.model.name)))
+    head.add_row("A", Text(printable(a.model.name)))
+    head.add_row("B", Text(printable(b.model.name)))
     head.add_row("same weights", f"{len(both) - len(changed)} tensors")
     head.add_row("other weights", f"{len(changed)} tensors")
     for label, names in (
@@ -131,13 +133,13 @@ def diff_view(one: Scan, two: Scan) -> RenderableType:
         ),
     )
     for name in by_change[:_N_CHANGED]:
-        a, b = first[name], second[name]
+        old, new = first[name], second[name]
         table.add_row(
             Text(printable(name)),
-            f"{b.softmax_entropy_nats - a.softmax_entropy_nats:+.2e}",
-            f"{b.histogram_entropy_bits - a.histogram_entropy_bits:+.4f}",
-            f"{b.std / a.std:.4f}" if a.std else "-",
-            f"{1e6 * (b.outlier_share - a.outlier_share):+.0f}ppm",
+            f"{new.softmax_entropy_nats - old.softmax_entropy_nats:+.2e}",
+            f"{new.histogram_entropy_bits - old.histogram_entropy_bits:+.4f}",
+            f"{new.std / old.std:.4f}" if old.std else "-",
+            f"{1e6 * (new.outlier_share - old.outlier_share):+.0f}ppm",
         )
     parts: list[RenderableType] = [head]
     if changed:
@@ -147,21 +149,21 @@ def diff_view(one: Scan, two: Scan) -> RenderableType:
     return Group(*parts)
 
 
-def diff_values(one: Scan, two: Scan) -> dict[str, dict[str, float | bool | None]]:
+def diff_values(a: Scan, b: Scan) -> dict[str, dict[str, float | bool | None]]:
     """Each tensor's differences B - A, by its name; None where one has it not."""
-    first = {tensor.name: tensor for tensor in one.tensors}
-    second = {tensor.name: tensor for tensor in two.tensors}
+    first = {tensor.name: tensor for tensor in a.tensors}
+    second = {tensor.name: tensor for tensor in b.tensors}
     result: dict[str, dict[str, float | bool | None]] = {}
     for name in sorted(first.keys() | second.keys()):
-        a, b = first.get(name), second.get(name)
+        old, new = first.get(name), second.get(name)
         result[name] = {
-            "in_a": a is not None,
-            "in_b": b is not None,
-            "same_weights": None if not (a and b) else _weights(a) == _weights(b),
+            "in_a": old is not None,
+            "in_b": new is not None,
+            "same_weights": _weights(old) == _weights(new) if old and new else None,
             **{
                 f"{key}_difference": None
-                if not (a and b)
-                else getattr(b, key) - getattr(a, key)
+                if not (old and new)
+                else getattr(new, key) - getattr(old, key)
                 for key in ("softmax_entropy_nats", "histogram_entropy_bits", "std")
             },
         }

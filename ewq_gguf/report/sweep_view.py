@@ -17,7 +17,7 @@ from ewq_gguf.records import EwqPolicy, Plan
 
 
 def sweep_rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """For machines: factor, layers (or tensors) of each type, bytes and bits."""
+    """Values for --json: factor, layers (or tensors) by type, bytes and bits."""
     return [
         {
             "factor": _policy(plan).factor,
@@ -34,8 +34,8 @@ def sweep_view(plans: Sequence[Plan], presets: Mapping[str, int]) -> RenderableT
     """A table; neighbouring factors that plan the same share a line.
 
     Args:
-        plans: of policy `ewq`, alike but for the factor.
-        presets: bytes of the standard presets, by name; may be empty.
+        plans: plans of policy `ewq` that differ in the factor only.
+        presets: file sizes of the standard presets, by name; may be empty.
     """
     types = sorted(set().union(*map(_counts, plans)), key=lambda t: -bits_per_weight(t))
     largest = max(plan.totals.file_size_bytes for plan in plans)
@@ -46,23 +46,23 @@ def sweep_view(plans: Sequence[Plan], presets: Mapping[str, int]) -> RenderableT
     for name in ("MB", "bpw", ""):
         table.add_column(name, justify="right" if name else "left")
     if presets:
-        table.add_column("nearest")
+        table.add_column("nearest preset")
     for _, run in groupby(plans, key=lambda p: [t.ggml_type for t in p.tensors]):
         alike = list(run)
-        plan, found = alike[0], _counts(alike[0])
+        plan, counts = alike[0], _counts(alike[0])
         size = plan.totals.file_size_bytes
         factors = dict.fromkeys(f"{_policy(p).factor:g}" for p in (plan, alike[-1]))
         table.add_row(
             " - ".join(factors),
-            *(str(found[name] or "·") for name in types),
+            *(str(counts[name] or "·") for name in types),
             f"{size / 1e6:,.1f}",
             f"{plan.totals.bpw:.3f}",
             Text("█" * round(16 * size / largest)),
             *([nearest_preset(size, presets)] if presets else []),
         )
     unit = "tensors" if _policy(plans[0]).granularity == "tensor" else "layers"
-    first = plans[0].totals.is_estimate
-    end = "; sizes are estimates: the header is not known" if first else ""
+    is_estimate = plans[0].totals.is_estimate
+    end = "; sizes are estimates: the header is not known" if is_estimate else ""
     return Group(table, Text(f"{unit} of each type{end}"))
 
 

@@ -1,4 +1,4 @@
-"""Small words that several views share."""
+"""Tables, role names and colours that several views share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Column:
 
     @property
     def width(self) -> int:
-        """In characters."""
+        """Width in characters."""
         header = min(len(self.name), _MAX_HEADER)
         return max(header, *(cell.cell_len for cell in self.cells), 1)
 
@@ -63,13 +63,13 @@ class Map:
             yield _table([*self.lead, *group])
 
     def _groups(self, width: int) -> Iterator[list[Column]]:
-        room = width - sum(column.width + _GAP for column in self.lead) + _GAP
+        free = width - sum(column.width + _GAP for column in self.lead) + _GAP
         group: list[Column] = []
-        left = room
+        left = free
         for column in self.columns:
             if group and column.width + _GAP > left:
                 yield group
-                group, left = [], room
+                group, left = [], free
             group.append(column)
             left -= column.width + _GAP
         yield group
@@ -102,8 +102,8 @@ def in_order(roles: Iterable[str]) -> list[str]:
     ranks = {role: rank for rank, role in enumerate(_SHORT)}
 
     def rank(role: str) -> int:
-        begun = [known for known in ranks if role.startswith(known)]
-        return ranks[max(begun, key=len)] if begun else len(ranks)
+        prefixes = [name for name in ranks if role.startswith(name)]
+        return ranks[max(prefixes, key=len)] if prefixes else len(ranks)
 
     return sorted(roles, key=lambda role: (rank(role), role))
 
