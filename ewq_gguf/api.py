@@ -41,6 +41,7 @@ from ewq_gguf.stages.finished_plan import (
     as_planned,
     check_given,
     check_plan,
+    check_replaceable,
     check_weights,
 )
 from ewq_gguf.stages.importing import import_plan
@@ -71,6 +72,7 @@ __all__ = [
     "check_layout",
     "choices_given",
     "check_plan",
+    "check_replaceable",
     "check_presets",
     "check_weights",
     "compare",

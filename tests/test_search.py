@@ -66,7 +66,9 @@ def preset_size(folder: Path, name: str) -> int:
     return found[name].totals.file_size_bytes
 
 
-def test_one_command_makes_the_best_file_of_a_size_and_says_how(folder, capsys):
+def test_one_command_makes_the_best_file_of_a_size_and_says_how(
+    folder, capsys, monkeypatch
+):
     size = preset_size(folder, "Q4_K_M") + 2000  # and the matrix's keys
     asked = [
         "gguf", str(folder), "--policy", "optimal", "--budget", f"{size}B",
@@ -106,6 +108,13 @@ def test_one_command_makes_the_best_file_of_a_size_and_says_how(folder, capsys):
     told = capsys.readouterr().out
     assert "filled by a search" in told
     assert best.name in told
+
+    # With another calibration text its plan could not be written: it is not searched.
+    monkeypatch.setattr("ewq_gguf.pipeline.planning.search", pytest.fail)
+    Path("text.txt").write_text("the river runs past an old stone house " * 200)
+    for words in (asked, ["plan", *asked[1:-3], "-o", str(plan_path)]):
+        assert main([*words, "--calibration", "text.txt"]) == 2
+        assert "exists and was made from other inputs" in capsys.readouterr().err
 
 
 def test_where_a_preset_is_best_the_preset_is_what_comes(folder, monkeypatch):

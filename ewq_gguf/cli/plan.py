@@ -97,6 +97,7 @@ def make(
         store.check_writable(out, "plan")
     reads_weights = not isinstance(policy.policy, FastEwqPolicy)
     run = _run(source, options, progress, reads_weights=reads_weights)
+    api.check_replaceable(run, policy.policy, budget, out)
     result = api.plan(run, policy.policy, raw_type=raw_type, budget=budget)
     _written(result, out, force=options.force, as_json=as_json)
 

@@ -19,13 +19,7 @@ from ewq_gguf.experiments.comparison_record import (
     Estimate,
     Kind,
 )
-from ewq_gguf.experiments.engine import (
-    Design,
-    ExperimentFile,
-    Setting,
-    existing,
-    run_experiment,
-)
+from ewq_gguf.experiments.engine import ExperimentFile, existing, run_experiment
 from ewq_gguf.experiments.kept_files import KeptFiles
 from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.llamacpp.imatrix import check_imatrix
@@ -134,9 +128,10 @@ def compare(
         if any(isinstance(each.source, OptimalPolicy) for each in spec.plans):
             run = with_imatrix(run)
         versions = choose_versions(run, spec.plans, spec.presets)
-        files = KeptFiles(run, folder, spec.request)
-        design = Design(versions, partial(_comparison, run, versions), STAGE)
-        comparison = run_experiment(Setting(run, spec.request), design, files, out)
+        files = KeptFiles(run, spec.request, folder)
+        record = partial(_comparison, run, versions)
+        comparison = run_experiment(versions, files, record)
+        store.write_text(out, comparison.to_json(), stage=STAGE, force=True)
         if not spec.keep_files:
             files.remove(versions)
     return comparison, out

@@ -21,7 +21,7 @@ from ewq_gguf.errors import InputError, VerificationError
 from ewq_gguf.experiments.engine import ExperimentFile
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.pipeline.making import planned_file
-from ewq_gguf.records import Plan, Result, Speed, load_record
+from ewq_gguf.records import Plan, Result, load_cached
 from ewq_gguf.stages.run import Run
 
 
@@ -48,13 +48,13 @@ class KeptFiles:
 
     Attributes:
         run: the model and the options.
+        request: the measurement of every file.
         folder: the folder.
-        request: measurement of every file.
     """
 
     run: Run
-    folder: Path
     request: Request
+    folder: Path
 
     def check(self, files: Sequence[ExperimentFile]) -> None:
         """Refuse what is there of another plan or request, and a disk too small.
@@ -63,27 +63,27 @@ class KeptFiles:
             UsageError: naming the first that would have to be replaced.
             ResourceError: the files do not fit.
         """
-        folder = store.ensure_dir(self.folder / "files", STAGE)
         needed = sum(
             file.plan.totals.file_size_bytes
             for file in files
-            if file.plan is not None and not self._path(file).exists()
+            if file.plan is not None and not self._path("files", file).exists()
         )
+        folder = store.ensure_dir(self.folder / "files", STAGE)
         store.check_free(folder, needed, STAGE)
-        if self.run.options.force:
-            return
-        for file in files:
-            path, request = self._result_path(file), self._request(file, self.request)
-            if path.exists() and not _is_asked(_load(path), request):
-                raise store.already_exists(path, STAGE)
-            if file.plan is None:
-                continue
-            path, text = self._plan_path(file), file.plan.to_json()
-            if path.exists() and path.read_bytes() != text.encode():
-                raise store.already_exists(path, STAGE)
-            path = self._path(file)
-            if path.exists() and not _is_of_plan(path, file.plan):
-                raise store.already_exists(path, STAGE)
+        for file in [] if self.run.options.force else files:
+            others = []
+            path = self._path("results", file)
+            if path.exists() and not _is_asked(path, _request(file, self.request)):
+                others.append(path)
+            if file.plan is not None:
+                path, text = self._path("plans", file), file.plan.to_json()
+                if path.exists() and path.read_bytes() != text.encode():
+                    others.append(path)
+                path = self._path("files", file)
+                if path.exists() and not _is_of_plan(path, file.plan):
+                    others.append(path)
+            if others:
+                raise store.already_exists(others[0], STAGE)
 
     def measure(
         self, files: Sequence[ExperimentFile], request: Request
@@ -94,20 +94,20 @@ class KeptFiles:
         files are made. Speeds are measured in turns: one repeat of each file, then the
         next of each; another set of files is timed anew, all of it.
         """
-        assert request.base is not None
+        base, progress = request.base, self.run.progress
+        assert base is not None
         if "kld" in request.tasks:
             # The base's part, so that it runs once and not per file.
-            base, progress = request.base, self.run.progress
             reference = cached_reference(
                 base, request, lambda: progress.measure(f"reference {base.name}")
             )
             request = replace(request, reference=reference)
         built = []
         for file in files:
-            built.append(self._build(file, request))
+            built.append(self._build(file, request, base))
             self._measure(built[-1])
         if "speed" not in request.tasks:
-            return [self._result(file, None) for file in built]
+            return [self._result(file, []) for file in built]
         turns = self._turns(built)
         return [self._result(file, turns[file.name]) for file in built]
 
@@ -115,49 +115,34 @@ class KeptFiles:
         """Remove the GGUF files; a later run makes them again."""
         for file in files:
             if file.plan is not None:
-                self._path(file).unlink()
+                self._path("files", file).unlink()
 
-    def _path(self, file: ExperimentFile) -> Path:
-        return self.folder / "files" / f"{file.name}.gguf"
+    def _path(self, kind: str, file: ExperimentFile) -> Path:
+        suffix = "gguf" if kind == "files" else "json"
+        return self.folder / kind / f"{file.name}.{suffix}"
 
-    def _plan_path(self, file: ExperimentFile) -> Path:
-        return self.folder / "plans" / f"{file.name}.json"
-
-    def _result_path(self, file: ExperimentFile) -> Path:
-        return self.folder / "results" / f"{file.name}.json"
-
-    def _request(self, file: ExperimentFile, request: Request) -> Request:
-        """The base is not compared with itself: that divergence is 0, by definition."""
+    def _build(self, file: ExperimentFile, request: Request, base: Path) -> BuiltFile:
+        path = base
         if file.plan is not None:
-            return request
-        tasks = ("perplexity" if task == "kld" else task for task in request.tasks)
-        return replace(
-            request, tasks=tuple(dict.fromkeys(tasks)), base=None, reference=None
-        )
-
-    def _build(self, file: ExperimentFile, request: Request) -> BuiltFile:
-        assert request.base is not None
-        path = request.base
-        if file.plan is not None:
-            path = self._path(file)
+            path = self._path("files", file)
             text, force = file.plan.to_json(), self.run.options.force
-            store.write_text(self._plan_path(file), text, stage="plan", force=force)
-            planned_file(self.run, file.plan, path, base=request.base)
-        return BuiltFile(
-            file.name, path, self._request(file, request), self._result_path(file)
-        )
+            plan_path = self._path("plans", file)
+            store.write_text(plan_path, text, stage="plan", force=force)
+            planned_file(self.run, file.plan, path, base=base)
+        result_path = self._path("results", file)
+        return BuiltFile(file.name, path, _request(file, request), result_path)
 
     def _measure(self, file: BuiltFile) -> None:
         """Everything but the speed, where it was not measured."""
         request = _untimed(file.request)
-        if self._known(file) is not None:
+        if self._measured(file) is not None:
             self.run.progress.note(f"{file.result_path} was there already, still valid")
         elif request.tasks:
             with self.run.progress.measure(f"bench {file.name}") as tell:
                 result = bench_file(file.path, request, tell)
             _write(file.result_path, result)
 
-    def _known(self, file: BuiltFile) -> Result | None:
+    def _measured(self, file: BuiltFile) -> Result | None:
         """A valid result that is there, with speed or without it.
 
         Raises:
@@ -165,10 +150,10 @@ class KeptFiles:
         """
         if not file.result_path.exists():
             return None
-        result = _load(file.result_path)
+        result = load_cached(Result, file.result_path, STAGE)
         if result is not None and any(
-            is_result_of(result, file.path, request)
-            for request in _with_speed_or_without(file.request)
+            request.tasks and is_result_of(result, file.path, request)
+            for request in (file.request, _untimed(file.request))
         ):
             return result
         if self.run.options.force:
@@ -176,33 +161,32 @@ class KeptFiles:
         raise store.already_exists(file.result_path, STAGE)
 
     def _turns(self, files: Sequence[BuiltFile]) -> dict[str, list[Result]]:
-        """Speeds, by file; kept by all files that took part, and how."""
+        """Speeds by file; they are kept by all files that took part, and how."""
         request = files[0].request
         hashes = [identify(file.path).sha256 for file in files]
-        asked = _turn(request).parameters().model_dump_json()
-        key = store.cache_key(hashes, asked, LLAMA_CPP_COMMIT)[:16]
+        parameters = _turn(request).parameters().model_dump_json()
+        key = store.cache_key(hashes, parameters, LLAMA_CPP_COMMIT)[:16]
         turns: dict[str, list[Result]] = {file.name: [] for file in files}
         for turn in range(request.n_repeats):
             # Back and forth, so that what drifts with time meets all alike.
             for file in files if turn % 2 == 0 else reversed(files):
                 path = self.folder / "turns" / key / f"{turn + 1}-{file.name}.json"
-                result = _load(path) if path.exists() else None
-                one_repeat = _turn(file.request)
-                if result is None or not is_result_of(result, file.path, one_repeat):
+                result = load_cached(Result, path, STAGE)
+                once = _turn(file.request)
+                if result is None or not is_result_of(result, file.path, once):
                     label = f"speed {file.name}, {turn + 1} of {request.n_repeats}"
                     with self.run.progress.measure(label) as tell:
-                        result = bench_file(file.path, one_repeat, tell)
+                        result = bench_file(file.path, once, tell)
                     _write(path, result)
                 turns[file.name].append(result)
         return turns
 
-    def _result(self, file: BuiltFile, turns: list[Result] | None) -> Result:
+    def _result(self, file: BuiltFile, turns: Sequence[Result]) -> Result:
         """All of a file's numbers as one result, as the request has it."""
-        result = self._known(file) or (turns[0] if turns else None)
-        assert result is not None
-        if turns is None:
+        result = self._measured(file) or turns[0]
+        if not turns:
             return result
-        speed: Speed = combined([turn.speed for turn in turns if turn.speed])
+        speed = combined([turn.speed for turn in turns if turn.speed])
         result = result.model_copy(
             update={
                 "parameters": file.request.parameters(),
@@ -216,6 +200,15 @@ class KeptFiles:
         return result
 
 
+def _request(file: ExperimentFile, request: Request) -> Request:
+    """The base is not compared with itself: that divergence is 0, by definition."""
+    if file.plan is not None:
+        return request
+    tasks = ("perplexity" if task == "kld" else task for task in request.tasks)
+    distinct = tuple(dict.fromkeys(tasks))
+    return replace(request, tasks=distinct, base=None, reference=None)
+
+
 def _untimed(request: Request) -> Request:
     return replace(request, tasks=tuple(t for t in request.tasks if t != "speed"))
 
@@ -225,16 +218,13 @@ def _turn(request: Request) -> Request:
     return replace(request, tasks=("speed",), n_repeats=1)
 
 
-def _with_speed_or_without(request: Request) -> list[Request]:
-    return [r for r in (request, _untimed(request)) if r.tasks]
-
-
-def _is_asked(result: Result | None, request: Request) -> bool:
+def _is_asked(path: Path, request: Request) -> bool:
     """Whether a result has the parameters of a request, with speed or without it."""
-    requests = _with_speed_or_without(request)
-    return result is not None and result.parameters in [
-        each.parameters() for each in requests
-    ]
+    result = load_cached(Result, path, STAGE)
+    requests = [r for r in (request, _untimed(request)) if r.tasks]
+    return result is not None and any(
+        result.parameters == each.parameters() for each in requests
+    )
 
 
 def _is_of_plan(path: Path, plan: Plan) -> bool:
@@ -243,14 +233,6 @@ def _is_of_plan(path: Path, plan: Plan) -> bool:
         return read_gguf(path).kv.get("ewq.plan.sha256") == plan.sha256
     except (VerificationError, InputError):
         return False
-
-
-def _load(path: Path) -> Result | None:
-    """A result; None where there is something else."""
-    try:
-        return load_record(Result, path, STAGE)
-    except InputError:
-        return None
 
 
 def _write(path: Path, result: Result) -> None:

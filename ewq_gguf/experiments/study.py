@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,14 +16,10 @@ from ewq_gguf import store
 from ewq_gguf._version import __version__
 from ewq_gguf.bench.files import identify
 from ewq_gguf.bench.runner import Request
-from ewq_gguf.experiments.engine import (
-    Design,
-    ExperimentFile,
-    Setting,
-    existing,
-    run_experiment,
-)
+from ewq_gguf.experiments.engine import ExperimentFile, existing, run_experiment
 from ewq_gguf.experiments.study_record import Findings, Study, StudyFile
+from ewq_gguf.fastewq.rows import trained_path
+from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.convertible import check_is_local
 from ewq_gguf.records import Plan, StudyPart
 from ewq_gguf.stages.candidate_files import measure_plans, types_sha256
@@ -69,9 +66,11 @@ class CacheFiles:
 
     Attributes:
         run: the model and the options.
+        request: the measurement of every file.
     """
 
     run: Run
+    request: Request
 
     def check(self, files: Sequence[ExperimentFile]) -> None:
         """Nothing is replaced, and one file at a time is checked as it is made."""
@@ -81,12 +80,9 @@ class CacheFiles:
     ) -> list[StudyPart]:
         """Perplexity and divergence of every file."""
         plans = [file.plan for file in files if file.plan is not None]
+        run = self.run
         parts = measure_plans(
-            plans,
-            request,
-            self.run.toolchain,
-            options=self.run.options,
-            progress=self.run.progress,
+            plans, request, run.toolchain, options=run.options, progress=run.progress
         )
         return [parts[types_sha256(made)] for made in plans]
 
@@ -114,43 +110,63 @@ def run_study(
     store.check_writable(out, STAGE)
     store.check_distinct(out, [s.path for s in run.checkpoint.shards], STAGE)
     # The base is made later; its name stands for it.
-    request = replace(
-        request, tasks=("perplexity", "kld"), base=Path(run.identity.name)
-    )
-    setting = Setting(run, request)
-    key = setting.sha256(spec)
+    base = Path(run.identity.name)
+    request = replace(request, tasks=("perplexity", "kld"), base=base)
+    key = _request_sha256(run, spec, request)
     with store.locked(out, stage=STAGE):
-        known = existing(Study, out, STAGE, force=run.options.force)
-        if known is not None:
-            if known.request_sha256 != key:
-                raise store.already_exists(out, STAGE)
+        study = existing(Study, out, STAGE, force=run.options.force)
+        if study is not None and study.request_sha256 == key:
             run.progress.note(f"{out} was there already, still valid")
-            return known, out
-        planned = spec.design(run)
-
-        def record(request: Request, parts: Sequence[StudyPart]) -> Study:
-            assert request.base is not None
-            files = {
-                label: _file(label, made, part)
-                for (label, made), part in zip(
-                    planned.plans.items(), parts, strict=True
-                )
-            }
-            return Study(
-                ewq_version=__version__,
-                request_sha256=key,
-                model=run.identity,
-                base=identify(request.base),
-                parameters=request.parameters(),
-                engine=parts[0].engine,
-                findings=planned.findings(files),
-            )
-
-        files = [ExperimentFile(label, made) for label, made in planned.plans.items()]
-        design = Design(files, record, STAGE)
-        study = run_experiment(setting, design, CacheFiles(planned.run), out)
+            return study, out
+        if study is not None:
+            raise store.already_exists(out, STAGE)
+        design = spec.design(run)
+        study = run_experiment(
+            [ExperimentFile(label, made) for label, made in design.plans.items()],
+            CacheFiles(design.run, request),
+            partial(_study, run, design, key),
+        )
+        store.write_text(out, study.to_json(), stage=STAGE, force=True)
     run.progress.note(f"wrote {out}")
     return study, out
+
+
+def _request_sha256(run: Run, spec: StudySpec, request: Request) -> str:
+    """SHA-256 of everything that a study depends on; nothing is measured for it."""
+    files = (run.options.imatrix, run.options.calibration, trained_path())
+    parts = (
+        __version__,
+        LLAMA_CPP_COMMIT,
+        run.toolchain.key,
+        run.identity.fingerprint,
+        request.parameters().model_dump_json(),
+        *(f and f.exists() and store.sha256_file(f) for f in files),
+        spec,
+    )
+    return store.sha256_text(repr(parts))
+
+
+def _study(
+    run: Run,
+    design: StudyDesign,
+    key: str,
+    request: Request,
+    parts: Sequence[StudyPart],
+) -> Study:
+    assert request.base is not None
+    files = {
+        label: _file(label, made, part)
+        for (label, made), part in zip(design.plans.items(), parts, strict=True)
+    }
+    return Study(
+        ewq_version=__version__,
+        request_sha256=key,
+        model=run.identity,
+        base=identify(request.base),
+        parameters=request.parameters(),
+        engine=parts[0].engine,
+        findings=design.findings(files),
+    )
 
 
 def _file(label: str, plan: Plan, part: StudyPart) -> StudyFile:

@@ -31,7 +31,7 @@ from ewq_gguf.records import (
 from ewq_gguf.stages.calibrating import with_imatrix
 from ewq_gguf.stages.companions import plan_companions
 from ewq_gguf.stages.converting import base_file
-from ewq_gguf.stages.finished_plan import as_planned, check_weights
+from ewq_gguf.stages.finished_plan import as_planned, check_replaceable, check_weights
 from ewq_gguf.stages.options import Options
 from ewq_gguf.stages.placing import CompanionFile, check_names, place_companions
 from ewq_gguf.stages.run import Run
@@ -98,6 +98,7 @@ def make_gguf(
         made_plan, plan_path = policy, None
         check_weights(run, policy)
     else:
+        check_replaceable(run, policy, budget)
         made_plan = plan(run, policy, raw_type=raw_type, budget=budget)
         plan_path = plan_file(made_plan)
         if isinstance(policy, OptimalPolicy):

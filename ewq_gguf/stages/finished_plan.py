@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from glob import escape
+from pathlib import Path
 
+from ewq_gguf import store
+from ewq_gguf._version import __version__
 from ewq_gguf.checkpoint.folder import Checkpoint
 from ewq_gguf.errors import InputError
 from ewq_gguf.llamacpp.imatrix import check_imatrix
 from ewq_gguf.plan.check import check_sound
-from ewq_gguf.records import ModelIdentity, Plan
+from ewq_gguf.plan.size_target import SizeTarget
+from ewq_gguf.records import (
+    ModelIdentity,
+    OptimalPolicy,
+    Plan,
+    RulePolicy,
+    load_cached,
+)
+from ewq_gguf.stages.calibrating import with_imatrix
 from ewq_gguf.stages.run import Run
 from ewq_gguf.stages.scanning import policy_measures, scan
 
@@ -33,6 +45,52 @@ def check_given(run: Run, plan: Plan) -> None:
     check_sound(plan)
     if note := check_imatrix(plan, run.options.imatrix):
         run.progress.note(note)
+
+
+def check_replaceable(
+    run: Run,
+    policy: RulePolicy,
+    budget: SizeTarget | None,
+    out: Path | None = None,
+) -> None:
+    """Refuse before a search a plan that could not be written after it.
+
+    Args:
+        run: the model and the options.
+        policy: how to plan; only policy `optimal` takes long.
+        budget: size of the file.
+        out: path of the plan; None for its default.
+
+    Raises:
+        UsageError: a plan that was made from other inputs is there.
+    """
+    if run.options.force or not isinstance(policy, OptimalPolicy) or budget is None:
+        return
+    pattern = f"{escape(run.identity.name)}.optimal*.json"
+    for path in [out] if out else sorted(Path("plans").glob(pattern)):
+        if not path.exists():
+            continue
+        plan = load_cached(Plan, path, "plan")
+        asked = plan and plan.budget and plan.budget.asked
+        is_named_alike = plan and (plan.policy, asked) == (policy, budget.text)
+        if plan and is_named_alike and _has_inputs(plan, run):
+            continue
+        if out is not None or is_named_alike:
+            raise store.already_exists(path, "plan")
+
+
+def _has_inputs(plan: Plan, run: Run) -> bool:
+    """Whether a search of this run could give a plan again."""
+    matrix = with_imatrix(run).options.imatrix
+    return (
+        plan.ewq_version == __version__
+        and plan.model.fingerprint == run.identity.fingerprint
+        and (plan.imatrix is None or plan.imatrix.file_sha256 == _sha256(matrix))
+    )
+
+
+def _sha256(path: Path | None) -> str | None:
+    return None if path is None else store.sha256_file(path)
 
 
 def chosen_as(run: Run, plan: Plan) -> Run:
