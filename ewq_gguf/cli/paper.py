@@ -15,7 +15,7 @@ _TABLES = (3, 5, 6, 7, 8, 9, 13, 14)
 
 @click.group()
 def paper() -> None:
-    """Recompute what the paper's tables allow."""
+    """Recompute the figures in the paper's tables."""
 
 
 @paper.command()

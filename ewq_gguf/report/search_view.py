@@ -61,7 +61,7 @@ def _files(search: Search, files: tuple[SearchedFile, ...]) -> Map:
                 if any(file.tps for file in files)
                 else []
             ),
-            numbers("more than the best", [_difference(file) for file in files]),
+            numbers("dKLD vs best [95 %]", [_difference(file) for file in files]),
         ],
     )
 
