@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ewq_gguf.errors import ToolError, printable
 from ewq_gguf.experiments.controls import kld_mean
 from ewq_gguf.experiments.study_record import Frontier, FrontierFile, Study
 from ewq_gguf.experiments.study_sentences import frontier_sentences
+from ewq_gguf.report.text import number_table
 from ewq_gguf.size_text import size_text
 
 #: Colours for the colour-blind too (Okabe and Ito), and markers.
@@ -29,10 +29,9 @@ _Z95 = 1.96
 
 def frontier_parts(frontier: Frontier) -> list[RenderableType]:
     """The table, and sentences below it."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("file", no_wrap=True)
-    for name in ("size", "bpw", "KLD ±", "KLD vs best preset"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = number_table("file", "size", "bpw", "KLD ±", "KLD vs best preset")
+    for column in table.columns:
+        column.no_wrap = True
     for entry in frontier.files:
         table.add_row(
             Text(printable(entry.file.label)),

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ewq_gguf.records.base import Part, Record
+from ewq_gguf.report.text import number_table
 
 Relation = Literal["=", "<=", ">="]
 #: Rows of a CSV file.
@@ -104,11 +105,10 @@ def paper_view(result: PaperCheck) -> RenderableType:
 
 
 def _checks(title: str, checks: Iterable[Check]) -> RichTable:
-    table = _table(title)
-    table.add_column("")
-    table.add_column("", ratio=1, overflow="fold")
-    for heading in ("printed", "computed", "within"):
-        table.add_column(heading, justify="right")
+    table = number_table(
+        "", "", "printed", "computed", "within", n_words=2, title=title
+    )
+    table.columns[1].ratio, table.columns[1].overflow = 1, "fold"
     for check in checks:
         sign = "" if check.relation == "=" else f"{check.relation} "
         table.add_row(
@@ -122,22 +122,12 @@ def _checks(title: str, checks: Iterable[Check]) -> RichTable:
 
 
 def _summary(result: PaperCheck) -> RichTable:
-    table = _table("By table and section")
-    table.add_column("")
-    for heading in ("agree", "differ"):
-        table.add_column(heading, justify="right")
+    table = number_table("", "agree", "differ", title="By table and section")
     for subject in dict.fromkeys(check.subject for check in result.checks):
         verdicts = [c.agrees for c in result.checks if c.subject == subject]
         agree = sum(verdicts)
         table.add_row(subject, str(agree), str(len(verdicts) - agree))
     return table
-
-
-def _table(title: str) -> RichTable:
-    return RichTable(
-        title=title, title_justify="left", title_style="bold", box=None,
-        pad_edge=False, padding=(0, 1, 0, 0),
-    )  # fmt: skip
 
 
 def _number(value: float) -> str:

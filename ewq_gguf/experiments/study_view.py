@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from statistics import fmean, pstdev
-from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -33,6 +32,7 @@ from ewq_gguf.experiments.study_sentences import (
 )
 from ewq_gguf.ggml_types import bits_per_weight
 from ewq_gguf.records.scores import RankCorrelation
+from ewq_gguf.report.text import number_table
 
 _BAR = 24
 #: Statistics beside each layer's divergence; the correlations have them all.
@@ -71,7 +71,7 @@ def study_view(study: Study) -> RenderableType:
 
 def _sensitivity(findings: Sensitivity) -> list[RenderableType]:
     ggml_type = findings.ggml_type
-    ranks = _table("statistic of a layer's weights", "rho", "95 %", "p", left=1)
+    ranks = number_table("statistic of a layer's weights", "rho", "95 %", "p")
     for each in sorted(
         findings.correlations, key=lambda c: -abs(c.correlation.rho or 0)
     ):
@@ -93,7 +93,7 @@ def _sensitivity(findings: Sensitivity) -> list[RenderableType]:
 
 def _layers(probes: Sequence[LayerProbe]) -> Table:
     headings = {n: t for n, t in _SHOWN.items() if n in probes[0].statistics}
-    table = _table("layer", "KLD ±", *headings.values())
+    table = number_table("layer", "KLD ±", *headings.values(), n_words=0)
     table.add_column("")
     columns = [_z_texts([probe.statistics[n] for probe in probes]) for n in headings]
     largest = max(kld_mean(probe.file) for probe in probes)
@@ -104,7 +104,7 @@ def _layers(probes: Sequence[LayerProbe]) -> Table:
 
 
 def _roles(probes: Sequence[RoleProbe]) -> Table:
-    table = _table("role", "tensors", "M weights", "KLD ±", left=1)
+    table = number_table("role", "tensors", "M weights", "KLD ±")
     table.add_column("")
     largest = max(kld_mean(probe.file) for probe in probes)
     for probe in sorted(probes, key=lambda probe: -kld_mean(probe.file)):
@@ -128,7 +128,7 @@ def _rank_cells(test: RankCorrelation) -> list[str]:
 
 def _controls(findings: Controls) -> list[RenderableType]:
     sizes = file_sizes(findings)
-    table = _table("file", "KLD ±", "less the plan's", "95 %", left=1)
+    table = number_table("file", "KLD ±", "less the plan's", "95 %")
     if len(sizes) > 1:
         table.add_column("bytes", justify="right")
     ranked = sorted(
@@ -170,7 +170,7 @@ def _difference_cells(control: Control) -> list[str]:
 
 
 def _factors(findings: FactorSweep) -> list[RenderableType]:
-    table = _table("factor", "MB", "bpw", "KLD ±", "perplexity ±")
+    table = number_table("factor", "MB", "bpw", "KLD ±", "perplexity ±", n_words=0)
     table.add_column("layers")
     for _, run in groupby(
         findings.files, key=lambda factor: factor.file.quality.chunks
@@ -196,15 +196,6 @@ def _counts(file: StudyFile) -> str:
     counts = Counter(name or "mixed" for name in file.layer_types)
     names = sorted(counts, key=lambda n: 0.0 if n == "mixed" else -bits_per_weight(n))
     return " · ".join(f"{counts[name]} {name}" for name in names)
-
-
-def _table(*names: str, left: int = 0) -> Table:
-    """Columns of numbers, the first `left` ones of words."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for i, name in enumerate(names):
-        justify: Literal["left", "right"] = "left" if i < left else "right"
-        table.add_column(name, justify=justify, no_wrap=i > 0)
-    return table
 
 
 def _z_texts(values: Sequence[float]) -> list[str]:

@@ -18,6 +18,7 @@ from ewq_gguf.fastewq.records import (
     Scores,
     Training,
 )
+from ewq_gguf.report.text import number_table
 
 #: A column's heading for each name, where eight stand side by side.
 _SHORT = {
@@ -105,18 +106,16 @@ def _head(result: Evaluation) -> Table:
 
 
 def _accuracies(result: Evaluation) -> Table:
-    table = _table(
-        "Accuracy with 95 % intervals; in sample is circular, the paper's held out"
-    )
-    table.add_column("", no_wrap=True)
-    for heading in (
+    table = number_table(
+        "",
         f"held out\n{result.n_train} : {result.n_rows - result.n_train}",
         f"mean of\n{result.n_splits} splits",
         "models\nleft out",
         "in\nsample",
         "paper",
-    ):
-        table.add_column(heading, justify="right")
+        title="Accuracy with 95 % intervals; in sample is circular, the paper's held out",
+    )
+    table.columns[0].no_wrap = True
     paper = _paper_scores()
     for split, repeated, left_out, in_sample in zip(
         result.split, result.repeated, result.left_out, result.in_sample, strict=True
@@ -135,14 +134,13 @@ def _accuracies(result: Evaluation) -> Table:
 def _confusions(
     title: str, rows: Sequence[Scores], paper: dict[str, tuple[str, ...]]
 ) -> Table:
-    table = _table(f"{title}\npositive: quantise; P precision, R recall, F their F1")
-    table.add_column("")
-    for heading in ("tn", "fp", "fn", "tp"):
-        table.add_column(heading, justify="right")
-    for label in ("raw", "quantise"):
-        for heading in (f"{label}\nP", "\nR", "\nF"):
-            table.add_column(heading, justify="right")
-    table.add_column("ROC\nAUC", justify="right")
+    classes = (
+        h for label in ("raw", "quantise") for h in (f"{label}\nP", "\nR", "\nF")
+    )
+    table = number_table(
+        *("", "tn", "fp", "fn", "tp", *classes, "ROC\nAUC"),
+        title=f"{title}\npositive: quantise; P precision, R recall, F their F1",
+    )
     for scores in rows:
         auc = "-" if scores.roc_auc is None else f"{scores.roc_auc:.2f}"
         table.add_row(
@@ -158,11 +156,9 @@ def _confusions(
 
 
 def _models(result: Evaluation) -> Table:
-    table = _table("Accuracy on each whole model, left out")
-    table.add_column("")
-    table.add_column("rows", justify="right")
-    for scores in result.left_out:
-        table.add_column(_SHORT[scores.name], justify="right")
+    names = (_SHORT[scores.name] for scores in result.left_out)
+    title = "Accuracy on each whole model, left out"
+    table = number_table("", "rows", *names, title=title)
     for model in result.left_out_models:
         table.add_row(
             Text(printable(model.model_name.split("/")[-1]), overflow="fold"),
@@ -173,10 +169,9 @@ def _models(result: Evaluation) -> Table:
 
 
 def _features(result: Evaluation) -> Table:
-    table = _table("Random forest: importance, mean accuracy without")
-    table.add_column("")
-    for heading in ("importance", "paper", "accuracy without", "paper"):
-        table.add_column(heading, justify="right")
+    title = "Random forest: importance, mean accuracy without"
+    headings = ("", "importance", "paper", "accuracy without", "paper")
+    table = number_table(*headings, title=title)
     paper = {row["feature"]: row for row in data.table("paper_features")}
     for importance in result.features:
         printed = paper[importance.feature]
@@ -211,13 +206,6 @@ def _paper_scores() -> dict[str, tuple[str, ...]]:
         )
         for row in data.table("paper_table5")
     }  # fmt: skip
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=None,
-        pad_edge=False, padding=(0, 1, 0, 0),
-    )  # fmt: skip
 
 
 def _class_cells(scores: ClassScores) -> list[str]:

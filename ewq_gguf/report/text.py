@@ -89,6 +89,27 @@ def _table(columns: Sequence[Column]) -> Table:
     return table
 
 
+def number_table(*headings: str, n_words: int = 1, title: str | None = None) -> Table:
+    """A table without lines, of columns of words and then of numbers.
+
+    Args:
+        headings: of the columns.
+        n_words: how many of them are of words.
+        title: above the table, which is then closer; None for none.
+    """
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0) if title else (0, 1),
+    )
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < n_words else "right")
+    return table
+
+
 def short_role(role: str) -> str:
     """`q` for `attn_q`, `gate_exps` for `ffn_gate_exps`."""
     return _SHORT.get(role, role.removeprefix("attn_").removeprefix("ffn_"))
