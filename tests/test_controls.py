@@ -289,7 +289,7 @@ def test_correlations_are_those_worked_out_by_hand():
 
     assert list(found) == ["down", "flat", "one"]
     assert found["one"].rho == pytest.approx(1 - 6 * 6 / (5 * 24), abs=1e-15)
-    assert found["down"].rho == -1
+    assert found["down"].rho == pytest.approx(-1)
     assert found["flat"].rho is None
 
 

@@ -113,7 +113,7 @@ def _accuracies(result: Evaluation) -> Table:
         "models\nleft out",
         "in\nsample",
         "paper",
-        title="Accuracy with 95 % intervals; in sample is circular, the paper's held out",
+        title="Accuracy, 95 % intervals; in sample is circular, the paper's held out",
     )
     table.columns[0].no_wrap = True
     paper = _paper_scores()
