@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ewq_gguf.cli import main
-from ewq_gguf.experiments.study_record import Controls, FactorSweep, Study
+from ewq_gguf.experiments.study_record import Controls, FactorSweep, Frontier, Study
 from ewq_gguf.records import StudyPart, load_record, read_journal
 from tests.checkpoints import write_llama
 from tests.gguf_files import using_cache
@@ -224,7 +224,11 @@ def test_a_finished_study_is_shown_and_not_measured_again(
 def test_a_study_of_other_inputs_is_refused_before_any_measuring(
     study, more, sensitivity, folder, session_cache, capsys
 ):
-    out = folder / "sensitivity.json"
+    out = folder / f"{study}.json"
+    if study == "frontier":  # of other budgets, measured likewise
+        findings = Frontier(files=(), ratio=None)
+        other = sensitivity.model_copy(update={"findings": findings})
+        out.write_text(other.to_json())
     before, n_before = out.read_bytes(), n_measured(session_cache)
 
     words = argv(folder, study, *more)
