@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from math import isclose
 from pathlib import Path
 
@@ -376,7 +377,11 @@ def test_add_replaces_a_model_and_keeps_the_others():
     assert dataset.own_rows() == (*labelled("110"), *labelled("01", "other"))
 
 
-def test_train_puts_both_in_use_and_reset_takes_them_out(scan_file, capsys):
+def test_train_puts_both_in_use_and_reset_takes_them_out(
+    scan_file, capsys, monkeypatch
+):
+    few_trees = partial(evaluation.training, settings=Settings(n_trees=10))
+    monkeypatch.setattr(evaluation, "training", few_trees)
     main(["fastewq", "add", str(scan_file)])
     assert main(["fastewq", "train"]) == 0
     text = capsys.readouterr().out

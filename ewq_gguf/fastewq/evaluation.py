@@ -106,7 +106,7 @@ def evaluate(rows: Sequence[Row], settings: Settings = DEFAULT) -> Evaluation:
     )
 
 
-def training(rows: Sequence[Row]) -> Training:
+def training(rows: Sequence[Row], settings: Settings = DEFAULT) -> Training:
     """How right the forest is that learns from rows, in and out of sample.
 
     Raises:
@@ -119,9 +119,9 @@ def training(rows: Sequence[Row]) -> Training:
         n_paper=len(rows) - len(own),
         n_own=len(own),
         own_models=tuple(sorted({row.model_name for row in own})),
-        in_sample=scores_of(FOREST, rows, score(FOREST, rows, rows)),
+        in_sample=scores_of(FOREST, rows, score(FOREST, rows, rows, settings)),
         left_out=tuple(
-            scores_of(name, rows, score_left_out(name, rows))
+            scores_of(name, rows, score_left_out(name, rows, settings))
             for name in (FOREST, MAJORITY)
         ),
     )
