@@ -337,7 +337,7 @@ def test_a_disk_without_room_is_said_before_a_file_is_made(
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["best"], 2, "neither a plan's file nor a policy"),
+        (["best"], 2, "unknown policy 'best'"),
         (["ewq", "--presets", "Q9"], 2, "there is no standard preset 'Q9'"),
         (["uniform:Q8_0,uniform:Q8_0"], 2, "is the name of two versions"),
         ([""], 2, "there is no plan and no preset"),
