@@ -50,8 +50,8 @@ PURE_MODULES = {
     f"ewq_gguf.{name}"
     for name in (
         "optimal.allocation", "optimal.candidate_types", "optimal.knapsack",
-        "optimal.latency", "optimal.predictor", "optimal.sensitivity",
-        "optimal.settings",
+        "optimal.knapsack_dp", "optimal.latency", "optimal.predictor",
+        "optimal.sensitivity", "optimal.settings",
         "fastewq.classifier", "fastewq.evaluation",
         "experiments.controls", "experiments.paper", "experiments.paper_classifiers",
     )

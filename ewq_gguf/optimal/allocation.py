@@ -13,6 +13,9 @@ from ewq_gguf.optimal.latency import LatencyTarget
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.sizes import padded
 
+#: Ticks of the clock that a token's time is counted in.
+_N_TICKS = 2.0**40
+
 
 def solve_allocation(
     subject: ModelTensors,
@@ -52,9 +55,11 @@ def solve_allocation(
         latency, weights = latency_target.latency, latency_target.weights
         per_weight = [latency.of_type(name) for name in types]
         usages.append(np.outer([weights[t.name] for t in tensors], per_weight))
-        # The same sum in another order differs in the last digits.
-        seconds = latency_target.max_seconds - latency.constant_seconds
-        limits.append(seconds - 1e-12 * latency_target.max_seconds)
+        limits.append(latency_target.max_seconds - latency.constant_seconds)
+        if limits[1] > 0:
+            # Integers, rounded up: sums are the same in any order.
+            usages[1] = np.ceil(usages[1] * (_N_TICKS / limits[1]))
+            limits[1] = _N_TICKS - 1
     selection = solve_knapsack(cost, usages, limits)
     if selection is None:
         return None

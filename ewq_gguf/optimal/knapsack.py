@@ -1,9 +1,10 @@
 """The multiple-choice knapsack: one option for each item, least cost within limits.
 
 Lagrange multipliers price what is limited and prove a cost that no selection goes
-below; moves of one item or of two then fill what is left of the limits. Where one large
-item decides, branch and bound tries its smaller and its larger options apart, until the
-selection is proven to cost at most a tolerance more than the optimum.
+below; moves of one item or of two then fill what is left of the limits, and dynamic
+programming over what the bound leaves finds the best. Where one large item decides,
+branch and bound tries its smaller and its larger options apart, until the selection is
+proven to cost at most a tolerance more than the optimum.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ewq_gguf.optimal.knapsack_dp import try_all
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -23,9 +27,8 @@ Parts = list[tuple[float, Integers]]
 
 #: A selection may cost this share more than the optimum.
 TOLERANCE = 1e-3
-#: Subproblems at most, and sizes of the problem times subproblems: the bound that is
-#: proven by then is what is returned.
-_MAX_NODES, _MAX_WORK = 1000, 10_000_000
+#: Subproblems that are split at most: the bound is what was proven by then.
+_MAX_NODES = 100
 #: Multipliers are exact enough where better ones raise the bound by a smaller share.
 _BOUND_TOLERANCE = 1e-5
 _MAX_PRICES = 100
@@ -106,7 +109,7 @@ class _BranchAndBound:
         self._penalties = [1e15 * (highest or 1.0) / (limit or 1.0) for limit in limits]
         self.best: Integers | None = None
         self.best_cost = np.inf
-        self.lower_bound = 0.0
+        self.lower_bound = -np.inf
 
     @property
     def _cutoff(self) -> float:
@@ -116,24 +119,18 @@ class _BranchAndBound:
     def run(self) -> None:
         """Search until the best selection is proven to be within the tolerance."""
         open_nodes: list[tuple[float, int, Mask, Parts]] = []
-        max_nodes = min(_MAX_NODES, max(_MAX_WORK // self._costs.size, 2))
-        numbers = iter(range(max_nodes))
-
-        def add(allowed: Mask) -> None:
-            if node := self._bound(allowed):
-                heapq.heappush(open_nodes, (node[0], next(numbers), *node[1:]))
-
-        add(np.isfinite(self._costs))
-        if open_nodes:
-            self.lower_bound = open_nodes[0][0]
-        for _ in range((max_nodes - 1) // 2):
-            if not open_nodes or open_nodes[0][0] >= self._cutoff:
-                break
-            _, _, allowed, parts = heapq.heappop(open_nodes)
-            for half in self._split(allowed, parts):
-                add(half)
+        subproblems = [np.isfinite(self._costs)]
+        numbers = count()
+        for _ in range(_MAX_NODES):
+            for half in subproblems:
+                if node := self._bound(half):
+                    heapq.heappush(open_nodes, (node[0], next(numbers), *node[1:]))
             lowest = open_nodes[0][0] if open_nodes else np.inf
             self.lower_bound = max(self.lower_bound, min(lowest, self._cutoff))
+            if lowest >= self._cutoff:
+                break
+            _, _, allowed, parts = heapq.heappop(open_nodes)
+            subproblems = self._split(allowed, parts)
 
     def _bound(self, allowed: Mask) -> tuple[float, Mask, Parts] | None:
         """Bound a subproblem and look for a selection in it.
@@ -154,10 +151,23 @@ class _BranchAndBound:
         # What an option adds to the bound.
         excess = priced - priced.min(axis=1, keepdims=True)
         bound = float(priced.min(axis=1).sum() - np.dot(prices, self._limits))
+        if self.lower_bound < 0:  # the first subproblem is the whole problem
+            self.lower_bound = max(bound, 0.0)
         if bound >= self._cutoff:
             return None
         self._improve(excess, parts[0][1])
-        return bound, allowed & (bound + excess < self._cutoff), parts
+        allowed = allowed & (bound + excess < self._cutoff)
+        if not allowed.any(axis=1).all():
+            return None
+        gap = self._cutoff - bound
+        tried = try_all(
+            allowed, excess, self._usages, self._limits, np.array(prices), gap
+        )
+        if tried is None:
+            return bound, allowed, parts
+        for options in tried:
+            self._keep(options)
+        return None
 
     def _relax(
         self, costs: Floats, n_limits: int
@@ -258,9 +268,13 @@ class _BranchAndBound:
             pair = np.unravel_index(gains.argmin(), gains.shape)
             chosen = [int(i) for i in pair if i < len(moves)]
             options[items[chosen]] = new[chosen]
-        cost = float(self._costs[rows, options].sum())
+        self._keep(options)
+
+    def _keep(self, options: Integers) -> None:
+        """Keep a selection if it is within the limits and the best so far."""
+        cost = float(self._costs[self._rows, options].sum())
         if cost < self.best_cost and all(
-            usage[rows, options].sum() <= limit
+            usage[self._rows, options].sum() <= limit
             for usage, limit in zip(self._usages, self._limits, strict=True)
         ):
             self.best, self.best_cost = options, cost
