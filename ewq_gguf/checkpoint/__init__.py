@@ -1,1 +1,1 @@
-"""What a checkpoint is, how its bytes are read, and the built-in model."""
+"""Checkpoints: their files, their tensors, their weights; and the built-in model."""

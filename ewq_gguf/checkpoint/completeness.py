@@ -47,7 +47,7 @@ class Layers:
     """The layers of a language model, by their tensors' names.
 
     Attributes:
-        prefix: what their tensors' names begin with: `model.layers`.
+        prefix: The beginning of their tensors' names, such as `model.layers`.
         names: by layer, what follows its number in the names of its tensors;
             experts are left out.
         experts: by layer and list of experts, the names of each expert's tensors.
@@ -100,12 +100,12 @@ def missing_tensors(
     *,
     has_head: bool = True,
 ) -> list[tuple[str, int]]:
-    """What a checkpoint lacks, by its tensors' names alone.
+    """Find the tensors that a checkpoint lacks, by the names that it has.
 
     Args:
         names: the names of its tensors; buffers are left out.
-        architecture: of config.json, or a GGUF's.
-        n_layers: of the model.
+        architecture: The architecture in config.json, or in a GGUF.
+        n_layers: The number of layers of the model.
         config: config.json; empty for a GGUF.
         has_head: whether a model without an output matrix would be incomplete.
 
@@ -190,7 +190,7 @@ def _missing_in_layers(
 def _missing_of_layers(
     layers: Mapping[int, frozenset[str]], n_layers: int, *, is_uniform: bool
 ) -> Iterator[tuple[int, str]]:
-    """What a layer lacks and the others have.
+    """The tensors that a layer lacks and the others have.
 
     Where all layers are alike, that is what most of them have. Elsewhere a single layer
     is at fault that has nothing of its own and lacks what all others have: several may

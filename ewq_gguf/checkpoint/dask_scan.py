@@ -98,7 +98,7 @@ def scan_on_cluster(
     if work.part is not None:
         tensors = part_of(tensors, *work.part)
     left = [tensor for tensor in tensors if tensor.name not in work.known]
-    known = dict(work.known)
+    entries = dict(work.known)
     if left:
         with _connected(scheduler) as client:
             _check_versions(client)
@@ -118,11 +118,11 @@ def scan_on_cluster(
             with closing(_answers(client, requests)) as answers:
                 for index, answer in answers:
                     for tensor in _checked(answer, parts[index]):
-                        known[tensor.name] = tensor
+                        entries[tensor.name] = tensor
                         work.on_tensor(tensor)
                     work.on_bytes(sum(tensor.n_bytes for tensor in parts[index]))
     return scan_checkpoint(
-        checkpoint, measures, layout=layout, work=replace(work, known=known)
+        checkpoint, measures, layout=layout, work=replace(work, known=entries)
     )
 
 
@@ -140,18 +140,18 @@ def _request(request: Request, part: Sequence[MappedTensor]) -> str:
 def _checked(answer: str, part: Sequence[MappedTensor]) -> tuple[TensorScan, ...]:
     """A worker's answer, refused where it is not about the tensors that were asked."""
     try:
-        found = Answer.model_validate_json(answer).tensors
+        tensors = Answer.model_validate_json(answer).tensors
     except ValidationError:
-        found = ()
-    wanted = [(t.name, t.shape, t.dtype, t.hf_names) for t in part]
-    if [(t.name, t.shape, t.dtype, t.hf_names) for t in found] != wanted:
+        tensors = ()
+    expected = [(t.name, t.shape, t.dtype, t.hf_names) for t in part]
+    if [(t.name, t.shape, t.dtype, t.hf_names) for t in tensors] != expected:
         raise InputError(
             "scan",
             part[0].name,
             "a worker's answer is not about the tensors it was asked for",
             "install the same versions on all machines of the cluster",
         )
-    return found
+    return tensors
 
 
 @contextmanager
@@ -197,9 +197,8 @@ def _n_threads(client: Client) -> int:
 
 
 def _address(client: Client) -> str:
-    """The scheduler's."""
-    address: str = client.scheduler.address
-    return address
+    """The scheduler's address."""
+    return str(client.scheduler.address)
 
 
 def _check_versions(client: Client) -> None:
@@ -212,12 +211,13 @@ def _check_versions(client: Client) -> None:
         ResourceError: there is no worker.
     """
     _wait_for_worker(client)
-    found = client.run(resolve_name, _VERSION_NAME, on_error="return")
+    versions = client.run(resolve_name, _VERSION_NAME, on_error="return")
+    server = _address(client)
     try:
-        found[_address(client)] = client.run_on_scheduler(resolve_name, _VERSION_NAME)
+        versions[server] = client.run_on_scheduler(resolve_name, _VERSION_NAME)
     except ImportError as error:
-        found[_address(client)] = error
-    for address, version in found.items():
+        versions[server] = error
+    for address, version in versions.items():
         if isinstance(version, ImportError):
             raise other_version(address, "no ewq", f"ewq {__version__}")
         if isinstance(version, str) and version != __version__:

@@ -32,15 +32,15 @@ VERSION = f"ewq {__version__} on Python {platform.python_version()}"
 
 
 class Request(Part):
-    """What one task is to measure.
+    """The tensors that one task measures.
 
     Attributes:
         run: differs between scans: a worker opens the model once in each.
         origin: the MODEL.
-        adapters: that are merged into it; each worker merges them for itself.
+        adapters: The adapters that are merged into it, by each worker for itself.
         is_streamed: leave the weights on their server.
-        fingerprint: of the checkpoint that the client sees.
-        names: of the tensors, in the GGUF.
+        fingerprint: The fingerprint of the checkpoint that the client sees.
+        names: The GGUF names of the tensors.
         measures: parameters of the measures.
         allow_nonfinite: count NaN and infinities instead of refusing them.
         layout: the converter's, of these tensors.
@@ -58,7 +58,7 @@ class Request(Part):
 
 
 class Answer(Part):
-    """What one task found.
+    """The measured tensors of one task.
 
     Attributes:
         tensors: in the order of the request.
@@ -68,7 +68,7 @@ class Answer(Part):
 
 
 def measure_part(version: str, text: str) -> str:
-    """What a worker does: open the model, measure some of its tensors.
+    """Open the model on a worker and measure some of its tensors.
 
     Args:
         version: the client's.
@@ -87,20 +87,20 @@ def measure_part(version: str, text: str) -> str:
     checkpoint = _opened(
         request.run, request.origin, request.adapters, request.is_streamed
     )
-    found = checkpoint.identity.fingerprint
-    if found != request.fingerprint:
+    ours = checkpoint.identity.fingerprint
+    if ours != request.fingerprint:
         raise InputError(
             "scan",
             request.origin,
-            f"is checkpoint {found[:12]} for the worker on {socket.gethostname()}, "
+            f"is checkpoint {ours[:12]} for the worker on {socket.gethostname()}, "
             f"and {request.fingerprint[:12]} for the client",
             "let all machines see the same files",
         )
-    wanted = set(request.names)
+    names = set(request.names)
     tensors = [
         tensor
         for tensor in map_tensors(checkpoint, request.layout)[0]
-        if tensor.name in wanted
+        if tensor.name in names
     ]
     work = Work(allow_nonfinite=request.allow_nonfinite)
     entries = measure(checkpoint, tensors, request.measures, work)

@@ -86,7 +86,7 @@ def demo_checkpoint(*, on_line: Callable[[str], None] | None = None) -> Path:
         ToolError: this Python has no pip, and none can be made.
         InputError: the rebuilt files are not the known ones.
         LockedError: another process is making it.
-        ResourceError: no room, or the cache cannot be written.
+        ResourceError: the disk is full, or the cache cannot be written.
     """
     key = hashlib.sha256(repr(sorted(DEMO_FILES.items())).encode()).hexdigest()[:16]
     folder = cache_dir("demo", key) / DEMO_NAME
@@ -121,7 +121,7 @@ def write_demo(
     Raises:
         UsageError: `out` is a file, or holds something else and `force` is not given.
         ResourceError: the disk is full, or `out` cannot be written.
-        InputError: what was copied is not the known checkpoint.
+        InputError: the copy is not the known checkpoint.
     """
     folder = out.resolve()
     if folder.exists() and not folder.is_dir():

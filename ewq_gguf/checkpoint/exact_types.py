@@ -1,4 +1,4 @@
-"""Which ggml types hold a tensor of a checkpoint exactly.
+"""The ggml types that hold a tensor of a checkpoint exactly.
 
 Nearly every tensor is told from its first blocks; one that is quantised already is read
 to its end.
@@ -62,7 +62,7 @@ def lattice_types(
     """The types that hold every weight of a tensor, small to large.
 
     Args:
-        tensor: of the checkpoint; what llama-quantize does not touch is on no lattice.
+        tensor: A tensor; for one that llama-quantize never quantises there is no type.
         reader: with its files opened.
         buffer: (n,) uint8, reused.
 

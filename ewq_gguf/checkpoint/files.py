@@ -20,7 +20,7 @@ _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def model_name(folder: Path) -> str:
-    """What people call the model in a folder: no commit's hash of the Hub's cache."""
+    """The name of the model in a folder; never a commit's hash of the Hub's cache."""
     *above, name = ("model", *folder.resolve().parts[1:])
     while _HASH.fullmatch(name) or name == "snapshots":
         *above, name = above
@@ -122,7 +122,7 @@ def small_files_of(folder: Path) -> dict[str, Path]:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    """Of more chat templates, and of sentence-transformers' modules (`1_Pooling`)."""
+    """The folders of chat templates and of modules of sentence-transformers."""
     return [MORE_TEMPLATES, *(str(module["path"]) for module in _modules(folder))]
 
 

@@ -35,11 +35,11 @@ class Checkpoint:
     Attributes:
         folder: where it lies; of a GGUF source the file.
         config: config.json.
-        small_files: what a conversion needs beside the weights, by name.
+        small_files: The files that a conversion needs beside the weights, by name.
         shards: the weight files, by name.
-        identity: what it is, wherever it lies.
+        identity: The model's identity, the same wherever it lies.
         fp8: its FP8 weights, or None.
-        notes: what is odd about it but no error.
+        notes: Oddities that are no errors, each a sentence.
         opened: the signature when the headers were read.
         origin: the MODEL that opens it again, also on another machine.
         adapters: the DIRs or Hub ids of the adapters that are merged into it.
@@ -121,7 +121,7 @@ def open_folder(
 
     Args:
         folder: the checkpoint.
-        name: of the model.
+        name: The name of the model.
         hub_id: where it came from.
         revision: and which commit.
         only: the one weight file to take; None takes the index's or the only set.
@@ -169,6 +169,6 @@ def _notes_on_code(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _notes_on_keys(small_files: Mapping[str, Path]) -> tuple[str, ...]:
-    """Of the files that people edit; the tokenizer's own are written by tools."""
+    """Notes on the files that people edit; tools write the tokenizer's own."""
     edited = [path for name, path in small_files.items() if "config.json" in name]
     return tuple(note for note in map(note_on_repeated_keys, edited) if note)

@@ -63,7 +63,7 @@ class Fp8:
 
 
 def quantisation_of(folder: Path, config: Mapping[str, Any]) -> object:
-    """What a checkpoint says of its quantisation, wherever it says it; None if nothing.
+    """A checkpoint's quantisation as it is stated in any of its files, or None.
 
     Args:
         folder: it is in.
@@ -142,8 +142,8 @@ def fp8_of(
     """Find the scales of every FP8 weight; None where there is no such weight.
 
     Args:
-        tensors: of the checkpoint, with their files.
-        quantised: what it says of its quantisation, for the size of a block.
+        tensors: The checkpoint's tensors with their files.
+        quantised: The stated quantisation, which has the size of a block.
 
     Raises:
         InputError: an FP8 tensor has no scales or some that do not fit, or the
@@ -218,7 +218,7 @@ def scale_fits(
     Args:
         weight: its shape, matrices or stacks of them.
         scale: the scales' shape.
-        block_size: of blocks; None for one scale per weight, stack or row.
+        block_size: The size of a block; None for one scale per weight, stack or row.
     """
     if len(weight) < 2:
         return False

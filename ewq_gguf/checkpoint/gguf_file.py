@@ -44,8 +44,8 @@ class GgufTensor:
         name: in the file.
         shape: slowest dimension first.
         ggml_type: its name, such as `Q4_K`.
-        offset: of its data in the file.
-        size_bytes: of its data, without padding.
+        offset: The position of its data in the file, in bytes.
+        size_bytes: The size of its data, without padding.
     """
 
     name: str
@@ -64,7 +64,7 @@ class GgufFile:
         kv_sizes: bytes of each key-value pair, by key.
         tensors: in the order of the table.
         data_offset: where the tensors' data begin.
-        file_bytes: of the whole file.
+        file_bytes: The size of the whole file.
     """
 
     kv: Mapping[str, Scalar]
@@ -80,7 +80,7 @@ class GgufFile:
 
     @property
     def alignment(self) -> int:
-        """What the header and every tensor are padded to."""
+        """The multiple of bytes that the header and every tensor are padded to."""
         return int(self.kv.get("general.alignment", 32))
 
     @property
@@ -177,10 +177,12 @@ class _Reader:
             key = self.string(_MAX_NAME_BYTES)
             if key in kv:
                 raise self.bad(f"key {key} appears twice")
-            kind = self.number("<I")
-            if key == "general.alignment" and kind != _U32:
-                raise self.bad(f"alignment has value type {kind}, not {_U32} (u32)")
-            kv[key] = self.value(kind)
+            value_type = self.number("<I")
+            if key == "general.alignment" and value_type != _U32:
+                raise self.bad(
+                    f"alignment has value type {value_type}, not {_U32} (u32)"
+                )
+            kv[key] = self.value(value_type)
             kv_sizes[key] = self.position - begin
         alignment = int(kv.get("general.alignment", 32))
         if not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -233,13 +235,13 @@ class _Reader:
             )
         return tuple(tensors.values())
 
-    def value(self, kind: int) -> Scalar:
-        if kind == _STRING:
+    def value(self, value_type: int) -> Scalar:
+        if value_type == _STRING:
             return self.string(self.size)
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind != _ARRAY:
-            raise self.bad(f"value type {kind} is unknown")
+        if value_type in _SCALARS:
+            return self.number(_SCALARS[value_type])
+        if value_type != _ARRAY:
+            raise self.bad(f"value type {value_type} is unknown")
         item, count = self.number("<I"), self.number("<Q")
         if item == _STRING:
             self.check_count("array items", count, 8, self.size)

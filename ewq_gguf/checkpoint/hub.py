@@ -52,7 +52,7 @@ def check_has_weights(hub_id: str, folder: Path) -> None:
 
     Args:
         hub_id: `org/name`.
-        folder: of its small files, named as its commit.
+        folder: The folder of its small files, named as its commit.
 
     Raises:
         InputError: it has GGUF files and no safetensors.
@@ -97,7 +97,7 @@ def hub_error(
     stage: str = "scan",
     instead: str = "give a local folder",
 ) -> NetworkError | ResourceError:
-    """What the Hub's client raised, as one line with what to do."""
+    """An error of the Hub's client as one line with a remedy."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,

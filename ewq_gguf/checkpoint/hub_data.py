@@ -50,10 +50,10 @@ def data_file(
     """A file of a data set, fetched on first use.
 
     Args:
-        repository: of the data set.
-        name: of the file in it.
+        repository: The data set's repository.
+        name: The name of the file in it.
         stage: for messages.
-        instead: what to do without the Hub, for messages.
+        instead: Advice for working without the Hub.
         revision: a commit; None for the newest.
 
     Raises:

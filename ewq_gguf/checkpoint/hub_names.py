@@ -39,7 +39,7 @@ def hub_name(model: str, endpoint: str) -> HubName | None:
     Args:
         model: `org/name[@revision]`, a page's address with or without https://, on the
             Hub or a mirror, or `hf://org/name`.
-        endpoint: of the Hub or its mirror, as HF_ENDPOINT has it.
+        endpoint: The address of the Hub or its mirror, as HF_ENDPOINT has it.
 
     Raises:
         UsageError: a tag follows, which names a finished file.

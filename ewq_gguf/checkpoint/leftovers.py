@@ -28,13 +28,13 @@ _WITH_ADAPTERS = ("GraniteSwitchForCausalLM", "XLMRobertaModel")
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _Leftover:
     """Names of one origin.
 
     Attributes:
-        names: what they match, anywhere.
-        problem: what the checkpoint then is; `{n}` and `{first}` are filled in.
-        remedy: what to do.
+        names: The pattern that is searched for in a name.
+        problem: The fault of the checkpoint; `{n}` and `{first}` are filled in.
+        remedy: The way to mend it.
         is_quantiser: whether a `quantization_config` explains them.
     """
 
@@ -44,18 +44,18 @@ class _Kind:
     is_quantiser: bool = False
 
 
-def _quantised(names: str, method: str) -> _Kind:
+def _quantised(names: str, method: str) -> _Leftover:
     problem = f"is quantised ({method}: {{first}}), and config.json does not say so"
-    return _Kind(re.compile(names), problem, _UNQUANTISED, is_quantiser=True)
+    return _Leftover(re.compile(names), problem, _UNQUANTISED, is_quantiser=True)
 
 
-_KINDS = (
-    _Kind(
+_LEFTOVERS = (
+    _Leftover(
         re.compile(r"\.base_layer\.|^base_model\.model\."),
         "was saved from a PEFT model with its adapter beside the weights ({first})",
         "call merge_and_unload() before save_pretrained()",
     ),
-    _Kind(
+    _Leftover(
         _ADAPTER,
         "holds tensors of an adapter beside the weights ({n}, such as {first})",
         "merge the adapter with merge_and_unload() and save again; where it is merged "
@@ -69,35 +69,35 @@ _KINDS = (
     _quantised(r"\.(qweight|qzeros)$", "GPTQ or AWQ"),
     _quantised(r"\.(W_q|W_nbits|zero_scale)$", "HQQ"),
     _quantised(r"\.weight\.(_data|_scale|_shift)$|\._qdata$", "quanto"),
-    _Kind(
+    _Leftover(
         re.compile(r"(^|\.)_orig_mod\."),
         "was saved from a compiled model ({n} names with _orig_mod, such as {first})",
         "save model._orig_mod, or rename the tensors",
     ),
-    _Kind(
+    _Leftover(
         re.compile(r"(^|\.)_(fsdp|checkpoint)_wrapped_module\.|^_fsdp|\._flat_param"),
         "was saved from wrapped modules ({n} names such as {first})",
         "gather the model's full state dict and save that",
     ),
-    _Kind(
+    _Leftover(
         re.compile(r"^module\."),
         "was saved from DistributedDataParallel's or DeepSpeed's wrapper ({n} names "
         "such as {first})",
         "save model.module, or rename the tensors",
     ),
-    _Kind(
+    _Leftover(
         re.compile(
             r"^optimizer|(^|\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)(\.|$)"
         ),
         "holds states of an optimiser ({n} tensors, such as {first})",
         "save the model alone, with save_pretrained()",
     ),
-    _Kind(
+    _Leftover(
         re.compile(r"^(ema|model_ema|ema_model)\.|\.ema(_|\.|$)"),
         "holds averaged copies of weights (EMA: {n} tensors, such as {first})",
         "save the copy you want alone, under the model's own names",
     ),
-    _Kind(
+    _Leftover(
         re.compile(r"^v_head\.|^value_head\."),
         "holds a value head of reinforcement learning ({first})",
         "save model.pretrained_model, which leaves it out",
@@ -118,26 +118,29 @@ def check_names(checkpoint: Checkpoint) -> None:
     names = [tensor.name for tensor in tensors]
     if names and all(map(_ADAPTER.search, names)):
         raise _adapter(checkpoint, names)
-    for kind in _KINDS:
-        found = [name for name in names if kind.names.search(name)]
-        if found and not (kind.is_quantiser and is_quantised(checkpoint)):
-            problem = kind.problem.format(n=len(found), first=found[0])
-            raise InputError("scan", checkpoint.folder, problem, kind.remedy)
+    for leftover in _LEFTOVERS:
+        matches = [name for name in names if leftover.names.search(name)]
+        if matches and not (leftover.is_quantiser and is_quantised(checkpoint)):
+            problem = leftover.problem.format(n=len(matches), first=matches[0])
+            raise InputError("scan", checkpoint.folder, problem, leftover.remedy)
     _check_integers(checkpoint, tensors)
     architecture = ARCHITECTURES.get(identity.hf_architecture)
     if architecture and checkpoint.is_mapped_by_name:
-        known = (gguf_name(architecture, identity.n_layers, name) for name in names)
-        lost = [name for name, new in zip(names, known, strict=True) if new is None]
+        lost = [
+            name
+            for name in names
+            if gguf_name(architecture, identity.n_layers, name) is None
+        ]
         if lost:
             raise no_place(checkpoint, lost)
 
 
 def no_place(checkpoint: Checkpoint, names: Sequence[str]) -> InputError:
-    """What to say of tensors that the model's GGUF has no place for.
+    """The error for tensors that the model's GGUF has no place for.
 
     Args:
         checkpoint: they are in.
-        names: of them, at least one.
+        names: The names of the tensors, at least one.
     """
     identity = checkpoint.identity
     layers = {int(m[1]) for name in names if (m := re.search(r"\.(\d+)\.", name))}

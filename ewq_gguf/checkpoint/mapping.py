@@ -1,4 +1,4 @@
-"""Which checkpoint tensors, or parts of them, feed which GGUF tensor.
+"""The checkpoint tensors, or parts of them, that feed each GGUF tensor.
 
 Two ways lead here. For the families in `tensor_names.ARCHITECTURES` the names alone say
 it. For every other one the converter is asked (`llamacpp/layout.py`), and its answer is
@@ -63,7 +63,7 @@ class Region:
 
     @property
     def headers(self) -> tuple[TensorHeader, ...]:
-        """Of the tensor, and of its scales where it has some."""
+        """The headers of the tensor and of its scales, if it has some."""
         return (self.tensor, *([self.scales.tensor] if self.scales else []))
 
     @property
@@ -88,7 +88,7 @@ class MappedTensor:
     Attributes:
         name: in the GGUF.
         shape: in the GGUF, slowest dimension first.
-        regions: what it is made of; at least one, all of one dtype.
+        regions: The parts that it is made of; at least one, all of one dtype.
         is_transposed: whether the checkpoint has its columns where the GGUF has rows.
     """
 

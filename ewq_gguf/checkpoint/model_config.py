@@ -72,13 +72,13 @@ def _check_architecture(
     if supported is None or not names.isdisjoint(supported):
         return
     if match := _CLASSIFIER.search(architecture):
-        of_this_kind = sorted(name for name in supported if name.endswith(match[0]))
+        same_task = sorted(name for name in supported if name.endswith(match[0]))
         raise InputError(
             "scan",
             path,
             f"{architecture} is a classifier, such as a reranker or a reward model: "
             f"llama.cpp's converter has no place for its head; it takes "
-            f"{', '.join(of_this_kind) or 'none of this kind'}",
+            f"{', '.join(same_task) or 'none of this kind'}",
             "give a checkpoint of those; Qwen3's rerankers are taken as they were "
             "published, as Qwen3ForCausalLM",
         )
@@ -100,12 +100,12 @@ def _refuse_without_config(folder: Path) -> None:
 def adapter_error(
     folder: Path, adapter: Mapping[str, Any], example: str = ""
 ) -> InputError:
-    """What to say of a folder with an adapter and no model.
+    """The error for a folder with an adapter and no model.
 
     Args:
         folder: the adapter.
         adapter: its adapter_config.json, or an empty one.
-        example: of its tensors, in brackets.
+        example: The name of a tensor in it, in brackets.
     """
     base = adapter.get("base_model_name_or_path")
     peft_type = adapter.get("peft_type") or "LORA"

@@ -48,7 +48,7 @@ def buffers_of(checkpoint: Checkpoint) -> list[TensorHeader]:
 
 
 def note_on_buffers(checkpoint: Checkpoint) -> str | None:
-    """What of a checkpoint is left out because it is no weights, or None."""
+    """A note on the tensors that are left out because they are no weights, or None."""
     found = buffers_of(checkpoint)
     if not found:
         return None

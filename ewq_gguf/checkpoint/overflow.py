@@ -32,8 +32,8 @@ class Overflow:
     Attributes:
         shard: the file it is in.
         tensor: its header.
-        index: of the first such weight among the tensor's.
-        value: of that weight.
+        index: The index of the first such weight among the tensor's.
+        value: The value of that weight.
     """
 
     shard: ShardFile
@@ -49,7 +49,7 @@ def find_overflows(
 
     Args:
         checkpoint: whose weights are read.
-        names: of tensors of it; those that are F16 already are not read.
+        names: The names of its tensors; those that are F16 already are not read.
 
     Raises:
         InputError, ResourceError: a file cannot be read.
@@ -92,13 +92,13 @@ def _value(weight: Any, dtype: str) -> float:
 def overflow_error(
     stage: str, found: Overflow, remedy: str, name: str | None = None
 ) -> InputError:
-    """What to say of a weight that would become infinite.
+    """The error for a weight that would become infinite.
 
     Args:
-        stage: that found it.
+        stage: The stage that an error names.
         found: the tensor and its weight.
-        remedy: what to do.
-        name: of the GGUF tensor, where it is another one.
+        remedy: The way to mend it.
+        name: The GGUF tensor's name, where it is another one.
     """
     becomes = f" ({name})" if name and name != found.tensor.name else ""
     return InputError(

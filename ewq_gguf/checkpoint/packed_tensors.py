@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are parts of packed weights, by their names alone."""
+"""The tensors of a checkpoint that are parts of packed weights, by their names."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Unpacked:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight as it is written."""
+        """The shape of the weight as it is written."""
         *first, rows, columns = self.integers.shape
         last = (columns, rows) if self.is_transposed else (rows, columns)
         return (*first, *last)
@@ -69,36 +69,36 @@ def unpack(packing: Packing, parts: Mapping[str, Array], name: str) -> Unpacked:
     """A weight's integers and scales.
 
     Args:
-        packing: of the checkpoint.
+        packing: The packing of the checkpoint.
         parts: the arrays by their endings (`ENDINGS`); floats as float64.
-        name: of the weight, for messages.
+        name: The weight's name, for messages.
 
     Raises:
         InputError: the parts do not fit together, or no ggml type could hold them.
     """
     try:
         if packing.method == "gptq":
-            found = _gptq(packing, parts)
+            weight = _gptq(packing, parts)
         elif packing.method == "awq":
-            found = _awq(parts)
+            weight = _awq(parts)
         elif packing.method == "mxfp4":
-            found = _e2m1(parts["_blocks"], parts["_scales"])
+            weight = _e2m1(parts["_blocks"], parts["_scales"])
         elif ".weight" in parts:
-            found = _integers(parts)
+            weight = _integers(parts)
         elif ".weight_shape" in parts:
-            found = _packed_integers(packing, parts)
+            weight = _packed_integers(packing, parts)
         else:
             packed = parts[".weight_packed"]
             blocks = packed.reshape(*packed.shape[:-1], -1, 16)
-            found = _e2m1(blocks, parts[".weight_scale"])
-        if not found.integers.size:
+            weight = _e2m1(blocks, parts[".weight_scale"])
+        if not weight.integers.size:
             raise ValueError("no weights")
     except (ValueError, IndexError, KeyError, ZeroDivisionError) as error:
         shapes = ", ".join(f"{end} {part.shape}" for end, part in parts.items())
         raise InputError(
             "scan", name, f"its parts do not fit together: {shapes}", _REMEDY
         ) from error
-    if packing.method in ("gptq", "awq") and not found.is_in_blocks:
+    if packing.method in ("gptq", "awq") and not weight.is_in_blocks:
         raise InputError(
             "scan",
             name,
@@ -106,7 +106,7 @@ def unpack(packing: Packing, parts: Mapping[str, Array], name: str) -> Unpacked:
             "type has their scales",
             _REMEDY,
         )
-    return found
+    return weight
 
 
 def words(packed: Array, bits: int, axis: int) -> Integers:

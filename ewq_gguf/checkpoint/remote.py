@@ -27,8 +27,8 @@ class RemoteFile:
 
     Attributes:
         url: without credentials in it.
-        size_bytes: of the whole file.
-        etag: of the version that was opened, or None where the server gives none.
+        size_bytes: The size of the whole file.
+        etag: The ETag of the version that was opened, or None if the server gives none.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RemoteFile:
 
         Args:
             url: http or https.
-            headers: of every request, such as the Hub's authorisation.
+            headers: The headers of every request, such as the Hub's authorisation.
             wait_seconds: before the second attempt; doubled for each further one.
 
         Raises:

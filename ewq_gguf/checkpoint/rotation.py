@@ -32,8 +32,8 @@ class Rotation:
     Attributes:
         first: the dimension a of each pair, (n / 2,).
         second: the dimension b of each pair, (n / 2,).
-        cosine: of each pair's angle, (n / 2,).
-        sine: of each pair's angle, (n / 2,).
+        cosine: The cosine of each pair's angle, (n / 2,).
+        sine: The sine of each pair's angle, (n / 2,).
     """
 
     first: IndexArray

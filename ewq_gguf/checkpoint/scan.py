@@ -90,7 +90,7 @@ def measure(
 
     Args:
         checkpoint: opened by `open_checkpoint`.
-        tensors: of its, in the order of the GGUF.
+        tensors: Some of its tensors, in the order of the GGUF.
         measures: parameters of the measures.
         work: how to go about it; its part and what it knows do not matter here.
 
@@ -126,8 +126,8 @@ def part_of(
 
     Args:
         tensors: all of them, in the order of the GGUF.
-        index: of the part, from 1.
-        count: of parts.
+        index: The number of the part, from 1.
+        count: The number of parts.
     """
     return deal(tensors, count)[index - 1]
 
@@ -159,18 +159,18 @@ def merge_scans(scans: Sequence[Scan]) -> Scan:
     first = scans[0]
     parts = sorted(scan.part or "" for scan in scans)
     count = int((first.part or "0/0").partition("/")[2])
-    wanted = sorted(f"{i}/{count}" for i in range(1, count + 1))
+    needed = sorted(f"{i}/{count}" for i in range(1, count + 1))
     same = all(
         (scan.model, scan.measures, scan.dropped)
         == (first.model, first.measures, first.dropped)
         for scan in scans
     )
-    if parts != wanted or not same:
+    if parts != needed or not same:
         raise InputError(
             "scan",
             first.model.name,
             f"{', '.join(part or 'a whole scan' for part in parts)} do not make one "
-            f"scan; needed is each of {', '.join(wanted) or 'some parts'} of the same "
+            f"scan; needed is each of {', '.join(needed) or 'some parts'} of the same "
             "model and measures",
             "give every part once",
         )

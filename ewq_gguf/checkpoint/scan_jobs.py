@@ -117,10 +117,10 @@ class _CodeJob(Job):
             self.n_left -= 1
             if self.n_left:
                 return _State.PART
-        found = CodeCounts.of(table if self.counts is None else self.counts)
-        self.weights_crc32 = found.crc32
+        counts = CodeCounts.of(table if self.counts is None else self.counts)
+        self.weights_crc32 = counts.crc32
         self.summary = summarise_codes(
-            found,
+            counts,
             dtype,
             epsilon=self.measures.epsilon,
             n_bins=self.measures.n_bins,

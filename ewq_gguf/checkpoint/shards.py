@@ -1,4 +1,4 @@
-"""Which weight files a checkpoint has, and whether they are what its index says."""
+"""The weight files of a checkpoint, and whether they are as its index says."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Which weight files are taken, and what the index says of them, if there is one.
+    """The weight files that are taken, and the index's content if there is one.
 
     Attributes:
-        names: of the files.
+        names: The names of the files.
         weight_map: the file of each tensor.
         total_size: bytes of all tensors, as the index has it.
         has_other_index: whether there is an index, of other files.
@@ -186,13 +186,15 @@ def _check_numbered(folder: Path, names: list[str]) -> None:
             f"add {_INDEX}, or give one file as MODEL",
         )
     stem, count = sets.pop()
-    wanted = [f"{stem}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
-    missing = sorted(set(wanted) - set(names))
+    expected = [
+        f"{stem}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)
+    ]
+    missing = sorted(set(expected) - set(names))
     if missing:
         raise InputError(
             "scan",
             folder,
-            f"{len(missing)} of {len(wanted)} shards are missing: "
+            f"{len(missing)} of {len(expected)} shards are missing: "
             f"{', '.join(missing[:4])}",
             "download them",
         )

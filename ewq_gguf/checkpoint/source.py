@@ -1,4 +1,4 @@
-"""What MODEL names: a folder, a file, a Hub id, an https URL or the built-in model."""
+"""Open a MODEL: a folder, a file, a Hub id, an https URL or the built-in model."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def _origin(model: str, identity: ModelIdentity) -> str:
 def _open(model: str, opening: Opening) -> Checkpoint:
     path = Path(model)
     if _URL.match(model):
-        if found := hub_name(model, hub_endpoint()):
-            return _open_hub(found, opening)
+        if name_on_hub := hub_name(model, hub_endpoint()):
+            return _open_hub(name_on_hub, opening)
         return _open_url(model.rstrip("/"), opening)
     if model == "demo":
         folder, name = demo_checkpoint(on_line=opening.say), DEMO_NAME
@@ -113,8 +113,8 @@ def _open(model: str, opening: Opening) -> Checkpoint:
         folder, name = path, model_name(path)
     elif path.exists():
         return _open_file(path, opening)
-    elif found := hub_name(model, hub_endpoint()):
-        return _open_hub(found, opening)
+    elif name_on_hub := hub_name(model, hub_endpoint()):
+        return _open_hub(name_on_hub, opening)
     else:
         raise InputError(
             "scan",

@@ -79,7 +79,7 @@ def unpacked(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Check
     Raises:
         InputError: tensors are missing or are no weights of the model, the weights stay
             on a server, or parts of them do not fit together.
-        ResourceError: the cache's disk has no room.
+        ResourceError: the cache's disk has too little space.
     """
     packing = packing_of(quantisation_of(checkpoint.folder, checkpoint.config))
     if packing is None:
@@ -163,10 +163,10 @@ def _common_dtype(weights: Iterable[_Weight]) -> str:
     return next((dtype for dtype in ("BF16", "F16") if dtype in common), "F32")
 
 
-def _holds(dtype: str, found: Unpacked) -> bool:
+def _holds(dtype: str, weight: Unpacked) -> bool:
     """Whether each integer up to the largest times each scale is exact in a dtype."""
-    scales = np.unique(found.scales)
-    largest = max(int(found.integers.max()), -int(found.integers.min()))
+    scales = np.unique(weight.scales)
+    largest = max(int(weight.integers.max()), -int(weight.integers.min()))
     for q in range(1, largest + 1):
         product = scales * q
         if not (_rounded(product, dtype) == product).all():
@@ -232,8 +232,8 @@ def _array(shard: ShardFile, tensor: TensorHeader, reader: RangeReader) -> NDArr
     for chunk in reader.chunks(shard, tensor.begin, tensor.end, buffer):
         data = chunk
     if tensor.dtype in ("BF16", "F16"):
-        found: NDArray[Any] = code_values(tensor.dtype)[data.view("<u2")]
-        return found.reshape(tensor.shape)
+        floats: NDArray[Any] = code_values(tensor.dtype)[data.view("<u2")]
+        return floats.reshape(tensor.shape)
     if tensor.dtype not in _NUMBERS:
         raise InputError(
             "scan",
@@ -241,5 +241,5 @@ def _array(shard: ShardFile, tensor: TensorHeader, reader: RangeReader) -> NDArr
             f"{tensor.name} is {tensor.dtype}, which no packed weight has",
             "use the BF16 or F16 checkpoint it was made from",
         )
-    found = data.view(_NUMBERS[tensor.dtype]).reshape(tensor.shape)
-    return found.astype(np.float64) if tensor.dtype == "F32" else found
+    numbers = data.view(_NUMBERS[tensor.dtype]).reshape(tensor.shape)
+    return numbers.astype(np.float64) if tensor.dtype == "F32" else numbers

@@ -66,10 +66,10 @@ class Adapter:
         origin: the DIR or Hub id that opens it again, also on another machine.
         config: adapter_config.json.
         file: its weights.
-        parts: what it trained at each module, by the module's name in the model and
+        parts: Its trained tensors, by the module's name in the model and
             the part's: `lora_A`, `lora_B`, ...
         whole: tensors that it replaces, by their name in the model.
-        identity: what it is, wherever it lies.
+        identity: The adapter's identity, the same wherever it lies.
     """
 
     folder: Path
@@ -87,7 +87,7 @@ class Adapter:
 
     @property
     def right_base(self) -> str:
-        """What to do where it does not fit the base."""
+        """The remedy where it does not fit the base."""
         trained_on = f", {self.base}" if self.base else ""
         return f"give the base that it was trained on{trained_on}"
 
@@ -110,7 +110,7 @@ class Adapter:
 
         Args:
             module: its name in the model.
-            rank: of its A, as the file has it.
+            rank: The rank of its A in the file.
 
         Raises:
             InputError: the config says another rank, or no number.
@@ -217,7 +217,7 @@ def same_weights(one: Stored, two: Stored, dtype: str) -> bool:
     Args:
         one: a tensor's file and header.
         two: another one's.
-        dtype: of FLOAT_DTYPES.
+        dtype: One of FLOAT_DTYPES.
     """
     if one[1].shape != two[1].shape:
         return False

@@ -78,10 +78,10 @@ def scale_of(config: Mapping[str, Any], folder: Path, module: str, rank: int) ->
     """The factor of a module's product B A: alpha / r, or alpha / sqrt(r) (rsLoRA).
 
     Args:
-        config: of the adapter.
+        config: The adapter's config.
         folder: for messages.
         module: its name in the model.
-        rank: of its A, as the file has it.
+        rank: The rank of its A in the file.
 
     Raises:
         InputError: the config says another rank, or no number.

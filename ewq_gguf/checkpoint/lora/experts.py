@@ -26,9 +26,9 @@ class Place:
 
     Attributes:
         tensor: its name.
-        matrix: which one of a three-dimensional tensor.
+        matrix: The index of the matrix in a three-dimensional tensor.
         expert: whose it is.
-        rows: of the expert's B that are the matrix's.
+        rows: The rows of the expert's B that belong to the matrix.
     """
 
     tensor: str
@@ -42,9 +42,9 @@ class Experts:
     """Where a matrix of all experts of a module is in a checkpoint.
 
     Attributes:
-        count: of the experts.
+        count: The number of experts.
         turn: their matrices are stored as (in, out).
-        places: of the matrices.
+        places: The places of the matrices.
     """
 
     count: int
@@ -63,10 +63,10 @@ class Experts:
         """Look for a parameter such as `mlp.experts.gate_up_proj`.
 
         Args:
-            names: of the checkpoint.
+            names: The names of the checkpoint's tensors.
             parameter: its name in the model in memory.
-            n_rows: of one expert's B.
-            architecture: of the model.
+            n_rows: The number of rows of one expert's B.
+            architecture: The model's architecture.
             shape_of: the shape of a tensor of the checkpoint.
         """
         if tensor := names.find_experts(parameter):
@@ -100,7 +100,7 @@ class Experts:
         return a[0] % self.count == 0
 
     def step(self, adapter: Adapter, parts: Parts, place: Place, scale: float) -> Step:
-        """What an adapter does to one matrix of one expert."""
+        """The change of one matrix of one expert by an adapter."""
 
         def make(arrays: Mapping[str, FloatArray]) -> Change:
             a, b = (arrays[end] for end in LINEAR)

@@ -25,12 +25,12 @@ _FLOAT64_BITS = 53
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to one matrix: scale * left @ right, and DoRA's magnitudes.
+    """An adapter's addition to a matrix: scale * left @ right, and DoRA's magnitudes.
 
     Attributes:
         left: (rows, rank) float64, finite; rows are the matrix's as it is stored.
         right: (rank, columns) float64, finite.
-        scale: of the product.
+        scale: The factor of the product.
         magnitude: the norm each row gets (DoRA), (rows,) float64; None leaves it.
     """
 
@@ -59,7 +59,7 @@ class ReplacedRows:
     """Rows that an adapter trained as they are, such as those of new tokens.
 
     Attributes:
-        indices: of the rows, (n,) int64.
+        indices: The numbers of the rows, (n,) int64.
         values: (n, columns) float64.
     """
 

@@ -126,7 +126,7 @@ class _Merge:
     Attributes:
         base: the checkpoint.
         adapters: in their order.
-        targets: what becomes of the tensors.
+        targets: The changes of the tensors.
         say: told what a user should know.
     """
 
@@ -164,7 +164,7 @@ class _Merge:
         )
 
     def _key(self) -> str:
-        """What decides the copy's bytes, and where the files lie that it links to."""
+        """A hash of all that decides the copy's bytes, and of the files it links to."""
         parts = [_METHOD, self.base.signature, *self.base.small_files.values()]
         parts += [shard.path.resolve() for shard in self.base.shards]
         parts += [adapter.identity for adapter in self.adapters]

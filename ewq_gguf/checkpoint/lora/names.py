@@ -38,7 +38,7 @@ class Names:
     """The names of a checkpoint's tensors.
 
     Attributes:
-        all: of them.
+        all: All names.
         embedding: the token embedding's; None where none is known here.
         head: the output head's; None where the embedding serves as one.
     """
@@ -63,7 +63,7 @@ class Names:
         return self.embedding if is_of(name, _HEADS) and not self.head else None
 
     def find_experts(self, name: str) -> str | None:
-        """Of a matrix of all experts in one, such as `mlp.experts.down_proj`."""
+        """The name of all experts' matrix in one, such as `mlp.experts.down_proj`."""
         for here, there in _EXPERTS:
             if found := self.find(name.replace(here, there) if here else name):
                 return found

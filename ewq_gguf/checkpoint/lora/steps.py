@@ -1,4 +1,4 @@
-"""What an adapter does to one matrix, before its weights are read."""
+"""The change of one matrix by an adapter, before its weights are read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Step:
         adapter: whose it is.
         parts: the adapter's tensors that it takes, by part.
         make: makes the change out of them.
-        matrix: which of the matrices of a three-dimensional tensor it changes.
+        matrix: The index of the changed matrix in a three-dimensional tensor.
     """
 
     adapter: Adapter
@@ -48,7 +48,7 @@ def low_rank_step(adapter: Adapter, parts: Parts, scale: float, *, turn: bool) -
     Args:
         adapter: whose it is.
         parts: A, B and perhaps the magnitudes.
-        scale: of the product.
+        scale: The factor of the product.
         turn: the matrix is stored as (in, out), so that (B A) transposed is added.
     """
     ends = EMBEDDING if EMBEDDING[0] in parts else LINEAR

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint an adapter changes, and how: names and shapes only."""
+"""The tensors of a checkpoint that an adapter changes, by names and shapes alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CONV1D = "GPT2"
 
 @dataclass
 class Target:
-    """What becomes of one tensor of the checkpoint.
+    """The changes of one tensor of the checkpoint.
 
     Attributes:
         shard: the file its weights are read from: the checkpoint's or an adapter's.
@@ -46,11 +46,11 @@ class Target:
 
 
 class Targets:
-    """What becomes of a checkpoint's tensors, adapter after adapter.
+    """The changes of a checkpoint's tensors, adapter after adapter.
 
     Attributes:
         by_name: the tensors that change, by their names in the checkpoint.
-        notes: what a user should know of it.
+        notes: Sentences for the user.
     """
 
     def __init__(self, base: Checkpoint) -> None:

@@ -29,8 +29,8 @@ def merged_file(
 
     Args:
         shard: the file as it is.
-        targets: what becomes of the changed tensors, by name.
-        reader: of weight files.
+        targets: The changes of tensors, by name.
+        reader: The reader of weight files.
 
     Raises:
         InputError: a merged weight is too large for the type, or is no number.
@@ -55,9 +55,9 @@ def _merged(
     """A changed tensor's bytes, some rows at a time.
 
     Args:
-        target: what becomes of it.
+        target: The changes of the tensor.
         tensor: its header in the checkpoint, whose type it keeps.
-        reader: of weight files.
+        reader: The reader of weight files.
 
     Raises:
         InputError: a merged weight is too large for the type, or is no number.
