@@ -29,11 +29,11 @@ class Part(BaseModel):
 class Record(Part):
     """A record that is saved as a file of its own.
 
-    Each kind narrows both fields to its own values; the version rises when a field
-    changes its meaning.
+    Each record class narrows both fields to its own values; the version rises when a
+    field changes its meaning.
 
     Attributes:
-        schema_name: such as `ewq.plan`.
+        schema_name: name of the schema, such as `ewq.plan`.
         schema_version: version of that schema.
     """
 
@@ -51,18 +51,18 @@ class Record(Part):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def load_record(kind: type[R], path: Path, stage: str) -> R:
+def load_record(record_type: type[R], path: Path, stage: str) -> R:
     """Read a record from its file.
 
     Raises:
         InputError: the file is missing, too large, not JSON, or not such a record.
     """
-    schema = kind.model_fields["schema_name"].default
+    schema = record_type.model_fields["schema_name"].default
     text, values = read_json(path, stage, f"give a file that ewq wrote as {schema}")
     if not isinstance(values, dict) or values.get("schema_name") != schema:
         raise InputError(stage, path, f"is not a {schema} file", "check the path")
     try:
-        return kind.model_validate_json(text)
+        return record_type.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         pointer = "/" + "/".join(str(part) for part in first["loc"])
@@ -74,17 +74,17 @@ def load_record(kind: type[R], path: Path, stage: str) -> R:
         ) from error
 
 
-def load_cached(kind: type[R], path: Path, stage: str) -> R | None:
+def load_cached(record_type: type[R], path: Path, stage: str) -> R | None:
     """A record from the cache, or None where it is missing or not sound any more."""
     try:
-        return load_record(kind, path, stage) if path.exists() else None
+        return load_record(record_type, path, stage) if path.exists() else None
     except InputError:
         return None
 
 
 @contextmanager
 def open_journal(path: Path) -> Iterator[Callable[[Part], None]]:
-    """A function that adds a part to a journal; what a killed run left stays."""
+    """A function that adds a part to a journal; parts of a killed run stay."""
     with path.open("a", encoding="utf-8") as file:
         file.write("\n")  # ends what was left half
 
@@ -95,8 +95,8 @@ def open_journal(path: Path) -> Iterator[Callable[[Part], None]]:
         yield keep
 
 
-def read_journal(path: Path, kind: type[P]) -> dict[str, P]:
-    """Parts that were written one a line, by their `name`; what is broken is left out.
+def read_journal(path: Path, part_type: type[P]) -> dict[str, P]:
+    """Parts that were written one a line, by their `name`; broken lines are left out.
 
     A killed run may leave half a line at the end; everything before it is sound.
     """
@@ -104,7 +104,7 @@ def read_journal(path: Path, kind: type[P]) -> dict[str, P]:
     if path.exists():
         for line in path.read_bytes().splitlines():
             try:
-                part = kind.model_validate_json(line)
+                part = part_type.model_validate_json(line)
             except ValidationError:
                 continue
             parts[str(getattr(part, "name"))] = part  # noqa: B009 - of any part
