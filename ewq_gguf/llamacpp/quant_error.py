@@ -1,4 +1,4 @@
-"""What a type costs a tensor: the error of sampled rows, by ggml's own quantisers."""
+"""Errors of tensors in quantised types: sampled rows, and ggml's own quantisers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ewq_gguf.llamacpp.ggml import Float32Array, Ggml
 from ewq_gguf.records.quant_error import QuantError
 
 STAGE = "plan"
-#: Rows of a tensor at least: its error is then known to a few percent.
+#: Rows that are sampled at least: the error is then known to a few percent.
 _MIN_ROWS = 64
 #: Share of the sampled rows that types with a slow quantiser are tried on.
 _SLOW_SHARE = 0.25
@@ -30,13 +30,13 @@ _SLOW_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of a tensor.
+    """Sampled rows of a tensor.
 
     Attributes:
         rows: (n, columns).
-        matrices: (n,), the expert that each row is of; 0 without experts.
+        matrices: (n,), number of each row's expert; 0 without experts.
         importance: (experts, columns), or None.
-        n_all: rows that the tensor has.
+        n_all: number of the tensor's rows.
     """
 
     rows: Float32Array
@@ -47,7 +47,7 @@ class Sample:
 
 def quant_errors(
     base: Path,
-    wanted: Sequence[tuple[GgufTensor, Sequence[str]]],
+    types: Sequence[tuple[GgufTensor, Sequence[str]]],
     ggml: Ggml,
     *,
     share: float,
@@ -58,22 +58,22 @@ def quant_errors(
     """Measure tensors in types, the largest tensor first.
 
     Args:
-        base: a 16- or 32-bit GGUF.
-        wanted: its tensors and the types for each, whose blocks divide its rows.
-        ggml: the quantisers.
-        share: of the rows, at least 64 rows.
+        base: base GGUF, 16- or 32-bit.
+        types: the tensors, and types of each whose blocks divide its rows.
+        ggml: ggml's quantisers.
+        share: share of the rows that is sampled; 64 rows of a tensor at least.
         importance: (matrices, columns) mean squared activations by tensor.
         n_threads: tensors side by side.
         on_begin: called with a tensor's name and a type before its quantiser runs.
 
     Yields:
-        Each as it is known.
+        Each error as soon as it is measured.
 
     Raises:
         InputError: the file ends before a tensor does.
     """
     weights = importance or {}
-    order = sorted(wanted, key=lambda pair: -pair[0].size_bytes)
+    order = sorted(types, key=lambda pair: -pair[0].size_bytes)
     with base.open("rb") as file, ThreadPoolExecutor(n_threads) as pool:
         futures = [
             pool.submit(
@@ -87,11 +87,11 @@ def quant_errors(
                     by_matrix(weights.get(tensor.name), tensor),
                 ),
                 tensor.name,
-                types,
+                of_tensor,
                 ggml,
                 on_begin,
             )
-            for tensor, types in order
+            for tensor, of_tensor in order
         ]
         try:
             for future in as_completed(futures):
@@ -122,11 +122,11 @@ def sample(
     """Some rows of a tensor, drawn by its name: the same whenever it is read.
 
     Args:
-        descriptor: of the open file.
-        path: of it, for messages.
-        tensor: of the file, of a float type.
-        share: of the rows.
-        importance: (matrices, columns).
+        descriptor: descriptor of the open file.
+        path: path of it, for messages.
+        tensor: tensor of a float type.
+        share: share of the rows that is sampled.
+        importance: (matrices, columns) mean squared activations.
 
     Raises:
         InputError: the file ends before the tensor does.
@@ -150,15 +150,15 @@ def sample(
 
 
 def error_of(ggml: Ggml, sampled: Sample, ggml_type: str) -> tuple[float, float, float]:
-    """The share of the energy that a type loses, its standard error, and unweighed.
+    """The share of the energy that a type loses, its standard error, and the plain one.
 
     sum I (w - w')^2 / sum I w^2, a ratio of sums over rows; the error is that of a
     ratio estimated from some of them. The last number is the ratio for I = 1.
 
     Args:
-        ggml: the quantisers.
-        sampled: rows.
-        ggml_type: whose block divides them.
+        ggml: ggml's quantisers.
+        sampled: sampled rows.
+        ggml_type: type whose blocks divide the rows.
     """
     lost, energy, plain = [], [], np.zeros(2)
     for matrix in np.unique(sampled.matrices):
@@ -167,10 +167,10 @@ def error_of(ggml: Ggml, sampled: Sample, ggml_type: str) -> tuple[float, float,
         if sampled.importance is not None:
             weight = np.ascontiguousarray(sampled.importance[matrix])
         blocks = ggml.quantize(rows, ggml_type, weight)
-        found = ggml.dequantize(blocks, ggml_type, rows.shape[1])
-        np.subtract(rows, found, out=found)
+        moved = ggml.dequantize(blocks, ggml_type, rows.shape[1])
+        np.subtract(rows, moved, out=moved)
         scale = np.ones(rows.shape[1], np.float32) if weight is None else weight
-        squares = np.square(found, out=found), np.square(rows)
+        squares = np.square(moved, out=moved), np.square(rows)
         lost.append(squares[0] @ scale.astype(np.float64))
         energy.append(squares[1] @ scale.astype(np.float64))
         plain += [square.sum(dtype=np.float64) for square in squares]
@@ -182,7 +182,7 @@ def _ratio(
     lost: NDArray[np.float64], energy: NDArray[np.float64], n_all: int
 ) -> tuple[float, float]:
     total, n = float(energy.sum()), len(energy)
-    if total == 0.0:  # all zero, or weighed so: nothing to lose
+    if total == 0.0:  # weights or importance are zero: there is nothing to lose
         return 0.0, 0.0
     ratio = float(lost.sum()) / total
     if n < 2 or n >= n_all:
@@ -199,14 +199,14 @@ def _tensor_errors(
     on_begin: Callable[[str, str], None],
 ) -> list[QuantError]:
     sampled = read()
-    found = []
+    errors = []
     for ggml_type in types:
         n_rows = len(sampled.rows)
         if TYPES[ggml_type].is_slow:
             n_rows = max(min(_MIN_ROWS, n_rows), round(_SLOW_SHARE * n_rows))
         on_begin(name, ggml_type)
         error, stderr, plain = error_of(ggml, _first(sampled, n_rows), ggml_type)
-        found.append(
+        errors.append(
             QuantError(
                 name=f"{name} {ggml_type}",
                 error=error,
@@ -215,11 +215,11 @@ def _tensor_errors(
                 n_rows=n_rows,
             )
         )
-    return found
+    return errors
 
 
 def _first(sampled: Sample, n_rows: int) -> Sample:
-    """Rows evenly among those sampled."""
+    """Some of the sampled rows, evenly spaced."""
     if n_rows >= len(sampled.rows):
         return sampled
     places = np.linspace(0, len(sampled.rows) - 1, n_rows).round().astype(np.intp)

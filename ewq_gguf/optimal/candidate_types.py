@@ -12,6 +12,7 @@ from ewq_gguf.ggml_types import (
     tensor_bytes,
     written_type,
 )
+from ewq_gguf.optimal.settings import DEFAULT, SearchSettings
 from ewq_gguf.plan.assemble import header_of
 from ewq_gguf.plan.importance import needs_entry
 from ewq_gguf.plan.model_tensors import ModelTensors
@@ -19,15 +20,14 @@ from ewq_gguf.plan.sizes import padded
 from ewq_gguf.records import LayoutTensor, OptimalPolicy
 from ewq_gguf.tensor_names import is_quantizable, role
 
-#: Types of fewer bits than this share of the file's mean bits are left out: a tensor
-#: would get them by mistake only, and they take the longest to try.
-_MIN_BITS_SHARE = 0.45
-
 CandidateTypes = dict[str, tuple[str, ...]]
 
 
 def candidate_types_within(
-    subject: ModelTensors, policy: OptimalPolicy, limit_bytes: int
+    subject: ModelTensors,
+    policy: OptimalPolicy,
+    limit_bytes: int,
+    settings: SearchSettings = DEFAULT,
 ) -> CandidateTypes:
     """The types that each tensor may have in a file of a size: none is far too small.
 
@@ -36,8 +36,9 @@ def candidate_types_within(
         policy: The types in question, and bounds of roles.
         limit_bytes: Bytes of the whole file. Where types that would be left out are
             needed to keep it, none is left out.
+        settings: Constants of the search.
     """
-    min_bits = _MIN_BITS_SHARE * _mean_bits(subject, limit_bytes)
+    min_bits = settings.min_bits_share * _mean_bits(subject, limit_bytes)
     candidates = candidate_types(subject, policy, min_bits)
     if min_file_bytes(subject, candidates) > limit_bytes:
         return candidate_types(subject, policy)

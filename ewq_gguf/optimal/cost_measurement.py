@@ -64,16 +64,12 @@ def measure_costs(
     model = space.model
     options, progress = measurer.options, measurer.progress
     types = _types_to_predict(space, baselines, settings)
-    errors = error_table(base, types, lib_dir, options=options, progress=progress)
+    errors = error_table(
+        base, types, lib_dir, options=options, progress=progress, settings=settings
+    )
     if space.policy.min_tps:
         target = measure_latency_target(
-            model,
-            space.types,
-            space.policy.min_tps,
-            measurer.search,
-            measurer.toolchain,
-            options=options,
-            progress=progress,
+            model, space.types, space.policy.min_tps, measurer
         )
         space = replace(space, latency_target=target)
     with open_prober(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -15,15 +15,13 @@ from ewq_gguf.ggml_types import FLOAT_TYPES
 from ewq_gguf.libraries import LLAMA_CPP_COMMIT
 from ewq_gguf.llamacpp.logs import child_log
 from ewq_gguf.optimal.error_table_child import BEGIN, DONE, ErrorJob
+from ewq_gguf.optimal.settings import DEFAULT, SearchSettings
 from ewq_gguf.process import python_argv, run
 from ewq_gguf.records import read_journal
 from ewq_gguf.records.quant_error import QuantError
 from ewq_gguf.stages.options import SILENT, Options, Progress
 
 STAGE = "plan"
-#: Weights that are sampled at most, and the least share of a large model's.
-_MAX_SAMPLED = 40_000_000
-_MIN_SHARE = 0.02
 
 
 def error_table(
@@ -33,6 +31,7 @@ def error_table(
     *,
     options: Options | None = None,
     progress: Progress = SILENT,
+    settings: SearchSettings = DEFAULT,
 ) -> dict[str, dict[str, QuantError]]:
     """Measure how far each type moves each tensor.
 
@@ -44,6 +43,7 @@ def error_table(
         lib_dir: Folder of ggml's quantisers.
         options: Settings of the run; its importance matrix weighs columns.
         progress: Gets the share of the errors that are measured.
+        settings: Constants of the search.
 
     Raises:
         InputError: the base or the matrix cannot be read.
@@ -54,9 +54,7 @@ def error_table(
         name: [ggml_type for ggml_type in of_tensor if ggml_type not in FLOAT_TYPES]
         for name, of_tensor in types.items()
     }
-    sizes = {tensor.name: prod(tensor.shape) for tensor in read_gguf(base).tensors}
-    n_weights = sum(sizes[name] for name in types)
-    share = min(max(_MAX_SAMPLED / n_weights, _MIN_SHARE), 1.0)
+    share = _row_share(base, types, settings)
     matrix = store.sha256_file(options.imatrix) if options.imatrix else None
     key = store.cache_key(identify(base).sha256, matrix, LLAMA_CPP_COMMIT, share)
     journal = store.cache_dir("errors") / f"{key}.journal"
@@ -88,6 +86,13 @@ def error_table(
         }
         for name, of_tensor in types.items()
     }
+
+
+def _row_share(base: Path, names: Iterable[str], settings: SearchSettings) -> float:
+    """Share of the tensors' rows that is sampled."""
+    sizes = {tensor.name: prod(tensor.shape) for tensor in read_gguf(base).tensors}
+    share = settings.max_sampled_weights / sum(sizes[name] for name in names)
+    return min(max(share, settings.min_row_share), 1.0)
 
 
 def _run(job: ErrorJob, progress: Progress) -> None:

@@ -15,12 +15,9 @@ from math import prod
 import numpy as np
 
 from ewq_gguf.ggml_types import bits_per_weight
+from ewq_gguf.optimal.settings import DEFAULT, SearchSettings
 from ewq_gguf.records import LayoutTensor
 from ewq_gguf.tensor_names import role
-
-#: Relative standard deviations of a measured time, of a type's time per weight around
-#: the one that its bits predict, and of the constant (of a token's time).
-_NOISE, _TYPE_STD, _CONSTANT_STD = 0.02, 0.5, 0.3
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,10 @@ def needed_weights(
     return needed
 
 
-def fit_latency(files: Sequence[tuple[Mapping[str, float], float]]) -> Latency:
+def fit_latency(
+    files: Sequence[tuple[Mapping[str, float], float]],
+    settings: SearchSettings = DEFAULT,
+) -> Latency:
     """The times per weight that explain measured files best.
 
     The prior is normal, around times in proportion to bits (memory bandwidth), so that
@@ -105,6 +105,7 @@ def fit_latency(files: Sequence[tuple[Mapping[str, float], float]]) -> Latency:
     Args:
         files: For each file, the weights of each type that a token needs, and the
             seconds that it takes.
+        settings: Constants of the prior and the noise.
     """
     types = sorted({ggml_type for weights, _ in files for ggml_type in weights})
     rows = np.array(
@@ -117,10 +118,12 @@ def fit_latency(files: Sequence[tuple[Mapping[str, float], float]]) -> Latency:
     bits = np.array([bits_per_weight(ggml_type) for ggml_type in types])
     per_bit = float(np.median(seconds / (rows[:, 1:] @ bits)))
     prior = np.array([0.0, *(per_bit * bits)])
-    std = np.array([_CONSTANT_STD * seconds.mean(), *(_TYPE_STD * per_bit * bits)])
+    constant_std = settings.latency_constant_std * seconds.mean()
+    std = np.array([constant_std, *(settings.latency_type_std * per_bit * bits)])
+    noise = settings.latency_noise * seconds
     # In units of the prior's deviations and the noise, the system is well conditioned.
-    scaled = rows * std / (_NOISE * seconds)[:, None]
-    residual = (seconds - rows @ prior) / (_NOISE * seconds)
+    scaled = rows * std / noise[:, None]
+    residual = (seconds - rows @ prior) / noise
     solved = np.linalg.solve(scaled.T @ scaled + np.eye(len(std)), scaled.T @ residual)
     fitted = np.maximum(prior + std * solved, prior / 20)
     per_weight = dict(zip(types, fitted[1:].tolist(), strict=True))

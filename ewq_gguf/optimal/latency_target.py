@@ -10,25 +10,19 @@ from ewq_gguf import ggml_types
 from ewq_gguf.bench.runner import Request
 from ewq_gguf.checkpoint.gguf_file import read_gguf
 from ewq_gguf.errors import ResourceError
-from ewq_gguf.llamacpp.toolchain import Toolchain
 from ewq_gguf.optimal.candidate_types import quantizable
+from ewq_gguf.optimal.file_measurer import FileMeasurer
 from ewq_gguf.optimal.latency import LatencyTarget, fit_latency, needed_weights
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.records import UniformPolicy
-from ewq_gguf.stages.candidate_files import time_plans
-from ewq_gguf.stages.options import Options, Progress
 
 
 def measure_latency_target(
     subject: ModelTensors,
     candidates: Mapping[str, Sequence[str]],
     min_tps: float,
-    request: Request,
-    toolchain: Toolchain,
-    *,
-    options: Options,
-    progress: Progress,
+    measurer: FileMeasurer,
 ) -> LatencyTarget:
     """Time a file of every type that tensors may have.
 
@@ -36,17 +30,14 @@ def measure_latency_target(
         subject: The model's tensors.
         candidates: Types by tensor.
         min_tps: Tokens per second that a file has to generate.
-        request: How files are loaded, and the base GGUF.
-        toolchain: The llama.cpp that quantises.
-        options: Settings of the run.
-        progress: Gets a line for each file.
+        measurer: Makes and times the files.
 
     Raises:
         ResourceError: no file could be made and run.
         EwqError: quantising or timing failed.
     """
     subject = replace(subject, lattices={})  # each file is of its own type
-    weights = needed_weights(quantizable(subject), _expert_share(request))
+    weights = needed_weights(quantizable(subject), _expert_share(measurer.search))
     plans = []
     for ggml_type in sorted(set().union(*candidates.values())):
         # A tensor that cannot have the type gets the nearest one in bits that it can.
@@ -54,9 +45,8 @@ def measure_latency_target(
             name: _nearest(ggml_type, types) for name, types in candidates.items()
         }
         plans.append(assemble(subject, UniformPolicy(ggml_type=ggml_type), nearest))
-    speeds = time_plans(plans, request, toolchain, options=options, progress=progress)
     files = []
-    for plan, tps in zip(plans, speeds, strict=True):
+    for plan, tps in zip(plans, measurer.speeds(plans), strict=True):
         if not tps:
             continue  # too large to be run: the type's time is taken by its bits
         needed: dict[str, float] = defaultdict(float)
@@ -71,7 +61,7 @@ def measure_latency_target(
             "no file of any type could be timed",
             "see the lines above, or leave --min-tps out",
         )
-    return LatencyTarget(fit_latency(files), weights, 1 / min_tps)
+    return LatencyTarget(fit_latency(files, measurer.settings), weights, 1 / min_tps)
 
 
 def _nearest(ggml_type: str, types: Sequence[str]) -> str:

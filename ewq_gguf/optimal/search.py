@@ -74,7 +74,7 @@ def search(
     settings = settings or defaults.DEFAULT
     toolchain = _built_toolchain(run)
     base = base_file(run)
-    space = SearchSpace.of(model, policy, target)
+    space = SearchSpace.of(model, policy, target, settings)
     device = measuring_device(base, toolchain, settings)
     setup = CPU_SETUP.model_copy(
         update={"n_threads": run.options.n_threads, "device": device}
@@ -119,7 +119,7 @@ def check_search(
         UsageError: a bound names a role that the model does not have.
     """
     _built_toolchain(run)
-    SearchSpace.of(model, policy, target, has_entries=True)
+    SearchSpace.of(model, policy, target, defaults.DEFAULT, has_entries=True)
 
 
 def _built_toolchain(run: Run) -> Toolchain:

@@ -18,6 +18,7 @@ from ewq_gguf.optimal.candidate_types import (
     quantizable,
 )
 from ewq_gguf.optimal.latency import LatencyTarget
+from ewq_gguf.optimal.settings import SearchSettings
 from ewq_gguf.plan.assemble import assemble
 from ewq_gguf.plan.model_tensors import ModelTensors
 from ewq_gguf.plan.size_target import SizeLimit, SizeTarget
@@ -53,6 +54,7 @@ class SearchSpace:
         model: ModelTensors,
         policy: OptimalPolicy,
         target: SizeTarget,
+        settings: SearchSettings,
         *,
         has_entries: bool = False,
     ) -> SearchSpace:
@@ -62,6 +64,7 @@ class SearchSpace:
             model: model that is planned.
             policy: parameters of the policy.
             target: size as it was asked for.
+            settings: constants of the search.
             has_entries: whether an importance matrix with every entry will be there.
 
         Raises:
@@ -79,7 +82,7 @@ class SearchSpace:
         limit = replace(limit, n_bytes=min(limit.n_bytes, most))
         # A file that has to be fast may have to be far smaller.
         if not policy.min_tps and not has_entries:
-            types = candidate_types_within(model, policy, limit.n_bytes)
+            types = candidate_types_within(model, policy, limit.n_bytes, settings)
         return cls(model, policy, limit, types)
 
     def solve(self, costs: Mapping[str, Mapping[str, float]]) -> dict[str, str] | None:

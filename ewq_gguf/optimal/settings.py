@@ -24,6 +24,18 @@ class SearchSettings:
         device_memory_factor: memory that a model takes while it is measured, in sizes
             of its file: the weights, buffers, and a short cache.
 
+        min_bits_share: share of the file's mean bits per weight, below which a type is
+            left out: a tensor would get it by mistake only, and types of few bits take
+            the longest to try.
+        max_sampled_weights: weights of the model's sampled rows at most, of which the
+            error table is made.
+        min_row_share: share of the rows that are sampled at least, of a large model.
+        latency_noise: relative standard deviation of a measured time.
+        latency_type_std: the same of a type's time per weight around the one that its
+            bits predict.
+        latency_constant_std: the same of the time that no type changes, as a share of a
+            token's whole time.
+
         probe_time_share: share of the effort that all probes may take.
         slope_time_share: share of the probes' time for the tensors' slopes; the rest is
             for the types that the solver selects.
@@ -86,6 +98,13 @@ class SearchSettings:
     n_search_windows: int = 8
     n_final_windows: int = 32
     device_memory_factor: float = 1.2
+    # Types, their errors and their speeds.
+    min_bits_share: float = 0.45
+    max_sampled_weights: int = 40_000_000
+    min_row_share: float = 0.02
+    latency_noise: float = 0.02
+    latency_type_std: float = 0.5
+    latency_constant_std: float = 0.3
     # Time.
     probe_time_share: float = 0.5
     slope_time_share: float = 0.6

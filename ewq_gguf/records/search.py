@@ -1,4 +1,4 @@
-"""What a search for the best file of a size tried, measured and chose."""
+"""The record of a search for the best file of a size: files tried and measured."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from ewq_gguf.records.scores import PairedMean
 
 
 class SearchedFile(Part):
-    """A file that came into question.
+    """A file that was a candidate.
 
     Attributes:
-        name: of it: `optimal 3`, `Q4_K_M`, `ewq`.
-        kind: who chose its types.
+        name: label, such as `optimal 3`, `Q4_K_M` or `ewq`.
+        kind: source of its types: proposed by the search, a preset, another plan.
         has_imatrix: whether it is made with the importance matrix.
-        size_bytes: of the file.
+        size_bytes: size of the file.
         predicted_nats: its mean KL divergence before it was measured, with what earlier
             files had taught; that of a file without the matrix as if it had it.
         predicted_std_nats: standard deviation of the prediction's error.
-        few_nats: measured on the first windows; None where it was not worth it.
-        many_nats: measured on many windows; None where it did not come so far.
+        few_nats: measured on few windows; None where the prediction ruled it out.
+        many_nats: measured on many windows of another text; None for all but the best.
         tps: tokens per second that it generates, measured; None where none were asked
-            for, or it did not come so far.
-        difference: its divergence minus the chosen file's, over these windows; None for
-            the chosen one itself, and where it did not come so far.
+            for, and for all but the best.
+        difference: its divergence minus the chosen file's, over many windows; None for
+            the chosen one itself, and for all but the best.
     """
 
     name: str
@@ -40,22 +40,22 @@ class SearchedFile(Part):
 
 
 class Search(Part):
-    """How the types of a plan were chosen: everything was measured, nothing believed.
+    """The search that a plan's types come from.
 
     Attributes:
-        text_sha256: of what the best were compared on; it calibrated nothing, and
-            nothing was searched on it.
-        n_few: windows that every file was measured on.
-        n_many: windows that the best were.
-        probe_type: that groups of tensors were moved to first, to see what they cost.
-        n_probes: of them.
-        floor_nats: what the rounding of activations costs the chosen file.
+        text_sha256: SHA-256 of the text that the best were compared on; it was used
+            neither for calibration nor for the search.
+        n_few: number of windows that every file was measured on.
+        n_many: number of windows that the best were measured on.
+        probe_type: type that groups of tensors were probed in first.
+        n_probes: number of probes.
+        floor_nats: cost of rounding activations in the chosen file.
         prediction_error: median of |measured / predicted - 1| over the files that were
             measured; None where there was none.
         n_left_out: files no larger that the prediction ruled out, at three standard
             deviations.
-        files: all that came into question, best first.
-        chosen: name of the best.
+        files: all candidates, best first.
+        chosen: name of the best file.
     """
 
     text_sha256: str

@@ -1,4 +1,4 @@
-"""A search in 80 columns: what was tried, what it was worth, and what won."""
+"""A search in 80 columns: files with their predictions and measurements."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ewq_gguf.records import Search, SearchedFile
 from ewq_gguf.report.text import Column, Map
 from ewq_gguf.size_text import size_text
 
-#: More were tried than anyone reads; the plan's JSON has them all.
+#: Rows of the table at most; the plan's JSON has all files.
 _MAX_ROWS = 12
 
 
 def search_view(search: Search) -> RenderableType:
-    """The best files, and in words how they were found."""
+    """A table of the best files, and a paragraph about the search."""
     files = search.files[:_MAX_ROWS]
     left = len(search.files) - len(files)
     more = [Text(f"... and {left} more")] if left else []
@@ -23,18 +23,18 @@ def search_view(search: Search) -> RenderableType:
 
 
 def search_line(search: Search) -> str:
-    """Who won, and by how much over the best of the others."""
+    """One line: the best file, and the best baseline or proposal beside it."""
     best = search.files[0]
-    own = best.kind == "optimal"
-    rest = [f for f in search.files[1:] if (f.kind == "optimal") != own]
-    against = next((file for file in rest if file.difference is not None), None)
-    won = f"{best.name} is best" if own else f"{best.name} is best, and is what you get"
-    text = f"{won}: KLD {best.many_nats:.4f} nats"
-    if against is None or against.many_nats is None or against.difference is None:
+    is_proposed = best.kind == "optimal"
+    others = [f for f in search.files[1:] if (f.kind == "optimal") != is_proposed]
+    other = next((file for file in others if file.difference is not None), None)
+    chosen = "is best" if is_proposed else "is best, so this is the file you get"
+    text = f"{best.name} {chosen}: KLD {best.many_nats:.4f} nats"
+    if other is None or other.many_nats is None or other.difference is None:
         return text
-    sure = against.difference.difference_low
-    doubt = "" if sure is not None and sure > 0 else ", which may be chance"
-    return f"{text}, {against.name} {against.many_nats:.4f}{doubt}"
+    low = other.difference.difference_low
+    doubt = "" if low is not None and low > 0 else ", which may be chance"
+    return f"{text}, {other.name} {other.many_nats:.4f}{doubt}"
 
 
 def _files(search: Search, files: tuple[SearchedFile, ...]) -> Map:
@@ -75,31 +75,27 @@ def _tps(file: SearchedFile) -> str:
 
 
 def _difference(file: SearchedFile) -> str:
-    found = file.difference
-    if found is None:
+    paired = file.difference
+    if paired is None:
         return "-"
-    if found.difference_low is None or found.difference_high is None:
-        return f"{found.difference:+.4f}"
-    return (
-        f"{found.difference:+.4f} ({found.difference_low:+.4f} to "
-        f"{found.difference_high:+.4f})"
-    )
+    low, high = paired.difference_low, paired.difference_high
+    if low is None or high is None:
+        return f"{paired.difference:+.4f}"
+    return f"{paired.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _foot(search: Search) -> str:
-    error = (
-        "" if search.prediction_error is None
-        else f" Predictions were {search.prediction_error:.0%} off (median)."
-    )  # fmt: skip
-    left = (
-        f" {search.n_left_out} files no larger were not measured: by the prediction, "
-        "at three standard deviations, they cannot win."
+    error = search.prediction_error
+    sentences = [
+        f"{search.n_probes} probes, first with {search.probe_type}, measured how "
+        "sensitive tensors are.",
+        f"Rounding activations costs the best file {search.floor_nats:.4f} nats.",
+        f"The median error of predictions is {error:.0%}." if error is not None else "",
+        f"{search.n_left_out} other files of this size or smaller were not measured: "
+        "their predictions are worse than the best file by three standard deviations."
         if search.n_left_out
-        else ""
-    )
-    return (
-        f"{search.n_probes} probes, at {search.probe_type} first, told what tensors "
-        f"cost; rounding activations costs the best {search.floor_nats:.4f} nats."
-        f"{error}{left} Measured on text that the model wrote, "
-        "which calibrated nothing; intervals are 95 %."
-    )
+        else "",
+        "Measured on text that the model wrote and that was not used for calibration; "
+        "intervals are 95 %.",
+    ]
+    return " ".join(filter(None, sentences))
