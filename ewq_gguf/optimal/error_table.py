@@ -50,10 +50,6 @@ def error_table(
         ChildError: ggml ended the process that measures.
     """
     options = options or Options()
-    quantised = {
-        name: [ggml_type for ggml_type in of_tensor if ggml_type not in FLOAT_TYPES]
-        for name, of_tensor in types.items()
-    }
     share = _row_share(base, types, settings)
     matrix = store.sha256_file(options.imatrix) if options.imatrix else None
     key = store.cache_key(identify(base).sha256, matrix, LLAMA_CPP_COMMIT, share)
@@ -61,8 +57,12 @@ def error_table(
     with store.locked(journal, stage=STAGE, wait=True):
         errors = read_journal(journal, QuantError)
         missing = {
-            name: tuple(t for t in of_tensor if f"{name} {t}" not in errors)
-            for name, of_tensor in quantised.items()
+            name: tuple(
+                t
+                for t in of_tensor
+                if t not in FLOAT_TYPES and f"{name} {t}" not in errors
+            )
+            for name, of_tensor in types.items()
         }
         job = ErrorJob(
             base=str(base.absolute()),
