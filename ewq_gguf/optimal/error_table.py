@@ -50,19 +50,17 @@ def error_table(
         ChildError: ggml ended the process that measures.
     """
     options = options or Options()
+    quantised = {
+        name: [ggml_type for ggml_type in of_tensor if ggml_type not in FLOAT_TYPES]
+        for name, of_tensor in types.items()
+    }
     share = _row_share(base, types, settings)
-    matrix = store.sha256_file(options.imatrix) if options.imatrix else None
-    key = store.cache_key(identify(base).sha256, matrix, LLAMA_CPP_COMMIT, share)
-    journal = store.cache_dir("errors") / f"{key}.journal"
+    journal = _journal(base, options.imatrix, share)
     with store.locked(journal, stage=STAGE, wait=True):
         errors = read_journal(journal, QuantError)
         missing = {
-            name: tuple(
-                t
-                for t in of_tensor
-                if t not in FLOAT_TYPES and f"{name} {t}" not in errors
-            )
-            for name, of_tensor in types.items()
+            name: tuple(t for t in of_tensor if f"{name} {t}" not in errors)
+            for name, of_tensor in quantised.items()
         }
         job = ErrorJob(
             base=str(base.absolute()),
@@ -86,6 +84,12 @@ def error_table(
         }
         for name, of_tensor in types.items()
     }
+
+
+def _journal(base: Path, imatrix: Path | None, share: float) -> Path:
+    matrix = store.sha256_file(imatrix) if imatrix else None
+    key = store.cache_key(identify(base).sha256, matrix, LLAMA_CPP_COMMIT, share)
+    return store.cache_dir("errors") / f"{key}.journal"
 
 
 def _row_share(base: Path, names: Iterable[str], settings: SearchSettings) -> float:
