@@ -21,7 +21,7 @@ from ewq_gguf.optimal.candidate_selection import CandidateSelection
 from ewq_gguf.optimal.predictor import Predictor
 from ewq_gguf.optimal.settings import SearchSettings
 from ewq_gguf.records import Plan, load_record
-from ewq_gguf.stages import calibrating, candidate_files
+from ewq_gguf.stages import calibrating, candidate_files, presets
 from tests.families import write_family
 from tests.gguf_files import make_cache
 
@@ -32,6 +32,8 @@ pytestmark = [
 ]
 
 FAMILY = "Mixtral"
+#: Presets to compare with, in place of thirty.
+FEW_PRESETS = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")
 #: Texts and measurements as small as they can be.
 SMALL = SearchSettings(
     n_search_documents=3,
@@ -39,15 +41,22 @@ SMALL = SearchSettings(
     n_probe_windows=1,
     n_search_windows=1,
     n_final_windows=2,
+    max_sampled_weights=1,  # 64 rows of each tensor
+    n_proposed=2,
+    n_finalists=2,
+    n_always_measured=2,
 )
 
 
 @pytest.fixture
 def few_windows(monkeypatch, tmp_path):
-    """Small texts and few measurements; the test's folder is the current one."""
+    """Small texts, few presets and measurements, in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibrating, "N_DOCUMENTS", 8)
     monkeypatch.setattr(settings, "DEFAULT", SMALL)
+    monkeypatch.setattr(presets, "PRESETS", FEW_PRESETS)
+    monkeypatch.setattr(presets, "MORE_PRESETS", ())
+    monkeypatch.setattr(presets, "IMATRIX_PRESETS", ())
 
 
 @pytest.fixture(scope="module")
@@ -279,8 +288,8 @@ def test_a_frontier_has_every_preset_and_the_best_beside_its_rival(folder, capsy
     assert found.kind == "frontier"
     sizes = [one.file.size_bytes for one in found.files]
     assert sizes == sorted(sizes, reverse=True)
-    labels = {one.file.label for one in found.files}
-    assert {"Q4_K_M", "Q4_K_M imatrix", "Q8_0", "optimal Q4_K_M"} <= labels
+    labels = {one.file.label for one in found.files if one.source == "preset"}
+    assert labels == {f"{name}{s}" for name in FEW_PRESETS for s in ("", " imatrix")}
     (best,) = [one for one in found.files if one.source == "optimal"]
     rival = next(one for one in found.files if one.file.label == best.rival)
     presets = [one.file for one in found.files if one.source == "preset"]
