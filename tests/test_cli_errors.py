@@ -325,7 +325,7 @@ def convert_over_another_file(world, cwd):
     return ["convert", world.model, "-q", "-o", "out.gguf"]
 
 
-@case(2, "exists and was made from other inputs; use --force")
+@case(2, "exists and was made from another plan, or is damaged; use --force")
 def quantize_over_another_file(world, cwd):
     (cwd / "out.gguf").write_text("mine")
     (cwd / "base.gguf").write_text("base")

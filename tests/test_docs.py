@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from ewq_gguf.cli import ewq
 from ewq_gguf.cli.sections import SHOW_ALL
@@ -60,13 +61,7 @@ def test_the_cli_page_is_what_help_prints():
 @pytest.mark.parametrize("command", ["gguf", "plan", "bench", "compare"])
 def test_the_help_of_a_command_is_a_page_that_names_every_option(command):
     text, everything = (
-        subprocess.run(
-            [sys.executable, "-m", "ewq_gguf", command, option],
-            check=True,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "COLUMNS": "80"},
-        ).stdout
+        CliRunner().invoke(ewq, [command, option], terminal_width=80).output
         for option in ("--help", "--help-all")
     )
 

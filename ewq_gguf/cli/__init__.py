@@ -49,7 +49,7 @@ _SECTIONS = {
     "Study EWQ and FastEWQ": {
         "study": "Measure sensitivities, controls and factors with many files.",
         "fastewq": "Evaluate and train FastEWQ's classifier of layers.",
-        "paper": "Recompute what the paper's tables allow.",
+        "paper": "Recompute the figures in the paper's tables.",
     },
     "Installation": {
         "setup": "Build llama.cpp and install its Python bindings.",
