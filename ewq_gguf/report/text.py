@@ -93,9 +93,9 @@ def number_table(*headings: str, n_words: int = 1, title: str | None = None) -> 
     """A table without lines, of columns of words and then of numbers.
 
     Args:
-        headings: of the columns.
-        n_words: how many of them are of words.
-        title: above the table, which is then closer; None for none.
+        headings: headings of the columns.
+        n_words: number of columns that hold words, from the left.
+        title: title above the table, whose columns are then closer; None for none.
     """
     table = Table(
         title=title,
