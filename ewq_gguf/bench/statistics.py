@@ -212,7 +212,8 @@ def spearman(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
     if n < 2 or not all(map(np.ptp, values)):
         return RankCorrelation(n=n, rho=None, low=None, high=None, p=None)
     test = spearmanr(*values)
-    rho = float(np.clip(test.statistic, -1, 1))
+    # A perfect order may come out a rounding error away from 1.
+    rho = round(float(test.statistic), 14)
     low = high = None
     if n > 3:
         half = Z95 * sqrt((1 + rho**2 / 2) / (n - 3))
@@ -220,7 +221,7 @@ def spearman(first: ArrayLike, second: ArrayLike) -> RankCorrelation:
         low, high = (
             tanh(atanh(rho) + shift) if abs(rho) < 1 else rho for shift in (-half, half)
         )
-    p = float(test.pvalue) if n > 2 else None
+    p = None if n < 3 else 0.0 if abs(rho) == 1 else float(test.pvalue)
     return RankCorrelation(n=n, rho=rho, low=low, high=high, p=p)
 
 
