@@ -237,7 +237,7 @@ def test_a_plan_becomes_modules_one_by_one(tiny):
         "output.weight": "Q8_0",
         "token_embd.weight": "Q8_0",
     }
-    raw = make_plan(tiny.checkpoint, UniformPolicy(ggml_type="raw"))
+    raw = make_plan(Run(tiny.checkpoint), UniformPolicy(ggml_type="raw"))
     mixed = with_types(raw, tiny.layout, types)
     tensors, _ = map_tensors(tiny.checkpoint)
 
@@ -272,7 +272,7 @@ def test_a_plan_becomes_modules_one_by_one(tiny):
 
 
 def test_one_tensor_cannot_be_two_precisions(tiny):
-    raw = make_plan(tiny.checkpoint, UniformPolicy(ggml_type="raw"))
+    raw = make_plan(Run(tiny.checkpoint), UniformPolicy(ggml_type="raw"))
     types = {"blk.0.attn_q.weight": "Q4_K", "blk.0.attn_k.weight": "Q8_0"}
     mixed = with_types(raw, tiny.layout, types)
     tensors = {tensor.name: tensor for tensor in map_tensors(tiny.checkpoint)[0]}
@@ -454,7 +454,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_the_command_measures_in_memory_and_saved(tiny, request_of, tmp_path, capsys):
     text = request_of("kld").texts[0][1]
     plan, out = tmp_path / "mix.json", tmp_path / "result.json"
-    record = make_plan(tiny.checkpoint, UniformPolicy(ggml_type="Q8_0"))
+    record = make_plan(Run(tiny.checkpoint), UniformPolicy(ggml_type="Q8_0"))
     plan.write_text(record.to_json())
     argv = ["bench", str(tiny.folder), "--backend", "bnb", "--base", str(tiny.base),
             "--text", f"prose={text}", "--ctx", "64", "--chunks", "2",
@@ -512,7 +512,7 @@ def test_models_that_transformers_does_not_load(exact, tiny, request_of):
 def test_a_plan_of_another_checkpoint_is_refused(exact, tiny, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(
-        make_plan(tiny.checkpoint, UniformPolicy(ggml_type="Q8_0")).to_json()
+        make_plan(Run(tiny.checkpoint), UniformPolicy(ggml_type="Q8_0")).to_json()
     )
 
     with pytest.raises(InputError, match="the plan is for checkpoint"):
