@@ -1,7 +1,7 @@
 """ggml's tensor types: one table of all that is known about each, and its arithmetic.
 
-A type is named as ggml names it, in upper case: `Q4_K`, `BF16`. A new type is a new row
-of the table. Tests compare every column with gguf-py, the built ggml libraries and
+A type is named as ggml names it, in upper case: `Q4_K`, `BF16`. A new type is a new
+row of the table. Tests compare every column with gguf-py, the built ggml libraries and
 llama-quantize.
 """
 
@@ -52,8 +52,8 @@ class GgmlType:
         number: ggml's number, as in GGUF files.
         block_size: Weights per quantisation block.
         block_bytes: Bytes per block.
-        ftype: llama-quantize's name of a file whose main type this is; None for types
-            that cannot be planned.
+        ftype: llama-quantize's name of a file whose main type this is; None for
+            types that cannot be planned.
         fallback: Type that llama-quantize writes where rows are no whole number of
             blocks; None where that is F16 (src/llama-quant.cpp, tensor_type_fallback).
         dot_type: Type that the CPU rounds activations to before it multiplies them with

@@ -170,7 +170,7 @@ def run_pip(
         timeout_seconds: the longest it may take.
 
     Returns:
-        What it printed.
+        The output.
 
     Raises:
         ToolError: there is no pip, and none can be made.

@@ -21,7 +21,7 @@ def parse_size(text: str, option: str = "--budget") -> int:
 
     Args:
         text: a number and a unit; the unit's case does not matter.
-        option: that it was given to, for the message.
+        option: The option it was given to, for the message.
 
     Raises:
         UsageError: it is no such size, or less than a byte.

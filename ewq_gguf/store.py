@@ -201,7 +201,7 @@ def publish_folder(work: Path, folder: Path) -> None:
 def work_dir(path: Path, *, stage: str) -> Iterator[Path]:
     """A hidden folder beside `path`, on the same disk, removed at the end.
 
-    What a killed run of this host left for the same path is removed first.
+    The folder of a killed run of this host for the same path is removed first.
 
     Raises:
         UsageError: `path` is a link, a device or a pipe.

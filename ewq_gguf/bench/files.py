@@ -82,8 +82,8 @@ def identify_base(path: Path, parameters: BenchParameters) -> BenchedFile:
     """The same for what a file is compared with: a model, or a reference of one.
 
     Raises:
-        InputError: there is no such file, or a reference is of something else than
-            what is asked.
+        InputError: there is no such file, or a reference is of something else
+            than what is asked.
         VerificationError: as of `identify`.
     """
     if not path.is_file() or not is_reference(read_gguf(path)):

@@ -74,8 +74,8 @@ def draw_rotation(size: int) -> Rotation:
     """The fixed rotation of `size` dimensions: the same bits on every machine.
 
     Dimensions are paired in the order of their hashes. Each angle has cosine
-    (1 - t^2) / (1 + t^2) and sine 2 t / (1 + t^2), with t drawn evenly from a range
-    that keeps the angle in [0.15, 1.41] rad.
+    (1 - t^2) / (1 + t^2) and sine 2 t / (1 + t^2), with t drawn evenly from a
+    range that keeps the angle in [0.15, 1.41] rad.
 
     Args:
         size: the number of dimensions, even.

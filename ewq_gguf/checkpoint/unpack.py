@@ -1,7 +1,7 @@
 """A packed checkpoint as a plain one, in the cache: every weight exactly.
 
-Written once, tensor by tensor; scan, converter and reference then read what they read
-of every other checkpoint. The dtype is the smallest that holds each product of an
+Written once, tensor by tensor; scan, converter and reference then read what they
+read of every other checkpoint. The dtype is the smallest that holds each product of an
 integer and a scale.
 """
 

@@ -51,8 +51,9 @@ def frontier(
 ) -> None:
     """Draw MODEL's curve of size against KL divergence.
 
-    Every preset with an importance matrix and without, and at each size the best file
-    that policy optimal finds, EWQ and FastEWQ. The text judges and chooses nothing.
+    Every preset with an importance matrix and without, and at each size the best
+    file that policy optimal finds, EWQ and FastEWQ. The text judges and chooses
+    nothing.
     """
     if budgets and presets:
         raise click.BadParameter("--budgets and --presets are sizes each; give one")

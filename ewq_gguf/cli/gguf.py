@@ -66,7 +66,7 @@ def gguf(
 ) -> None:
     """Make a verified GGUF of MODEL: scan, plan, convert, quantise, verify.
 
-    What is there already and still valid is used again. Prints the file's path.
+    Files that are there and still valid are used again. Prints the file's path.
     """
     if plan_path and (given := given_options((*POLICY_FLAGS, "--no-lattice"))):
         problem = f"{given[0].opts[0]} is in the plan already; give one of them"

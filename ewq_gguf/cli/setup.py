@@ -15,7 +15,7 @@ from ewq_gguf.llamacpp.setting_up import set_up
 def setup(backend: str | None, jobs: int | None, quiet: bool) -> None:
     """Build llama.cpp and install the bindings: once, then every command works.
 
-    What is there already is used. Prints the build's folder; `ewq doctor` says what is
+    A build that is there is used. Prints the build's folder; `ewq doctor` says what is
     missing or wrong.
     """
     with BuildProgress(quiet=quiet) as progress:

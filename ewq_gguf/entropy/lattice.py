@@ -1,7 +1,7 @@
 """Weights that are quantised already: does a block type of ggml hold them exactly?
 
-A block of these types is one scale d and a small integer q per weight, from the set
-that the type allows: its weights are d q. A tensor is on a type's lattice if each of
+A block of these types is one scale d and a small integer q per weight, from a set
+allowed by the type: its weights are d q. A tensor is on a type's lattice if each of
 its blocks has a d that the type can write and allowed integers so that d q, rounded to
 the dtype of the tensor, is the weight itself. So a checkpoint that holds the rounded
 products of integers and scales in 16 bits is on the lattice too; of a 32-bit one no

@@ -97,7 +97,7 @@ def compare(
 ) -> tuple[Comparison, Path]:
     """Make what is missing, measure everything under the same conditions, compare.
 
-    What is there already and still valid is used again, so that a run that was killed
+    Files that are there and still valid are used again, so that a run that was killed
     goes on where it was.
 
     Args:

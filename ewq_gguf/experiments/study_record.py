@@ -90,8 +90,8 @@ class Sensitivity(Part):
         epsilon: constant in the logarithm of the softmax entropies.
         n_bins: bins of the histogram entropies.
         floor: nothing quantised; a divergence of exactly 0.
-        rounding: all layers at Q8_0: no more than this is the rounding of activations,
-            which any quantised matrix brings with it, whatever its type.
+        rounding: all layers at Q8_0: no more than this is the rounding of
+            activations, which any quantised matrix brings with it, whatever its type.
         layers: one at a time.
         roles: one at a time, those outside the layers too.
         correlations: each statistic's correlation with the layers' mean divergence.
@@ -133,8 +133,8 @@ class Controls(Part):
         controls: the other files.
         rank: place of the plan's mean divergence among it and the random ones; 1 is
             least.
-        p: share of ranks as good or better; the least it can be is one over the number
-            of random ones and one.
+        p: share of ranks as good or better; the least it can be is one over the
+            number of random ones and one.
     """
 
     kind: Literal["controls"] = "controls"

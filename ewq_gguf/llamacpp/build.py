@@ -1,7 +1,7 @@
 """Building llama.cpp with CMake and Ninja, in a folder of the cache.
 
-A build is complete when its record is there, which is written last, with the verdict
-of its self-test. Everything else in the folder may be half done: Ninja goes on from it.
+A build is complete when its record is there, which is written last, with the verdict of
+its self-test. Everything else in the folder may be half done: Ninja goes on from it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a checkpoint to a base GGUF, and to its header alone, by llama.cpp's converter.
 
-The converter sees a staging folder of links: fixed names, no code, no `auto_map`, so
-that nothing of the repository runs and no path of this machine enters the file.
+The converter sees a staging folder of links: fixed names, no code, no `auto_map`,
+so that nothing of the repository runs and no path of this machine enters the file.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def run_converter(
     """Run the converter, or a child that stops it before it writes data.
 
     Returns:
-        What it warned of.
+        The converter's warnings.
 
     Raises:
         UnknownPreTokenizerError: the tokenizer's cutting of a text is not known.

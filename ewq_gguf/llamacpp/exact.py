@@ -1,8 +1,8 @@
 """Matrices that are quantised already: written exactly, and measured.
 
 llama-quantize searches scales of its own, and so moves weights that are on the type's
-lattice already. Where it did, the blocks are written again from the scales and integers
-that the base's weights are made of; file, type and size stay the same.
+lattice already. Where it did, the blocks are written again from the scales and
+integers that the base's weights are made of; file, type and size stay the same.
 """
 
 from __future__ import annotations

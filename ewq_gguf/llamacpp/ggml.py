@@ -1,7 +1,7 @@
 """ggml's own quantisers, called in this process: rows to blocks and back.
 
-The library is the one that llama-quantize uses, so an error measured here is the error
-of the file. Its calls release Python's lock: threads work side by side.
+The library is the one that llama-quantize uses, so an error measured here is the
+error of the file. Its calls release Python's lock: threads work side by side.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def importance_values(path: Path) -> dict[str, NDArray[np.float32]]:
     """The mean squared activations of a matrix that `read_imatrix` takes.
 
     Returns:
-        By tensor: (matrices, columns), one matrix but for stacked experts. An expert
-        that no token went to has ones, as llama-quantize takes it.
+        By tensor: (matrices, columns), one matrix but for stacked experts. An
+        expert that no token went to has ones, as llama-quantize takes it.
     """
     tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
     found = {}

@@ -1,6 +1,6 @@
 """The children's logs: where they are kept, and why llama.cpp failed by what they say.
 
-Of what succeeded no log is kept.
+No log is kept of a child that succeeded.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ _BLOCK = 1 << 23
 class PerturbedCopy:
     """A copy of a base whose tensors are overwritten and restored.
 
-    The copy may be there from an earlier process. A file beside it names the tensors
-    that are overwritten; a process that was killed leaves that file, and its tensors
-    are restored first.
+    The copy may be there from an earlier process. A file beside it names the
+    tensors that are overwritten; a process that was killed leaves that file, and its
+    tensors are restored first.
 
     Args:
         base: base GGUF, 16- or 32-bit.

@@ -2,9 +2,9 @@
 
 python -m ewq_gguf.llamacpp.self_test_child FOLDER
 
-Each evaluation is announced before it begins: after a crash, the log's last line tells
-which kernels were at work. The logits go to FOLDER/NUMBER.npy; FOLDER/runs.json, which
-is written last, says what each of them is.
+Each evaluation is announced before it begins: after a crash, the log's last line
+tells which kernels were at work. The logits go to FOLDER/NUMBER.npy;
+FOLDER/runs.json, which is written last, says what each of them is.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ encoder gives its embedding or score.
 
     python -m ewq_gguf.llamacpp.speak_child FILE PROMPT N_TOKENS
 
-What llama.cpp says of an error is the last line of the log.
+The last line of the log is llama.cpp's message.
 """
 
 from __future__ import annotations

@@ -241,9 +241,8 @@ def random_blocks(
             return values
         return np.ascontiguousarray(quantize(values, number)).view(np.uint8)
     block, size = GGML_QUANT_SIZES[number]
-    blocks = rng.integers(
-        0, 256, (*shape[:-1], shape[-1] // block, size), dtype=np.uint8
-    )
+    stored = (*shape[:-1], shape[-1] // block, size)
+    blocks = rng.integers(0, 256, stored, dtype=np.uint8)
     if ggml_type == "MXFP4":
         blocks[..., 0] = _MXFP4_EXPONENT
     else:
@@ -264,8 +263,7 @@ def _set_scales(blocks: Bytes, ggml_type: str, scale: float) -> None:
     if offset is not None:
         at, factor = offset
         # gguf's layout: K-types subtract the offset, Q4_1 and Q5_1 add it.
-        value = np.array([factor * scale], np.float16)
-        blocks[..., at : at + 2] = value.view(np.uint8)
+        blocks[..., at : at + 2] = np.array([factor * scale], np.float16).view("u1")
 
 
 def _values(data: Bytes | NDArray[np.float32], ggml_type: str) -> Float64Array:
@@ -298,6 +296,5 @@ def _rotate(x: Float64Array) -> Float64Array:
     angles = np.arange(n_tokens)[:, None, None] * frequencies
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = np.cos(angles), np.sin(angles)
-    return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(
-        x.shape
-    )
+    turned = np.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.reshape(x.shape)

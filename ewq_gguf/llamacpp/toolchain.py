@@ -128,7 +128,7 @@ def _not_built() -> ToolError:
 def find_toolchain(llama_cpp: Path | None = None) -> Toolchain:
     """The llama.cpp to use.
 
-    Of ours a few files are read. Where it was never tested on this hardware, or the
+    A few files of our own are read. Where it was never tested on this hardware, or the
     CPU, the GPU or the driver is another one since, it is tested now, in seconds.
 
     Args:

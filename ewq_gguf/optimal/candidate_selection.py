@@ -1,8 +1,8 @@
 """The best file of a size: candidates are proposed and measured beside baselines.
 
 All are measured on a few windows of the search text, the best ones on many windows of
-the final text. Each measured file teaches the predictor, which proposes again; the file
-of the least divergence is taken, whether it was proposed here or is a baseline.
+the final text. Each measured file teaches the predictor, which proposes again; the
+file of the least divergence is taken, whether it was proposed here or is a baseline.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ class _BranchAndBound:
         """Bound a subproblem and look for a selection in it.
 
         Returns:
-            The bound, the options that a better selection may have, and the mixture
-            that has the bound; None where no selection can be better.
+            The bound, the options that a better selection may have, and the
+            mixture that has the bound; None where no selection can be better.
         """
         if not allowed.any(axis=1).all():
             return None
@@ -174,8 +174,8 @@ class _BranchAndBound:
     ) -> tuple[tuple[float, ...], Parts] | None:
         """The cheapest mixture of options that keeps the first limits, and its prices.
 
-        The price of the last one is found between a mixture that exceeds it and one
-        that keeps it: where these two cost the same, until no other costs less.
+        The price of the last one is found between a mixture that exceeds it and
+        one that keeps it: where these two cost the same, until no other costs less.
         """
         if not n_limits:
             return (), [(1.0, costs.argmin(axis=1))]

@@ -21,7 +21,7 @@ def try_all(
 ) -> list[NDArray[np.int64]] | None:
     """Find the best selection, if one is better than the bound and a gap.
 
-    Of the first items' selections, those stay that no other one undercuts in use and
+    Selections of the first items stay where no other one undercuts them in use and
     cost: they are few where many items have one size, as in layers.
 
     Args:
@@ -30,7 +30,7 @@ def try_all(
         usages: (n, k) for each limited quantity.
         limits: The most that all items together may use of each quantity.
         prices: (m,) what each unit that is not used adds to the bound.
-        gap: What a better selection adds to the bound at most.
+        gap: The most that a better selection may add to the bound.
 
     Returns:
         (n,) options of the best selection, none where no selection is better; None

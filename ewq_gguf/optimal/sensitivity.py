@@ -2,9 +2,9 @@
 
 A small error of the weights costs KL divergence in proportion to its square, and the
 costs of tensors add up (HIGGS, arXiv:2411.17525): KLD = sum a_t e_t, where e_t is the
-share of its energy that a tensor loses. The a_t are measured by role first; a group
-that costs much is halved by depth until its tensors are known one by one, so that an
-outlier is found wherever it is and no probes are spent on tensors that hardly cost.
+share of its energy that a tensor loses. The a_t are measured by role first; a
+group that costs much is halved by depth until its tensors are known one by one, so that
+an outlier is found wherever it is and no probes are spent on tensors that hardly cost.
 """
 
 from __future__ import annotations

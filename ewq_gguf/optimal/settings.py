@@ -21,8 +21,8 @@ class SearchSettings:
         n_probe_windows: windows of the search text that a probe is measured on.
         n_search_windows: windows of the search text that a candidate is measured on.
         n_final_windows: windows of the final text that a finalist is measured on.
-        device_memory_factor: memory that a model takes while it is measured, in sizes
-            of its file: the weights, buffers, and a short cache.
+        device_memory_factor: memory that a model takes while it is measured, in
+            sizes of its file: the weights, buffers, and a short cache.
 
         min_bits_share: share of the file's mean bits per weight, below which a type is
             left out: a tensor would get it by mistake only, and types of few bits take
@@ -45,8 +45,8 @@ class SearchSettings:
         probe_type: type that every tensor is probed in first. Every float matrix whose
             rows are whole blocks of 32 can have it, and its error is that of the four
             bits that files are mostly wanted at.
-        fine_type: type whose error is about a hundredth of that; a tensor in it shows
-            what any change of the weights costs, however small.
+        fine_type: type whose error is about a hundredth of that; a tensor in it
+            shows what any change of the weights costs, however small.
         own_cost_share: share of a probe's cost that is the tensors' own at least, after
             the cost of any change is subtracted.
         slope_min_share: share of the whole cost, below which a group of tensors is not
@@ -85,8 +85,8 @@ class SearchSettings:
         n_always_measured: baselines that are measured whatever is predicted, the most
             promising ones.
         n_speed_rounds: further rounds where no file was fast enough.
-        speed_margin: factor on the time of a token in such a round, beyond the ratio
-            that the files were too slow by.
+        speed_margin: factor on the time of a token in such a round, beyond the
+            ratio that the files were too slow by.
         speed_tolerance: a baseline that is predicted to be slower by more, relative to
             the speed asked for, is not measured.
     """

@@ -16,7 +16,7 @@ from ewq_gguf.records.search import Search
 class Budget(Part):
     """How large the file may be, and how that was reached (Algorithm 1 of the paper).
 
-    Of policy `optimal`, which reaches it otherwise, there are only the bytes.
+    Policy `optimal`, which reaches it otherwise, has only the bytes.
 
     Attributes:
         asked: Budget as given: `6GiB`, `80%`, `4.5 bpw`, `auto`, or the machines.

@@ -255,8 +255,8 @@ class ControlPolicy(_Policy):
 
     Attributes:
         order: `random`; `inverted`, the highest entropy gets what the lowest had; or
-            the layers that the lowest precisions go to first: the largest `variance`
-            of weights, the `first` layers or the `last`.
+            the layers that the lowest precisions go to first: the largest
+            `variance` of weights, the `first` layers or the `last`.
         seed: Seed of the random order.
         plan_sha256: SHA-256 of the plan whose decisions they are.
     """

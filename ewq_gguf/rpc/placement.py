@@ -129,7 +129,7 @@ class _Search:
     def reach(self) -> tuple[int | None, Positions]:
         """(how many workers it takes, or None if all are too few; how far sets reach).
 
-        That is how many parts, of all but the last, the main machine and a set can
+        The number of parts, of all but the last, that the main machine and a set can
         hold: a stage that starts later may end later.
         """
         last, main = self._last, self._main_stops

@@ -1,7 +1,7 @@
 """Files that are made in the cache, measured against the base, and removed.
 
-Each result is kept by the tensors' types and everything else that it depends on: a run
-that was killed goes on where it was, and no file is measured twice.
+Each result is kept by the tensors' types and everything else that it depends on: a
+run that was killed goes on where it was, and no file is measured twice.
 """
 
 from __future__ import annotations

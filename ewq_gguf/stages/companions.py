@@ -1,7 +1,7 @@
 """Companions: the files beside the text model.
 
-What of a checkpoint is for images or sounds is seen before any weight is read: it goes
-into an mmproj, or it is said that it is left out, and why.
+The parts of a checkpoint for images or audio are seen before any weight is read: they
+go into an mmproj, or one line says that they are left out, and why.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """llama-quantize's own mixtures as plans, so that their files are verified like others.
 
-Which type each tensor gets is asked of llama-quantize; its rules are not repeated.
+llama-quantize is asked for each tensor's type; its rules are not repeated.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _scanned(
 def find_lattices(run: Run) -> dict[str, tuple[str, ...]]:
     """Types that hold tensors exactly, where nothing else is measured of them.
 
-    Of weights that stay on their server nothing is known.
+    Nothing is known of weights that stay on their server.
     """
     if run.given_scan is not None:
         return lattices_of(run.given_scan)

@@ -31,8 +31,8 @@ def apply_chat_template(
 ) -> list[str]:
     """Each prompt as the only message of a user, up to where the answer begins.
 
-    The texts hold special tokens by name: `answers.chat_tokens` reads them. The date
-    that templates may ask for is always 26 July 2024.
+    The texts hold special tokens by name: `answers.chat_tokens` reads them. The
+    date that templates may ask for is always 26 July 2024.
 
     Args:
         template: jinja2, from the model's file; never trusted.

@@ -15,7 +15,7 @@ from typing import Any
 def gpu_bytes() -> int | None:
     """Bytes of this process on all NVIDIA GPUs; None where nobody tells.
 
-    That is without nvidia-ml-py, without a driver, or with one that does not name
+    It is unknown without nvidia-ml-py, without a driver, or with one that does not name
     processes, as in some containers.
     """
     library = _library()

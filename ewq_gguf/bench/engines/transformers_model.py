@@ -29,8 +29,7 @@ from ewq_gguf.strict_json import read_json
 _N_BATCH = 2048
 #: Caches that can be copied and cut; a recurrent state cannot.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-#: Texts of tokens that end an answer in llama.cpp too, whatever the config says
-#: (src/llama-vocab.cpp, special_eog_ids).
+#: Tokens that end an answer in llama.cpp too (llama-vocab.cpp, special_eog_ids).
 _END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>",
     "<|calls|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>",

@@ -139,10 +139,10 @@ def decode(data: NDArray[np.uint8], dtype: str) -> FloatArray:
 def encode(values: FloatArray, dtype: str) -> NDArray[Any]:
     """Round once to the nearest value of a type, ties to even; same shape.
 
-    What is too large becomes infinite, as IEEE 754 has it.
+    A value that is too large becomes infinite, as in IEEE 754.
 
     Returns:
-        Of BF16 the bits, uint16; else floats of the type; little-endian.
+        For BF16 the bits as uint16; else floats of the type; little-endian.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "BF16":

@@ -77,8 +77,8 @@ class Targets:
         """Find what an adapter changes.
 
         Raises:
-            InputError: it is no adapter of this checkpoint, or a change is of a kind
-                that is not merged here.
+            InputError: it is no adapter of this checkpoint, or a change is of a
+                kind that is not merged here.
         """
         self._check_names(adapter)
         for name, tensor in adapter.whole.items():
