@@ -303,12 +303,11 @@ def test_a_study_names_the_nearest_pre_tokenizer_and_takes_it(
 
     found = []
 
-    def measured(question, *_):
-        found.append(question.run.identity.chosen)
+    def measured(run, *_):
+        found.append(run.identity.chosen)
         raise InputError("test", "study", "is not measured", "stop here")
 
-    for name in ("study.study_sensitivity", "frontier.study_frontier"):
-        monkeypatch.setattr(f"ewq_gguf.cli.{name}", measured)
+    monkeypatch.setattr(api, "run_study", measured)
     more = ["--budgets", "30%"] if command == ["frontier"] else []
     assert main([*argv, "--pre", "deepseek-coder", *more]) == 3
     assert found == [{"pre": "deepseek-coder"}]
