@@ -30,11 +30,7 @@ def try_all(
         usages: (n, k) for each limited quantity.
         limits: The most that all items together may use of each quantity.
         prices: (m,) what each unit that is not used adds to the bound.
-<<<<<<< Updated upstream
         gap: The most that a better selection may add to the bound.
-=======
-        gap: The most that a better selection adds to the bound.
->>>>>>> Stashed changes
 
     Returns:
         (n,) options of the best selection, none where no selection is better; None
