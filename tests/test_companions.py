@@ -368,7 +368,7 @@ def test_buffers_of_a_tower_are_no_tensors_for_images(gemma, toolchain, tmp_path
 
     said = left_out(model, same_text, mmproj="none")
 
-    assert said[0].startswith(f"{N_GEMMA} tensors for images")
+    assert any(line.startswith(f"{N_GEMMA} tensors for images") for line in said)
 
 
 def test_no_mmproj_is_said(gemma, toolchain):
