@@ -48,20 +48,13 @@ def make_exact(folder: Path, layer: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def study_cache(tmp_path_factory, toolchain) -> Path:
+def session_cache(tmp_path_factory, toolchain) -> Path:
     """A cache without the files that other tests have measured."""
     return make_cache(tmp_path_factory.mktemp("cache"), toolchain)
 
 
-@pytest.fixture
-def own_cache(study_cache, monkeypatch) -> Path:
-    monkeypatch.setenv("EWQ_CACHE", str(study_cache))
-    monkeypatch.delenv("EWQ_LLAMA_CPP", raising=False)
-    return Path(study_cache)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, study_cache, toolchain) -> Path:
+def folder(tmp_path_factory, session_cache, toolchain) -> Path:
     """A checkpoint and a text."""
     place: Path = tmp_path_factory.mktemp("study")
     write_llama(place / "two")
@@ -77,20 +70,20 @@ def argv(folder: Path, study: str, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def killed(folder, study_cache) -> int:
+def killed(folder, session_cache) -> int:
     """How many files a study had measured when it was killed."""
-    with using_cache(study_cache):
+    with using_cache(session_cache):
         study = subprocess.Popen(
             [sys.executable, "-m", "ewq_gguf", *argv(folder, "sensitivity")],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
             start_new_session=True,
         )
-        while study.poll() is None and n_measured(study_cache) < 2:
+        while study.poll() is None and n_measured(session_cache) < 2:
             time.sleep(0.05)
         os.killpg(study.pid, signal.SIGKILL)
         study.wait()
-    return n_measured(study_cache)
+    return n_measured(session_cache)
 
 
 def n_measured(cache: Path) -> int:
@@ -99,9 +92,9 @@ def n_measured(cache: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def sensitivity(folder, killed, study_cache) -> Study:
+def sensitivity(folder, killed, session_cache) -> Study:
     out = folder / "sensitivity.json"
-    with using_cache(study_cache):
+    with using_cache(session_cache):
         assert main([*argv(folder, "sensitivity"), "-q", "-o", str(out)]) == 0
     return load_record(Study, out, "test")
 
@@ -111,11 +104,11 @@ def kld(file) -> float:
 
 
 def test_a_study_that_was_killed_goes_on_where_it_was(
-    killed, sensitivity, folder, study_cache, capsys
+    killed, sensitivity, folder, session_cache, capsys
 ):
     assert 2 <= killed < 13
     # Nothing, all layers, two layers, seven roles, and the embedding and the head.
-    assert n_measured(study_cache) == 4 + len(ROLES) + 2
+    assert n_measured(session_cache) == 4 + len(ROLES) + 2
 
     assert main([*argv(folder, "sensitivity"), "-o", str(folder / "again.json")]) == 0
 
@@ -123,8 +116,8 @@ def test_a_study_that_was_killed_goes_on_where_it_was(
     assert (folder / "again.json").read_text() == sensitivity.to_json()
 
 
-def test_nothing_is_left_of_the_files(sensitivity, study_cache):
-    left = [path.suffix for path in (study_cache / "studies").iterdir()]
+def test_nothing_is_left_of_the_files(sensitivity, session_cache):
+    left = [path.suffix for path in (session_cache / "studies").iterdir()]
 
     assert left == [".journal"]
 
@@ -161,17 +154,17 @@ def test_every_role_is_probed_and_the_statistics_are_of_the_layers(sensitivity):
 
 
 def test_controls_share_what_was_measured_and_say_what_they_cannot(
-    sensitivity, folder, study_cache, capsys
+    sensitivity, folder, session_cache, capsys
 ):
     more = ["--ladder", "Q4_0,raw", "--permutations", "1"]
-    before = n_measured(study_cache)
+    before = n_measured(session_cache)
     out = folder / "controls.json"
 
     assert main([*argv(folder, "controls", *more), "-o", str(out)]) == 0
 
     study, said = load_record(Study, out, "test"), capsys.readouterr()
     # With one layer of two at Q4_0 a plan is a probe of a layer.
-    assert n_measured(study_cache) == before
+    assert n_measured(session_cache) == before
     assert "6 of 6 files need no measuring" in said.err
     found = study.findings
     assert isinstance(found, Controls)
@@ -198,9 +191,9 @@ def test_controls_share_what_was_measured_and_say_what_they_cannot(
 
 
 def test_factors_that_plan_the_same_share_a_file(
-    sensitivity, folder, study_cache, capsys
+    sensitivity, folder, session_cache, capsys
 ):
-    before = n_measured(study_cache)
+    before = n_measured(session_cache)
     more = ["--ladder", "Q4_0,raw", "--factors", "0.5,0.9", "--json"]
 
     assert main([*argv(folder, "factor", *more), "-o", str(folder / "f.json")]) == 0
@@ -210,11 +203,11 @@ def test_factors_that_plan_the_same_share_a_file(
     first, second = study.findings.files
     assert (first.factor, second.factor) == (0.5, 0.9)
     assert first.file.quality == second.file.quality
-    assert n_measured(study_cache) == before
+    assert n_measured(session_cache) == before
 
 
 def test_a_finished_study_is_shown_and_not_measured_again(
-    sensitivity, folder, study_cache, capsys
+    sensitivity, folder, session_cache, capsys
 ):
     out = str(folder / "sensitivity.json")
 
@@ -235,14 +228,14 @@ def test_a_finished_study_is_shown_and_not_measured_again(
     ],
 )
 def test_a_study_of_other_inputs_is_refused_before_any_measuring(
-    study, more, sensitivity, folder, study_cache, capsys
+    study, more, sensitivity, folder, session_cache, capsys
 ):
     out = folder / f"{study}.json"
     if study == "frontier":  # of other budgets, measured likewise
         findings = Frontier(files=(), ratio=None)
         other = sensitivity.model_copy(update={"findings": findings})
         out.write_text(other.to_json())
-    before, n_before = out.read_bytes(), n_measured(study_cache)
+    before, n_before = out.read_bytes(), n_measured(session_cache)
 
     words = argv(folder, study, *more)
     code = main([*(words[1:] if study == "frontier" else words), "-o", str(out)])
@@ -251,7 +244,7 @@ def test_a_study_of_other_inputs_is_refused_before_any_measuring(
     assert code == 2
     assert "exists and was made from other inputs; use --force" in err
     assert "measur" not in err
-    assert n_measured(study_cache) == n_before
+    assert n_measured(session_cache) == n_before
     assert out.read_bytes() == before
 
 

@@ -7,7 +7,6 @@ is far more certain than two separate intervals suggest. Everything random is se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import atanh, log, sqrt, tanh
 from statistics import fmean, pvariance, stdev
 
@@ -15,7 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ewq_gguf.records import TextResult
-from ewq_gguf.records.scores import PairedAccuracy, PairedMean, RankCorrelation
+from ewq_gguf.records.scores import (
+    PairedAccuracy,
+    PairedMean,
+    PairedTest,
+    RankCorrelation,
+)
 
 Floats = NDArray[np.float64]
 
@@ -28,25 +32,6 @@ N_RESAMPLES = 10_000
 SEED = 0
 #: Numbers held at once: 32 MiB.
 _MAX_DRAWS = 1 << 22
-
-
-@dataclass(frozen=True)
-class PairedT:
-    """Student's test of paired values.
-
-    Attributes:
-        n: pairs.
-        mean: mean of first minus second.
-        t: with n - 1 degrees of freedom.
-        p: two-sided.
-        cohens_d: mean over the pooled population standard deviation of both.
-    """
-
-    n: int
-    mean: float
-    t: float
-    p: float
-    cohens_d: float
 
 
 def wilson(n_right: int, n: int) -> tuple[float, float]:
@@ -80,7 +65,7 @@ def composite_score(
     return perplexity_weight * log(perplexity) - accuracy_weight * accuracy
 
 
-def paired_t(first: Sequence[float], second: Sequence[float]) -> PairedT | None:
+def paired_t(first: Sequence[float], second: Sequence[float]) -> PairedTest | None:
     """Student's paired test and Cohen's d, as the paper's table 13 has them.
 
     Args:
@@ -100,7 +85,7 @@ def paired_t(first: Sequence[float], second: Sequence[float]) -> PairedT | None:
         return None
     test = ttest_rel(first, second)
     mean = fmean(differences)
-    return PairedT(
+    return PairedTest(
         n=len(differences),
         mean=mean,
         t=float(test.statistic),

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ewq_gguf.bench.engines.scorer import STAGE
+from ewq_gguf.bench.statistics import paired_t
 from ewq_gguf.errors import UsageError, printable
-from ewq_gguf.experiments.comparison import test_of
 from ewq_gguf.experiments.comparison_record import (
     ComparedFile,
     Comparison,
@@ -114,7 +114,7 @@ def _across(
             "first": first,
             "second": second,
             "models": tuple(models),
-            "test": test_of(ours, theirs),
+            "test": paired_t(ours, theirs),
         }
     )
 

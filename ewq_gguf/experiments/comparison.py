@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import combinations
 from math import exp, sqrt
 from statistics import stdev
@@ -24,10 +23,9 @@ from ewq_gguf.experiments.comparison_record import (
     ComparedFile,
     ComparedPair,
     Estimate,
-    PairedTest,
 )
 from ewq_gguf.records import Chunk, Result
-from ewq_gguf.records.scores import MmluScores, PairedMean, TaskScores
+from ewq_gguf.records.scores import MmluScores, PairedMean, PairedTest, TaskScores
 
 
 def estimates(result: Result) -> dict[str, Any]:
@@ -136,12 +134,6 @@ def pairs_of(rows: Sequence[ComparedFile]) -> tuple[ComparedPair, ...]:
     )
 
 
-def test_of(first: Sequence[float], second: Sequence[float]) -> PairedTest | None:
-    """`paired_t` as records keep it."""
-    test = paired_t(first, second)
-    return None if test is None else PairedTest(**asdict(test))
-
-
 def _mmlu_estimates(mmlu: MmluScores) -> dict[str, Estimate]:
     perplexity, nll = mmlu.mmlu_perplexity, mmlu.nll_mean_nats
     error = mmlu.mmlu_perplexity_stderr
@@ -196,7 +188,7 @@ def _paired_subjects(first: MmluScores, second: MmluScores) -> PairedTest | None
         for mmlu in (first, second)
     )
     shared = [subject for subject in ours if subject in theirs]
-    return test_of([ours[s] for s in shared], [theirs[s] for s in shared])
+    return paired_t([ours[s] for s in shared], [theirs[s] for s in shared])
 
 
 def _chunks(result: Result) -> list[Chunk]:

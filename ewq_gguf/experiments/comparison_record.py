@@ -7,7 +7,7 @@ from typing import Literal
 from ewq_gguf.records.base import Part, Record
 from ewq_gguf.records.model import ModelIdentity
 from ewq_gguf.records.result import Result
-from ewq_gguf.records.scores import PairedAccuracy, PairedMean
+from ewq_gguf.records.scores import PairedAccuracy, PairedMean, PairedTest
 
 Kind = Literal["base", "preset", "plan"]
 
@@ -63,24 +63,6 @@ class ComparedFile(Part):
     fidelity: Estimate | None = None
     composite_score: Estimate | None = None
     scores: dict[str, Estimate] = {}
-
-
-class PairedTest(Part):
-    """Student's paired test, as the paper's table 13 has it.
-
-    Attributes:
-        n: pairs.
-        mean: mean of first minus second.
-        t: with n - 1 degrees of freedom.
-        p: two-sided.
-        cohens_d: mean over the pooled population standard deviation of both.
-    """
-
-    n: int
-    mean: float
-    t: float
-    p: float
-    cohens_d: float
 
 
 class ComparedPair(Part):

@@ -249,3 +249,21 @@ class TaskScores(Part):
     items: tuple[ItemScore, ...]
     too_long: tuple[TooLong, ...]
     faults: tuple[RowFault, ...]
+
+
+class PairedTest(Part):
+    """Student's paired test, as the paper's table 13 has it.
+
+    Attributes:
+        n: pairs.
+        mean: mean of first minus second.
+        t: with n - 1 degrees of freedom.
+        p: two-sided.
+        cohens_d: mean over the pooled population standard deviation of both.
+    """
+
+    n: int
+    mean: float
+    t: float
+    p: float
+    cohens_d: float
